@@ -1,0 +1,94 @@
+"""Insert BatchNorm into PyTorch networks, fold it away, export to ONNX, verify with onnxruntime.
+
+The public names load on first use, so that `import bnfx` costs no more than `import torch` and
+works where onnxruntime is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bnfx import passes
+    from bnfx.benchmark import BenchReport, benchmark_onnx
+    from bnfx.errors import (
+        BnfxError,
+        CalibrationError,
+        CaptureError,
+        ExportError,
+        FoldError,
+        InsertError,
+        ProviderError,
+        VerificationError,
+    )
+    from bnfx.export import ExportReport, export_onnx
+    from bnfx.reports import FoldReport, InsertReport
+    from bnfx.transform import fold_bn, insert_bn, plan_fold, plan_insert, report
+    from bnfx.verify import VerifyReport, verify_onnx
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BenchReport",
+    "BnfxError",
+    "CalibrationError",
+    "CaptureError",
+    "ExportError",
+    "ExportReport",
+    "FoldError",
+    "FoldReport",
+    "InsertError",
+    "InsertReport",
+    "ProviderError",
+    "VerificationError",
+    "VerifyReport",
+    "benchmark_onnx",
+    "export_onnx",
+    "fold_bn",
+    "insert_bn",
+    "passes",
+    "plan_fold",
+    "plan_insert",
+    "report",
+    "verify_onnx",
+]
+
+#: Where each public name lives; a test keeps this, `__all__` and the imports above equal.
+_HOME = {
+    "BenchReport": "bnfx.benchmark",
+    "BnfxError": "bnfx.errors",
+    "CalibrationError": "bnfx.errors",
+    "CaptureError": "bnfx.errors",
+    "ExportError": "bnfx.errors",
+    "ExportReport": "bnfx.export",
+    "FoldError": "bnfx.errors",
+    "FoldReport": "bnfx.reports",
+    "InsertError": "bnfx.errors",
+    "InsertReport": "bnfx.reports",
+    "ProviderError": "bnfx.errors",
+    "VerificationError": "bnfx.errors",
+    "VerifyReport": "bnfx.verify",
+    "benchmark_onnx": "bnfx.benchmark",
+    "export_onnx": "bnfx.export",
+    "fold_bn": "bnfx.transform",
+    "insert_bn": "bnfx.transform",
+    "plan_fold": "bnfx.transform",
+    "plan_insert": "bnfx.transform",
+    "report": "bnfx.transform",
+    "verify_onnx": "bnfx.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "passes":
+        return importlib.import_module("bnfx.passes")
+    if name not in _HOME:
+        raise AttributeError(f"module 'bnfx' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

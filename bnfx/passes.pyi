@@ -1,0 +1,2 @@
+# In a checkout the package bnfx.passes lies in ../passes; this tells type checkers so.
+from passes import *

@@ -1,0 +1,12 @@
+"""The passes of bnfx, one file each; import them from `bnfx.passes`."""
+
+if __name__ != "bnfx.passes":
+    raise ImportError(
+        f"this package is bnfx.passes, not {__name__}: under a second name the same files would "
+        "load twice; write `from bnfx.passes import ...` (and run pytest or python with bnfx "
+        "installed, `pip install -e .`)"
+    )
+
+# One line per pass, and its public name in __all__.
+
+__all__: list[str] = []

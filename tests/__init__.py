@@ -1,0 +1,1 @@
+"""Tests of bnfx; helpers are imported as `tests.models`, `tests.zoo`."""
