@@ -80,7 +80,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def _load(name: str) -> Any:
     if name == "passes":
         return importlib.import_module("bnfx.passes")
     if name not in _HOME:
@@ -88,6 +88,10 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+if not TYPE_CHECKING:  # a type checker that saw this would accept any name
+    __getattr__ = _load
 
 
 def __dir__() -> list[str]:

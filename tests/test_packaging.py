@@ -1,0 +1,150 @@
+"""The wheel and the source archive hold the tree; importing bnfx is light and has one `passes`."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import bnfx
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "sympy")
+
+# One worker builds; the others would only build the same again.
+pytestmark = pytest.mark.xdist_group("packaging")
+
+
+def python(code: str, cwd: Path) -> str:
+    """Standard output of `code` in a fresh interpreter that starts in `cwd`."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source archive, and the wheel built from that archive."""
+    tree = tmp_path_factory.mktemp("tree of bnfx")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("bnfx", "passes", "tests", "examples"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignore)
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tree / name)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "out", "."]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return tree / "out"
+
+
+def modules_of_the_tree() -> set[str]:
+    core = {f"bnfx/{path.name}" for path in (ROOT / "bnfx").glob("*.py")}
+    passes = {f"bnfx/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
+    return core | passes
+
+
+def test_the_packages_are_flat() -> None:
+    nested = {
+        path.parent for folder in ("bnfx", "passes") for path in (ROOT / folder).rglob("*.py")
+    }
+    assert nested == {ROOT / "bnfx", ROOT / "passes"}, "a sub-package would miss the wheel"
+
+
+def test_wheel_holds_the_tree(archives: Path) -> None:
+    (wheel,) = archives.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert files == modules_of_the_tree() | {"bnfx/py.typed"}
+
+
+def test_source_archive_holds_what_the_build_and_the_tests_need(archives: Path) -> None:
+    (sdist,) = archives.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    tree = {
+        str(p.relative_to(ROOT))
+        for d in ("bnfx", "passes", "tests", "examples")
+        for p in (ROOT / d).rglob("*.py*")
+        if p.suffix in {".py", ".pyi"}
+    }
+    assert tree | {"pyproject.toml", "LICENSE", "README.md", "bnfx/py.typed"} <= files
+
+
+def test_installed_wheel_imports(archives: Path, tmp_path: Path) -> None:
+    (wheel,) = archives.glob("*.whl")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    target = tmp_path / "site"
+    subprocess.run([*command, "--target", str(target), str(wheel)], check=True)
+    code = f"""
+import sys
+sys.path.insert(0, {str(target)!r})
+import bnfx, bnfx.passes
+print(bnfx.__file__); print(bnfx.passes.__file__); print(bnfx.passes.__name__)
+try:
+    import passes
+except ModuleNotFoundError:
+    print("no passes")
+"""
+    assert python(code, tmp_path).splitlines() == [
+        str(target / "bnfx" / "__init__.py"),
+        str(target / "bnfx" / "passes" / "__init__.py"),
+        "bnfx.passes",
+        "no passes",
+    ]
+
+
+def test_passes_has_one_name_in_a_checkout_too() -> None:
+    code = """
+import bnfx
+assert bnfx.passes.__name__ == "bnfx.passes"
+try:
+    import passes
+except ImportError as refusal:
+    print(refusal)
+"""
+    assert "this package is bnfx.passes" in python(code, ROOT)
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    code = "import sys, bnfx; print(*{name.partition('.')[0] for name in sys.modules})"
+    assert not set(HEAVY) & set(python(code, tmp_path).split())
+
+
+def test_every_name_resolves_without_onnxruntime(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules["onnxruntime"] = None
+import bnfx
+print(*(name for name in bnfx.__all__ if getattr(bnfx, name) is None))
+"""
+    assert python(code, tmp_path) == ""
+
+
+def test_type_checkers_see_the_names_that_load_lazily() -> None:
+    tree = ast.parse((ROOT / "bnfx" / "__init__.py").read_text())
+    guard = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in guard.body if isinstance(node, ast.ImportFrom)]
+    typed = {alias.name: node.module for node in imports for alias in node.names}
+    assert typed.pop("passes") == "bnfx"
+    assert typed == bnfx._HOME
+    assert sorted({*typed, "passes"}) == sorted(bnfx.__all__)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    name = "fold_batchnorm"
+    with pytest.raises(AttributeError, match=name):
+        getattr(bnfx, name)
+
+
+def test_version_is_the_distribution_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert bnfx.__version__ == project["version"]
