@@ -34,10 +34,9 @@ def timm() -> Any:
 
 
 @functools.cache
-def _schema_library() -> Any:
+def _schema_library() -> torch.library.Library:
     """Declares what is missing; kept for the life of the process, or torch would forget it."""
-    untyped: Any = torch.library
-    library = untyped.Library("torchvision", "FRAGMENT")
+    library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _SCHEMAS:
         library.define(schema)
     return library
