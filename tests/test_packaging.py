@@ -148,3 +148,9 @@ def test_unknown_name_is_an_attribute_error() -> None:
 def test_version_is_the_distribution_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert bnfx.__version__ == project["version"]
+
+
+def test_pre_commit_and_make_use_one_ruff() -> None:
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    (pinned,) = (line.removeprefix("ruff==") for line in pins if line.startswith("ruff=="))
+    assert f"rev: v{pinned}\n" in (ROOT / ".pre-commit-config.yaml").read_text()

@@ -1,0 +1,41 @@
+"""The two networks of the digits example, written without BatchNorm: bnfx inserts it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sigmoid_mlp(width: int = 64, depth: int = 6) -> nn.Module:
+    """A deep perceptron of sigmoids, (N, 1, 8, 8) -> (N, 10): hard to train without BatchNorm."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    for i in range(1, depth + 1):
+        layers[f"fc{i}"] = nn.Linear(64 if i == 1 else width, width)
+        layers[f"sigmoid{i}"] = nn.Sigmoid()
+    layers["head"] = nn.Linear(width, 10)
+    return nn.Sequential(layers)
+
+
+class ConvNet(nn.Module):
+    """A residual block, a depthwise and a transposed convolution, (N, 1, 8, 8) -> (N, 10)."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, padding=1)
+        self.block1 = nn.Conv2d(width, width, 3, padding=1)
+        self.block2 = nn.Conv2d(width, width, 3, padding=1)
+        self.depthwise = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, groups=width)
+        self.up = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
+        self.head = nn.Linear(width * 4 * 4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of a batch of 8x8 images."""
+        x = F.relu(self.stem(x))
+        x = F.relu(x + self.block2(F.relu(self.block1(x))))
+        x = F.relu(self.depthwise(x))
+        x = F.relu(self.up(x))
+        logits: Tensor = self.head(torch.flatten(F.max_pool2d(x, 2), 1))
+        return logits
