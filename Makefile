@@ -41,12 +41,12 @@ clean:  ## remove what was built, keep .venv
 distclean: clean  ## remove .venv as well
 	rm -rf $(VENV)
 
-$(VENV)/bin/python:
+$(VENV)/bin/pip:
 	@'$(PYTHON)' -c '$(FITS)' || { \
 		echo "bnfx needs Python 3.11 or later; choose one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@'$(PYTHON)' -m venv $(VENV)
 
-$(READY): pyproject.toml constraints.txt | $(VENV)/bin/python
+$(READY): pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo "Installing bnfx[$(RUNTIME)] into $(VENV); the first time takes some minutes ..."
 	@$(PIP) -e '.[$(RUNTIME),examples]'
 	@touch $@
