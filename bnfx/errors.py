@@ -1,0 +1,38 @@
+"""Every error that bnfx raises on purpose.
+
+A message has three parts: what went wrong, where (module path and node), and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class BnfxError(Exception):
+    """Base of all errors raised by bnfx on purpose."""
+
+
+class CaptureError(BnfxError):
+    """The model could not be turned into a graph."""
+
+
+class InsertError(BnfxError):
+    """BatchNorm could not be inserted, or the inserted model is not what it must be."""
+
+
+class FoldError(BnfxError):
+    """Folding could not be carried out, or the folded model is not what it must be."""
+
+
+class CalibrationError(BnfxError):
+    """The data given for statistics is empty, too short, not finite or of the wrong shape."""
+
+
+class ExportError(BnfxError):
+    """The ONNX file could not be written, or would not mean what the model means."""
+
+
+class VerificationError(BnfxError):
+    """The ONNX file does not compute what the reference model computes."""
+
+
+class ProviderError(BnfxError):
+    """The requested onnxruntime execution provider did not run the graph."""
