@@ -7,6 +7,8 @@ if __name__ != "bnfx.passes":
         "installed, `pip install -e .`)"
     )
 
-# One line per pass, and its public name in __all__.
+from .fold_bn import FoldBatchNorm
+from .insert_bn import Filter as InsertFilter
+from .insert_bn import InsertBatchNorm
 
-__all__: list[str] = []
+__all__ = ["FoldBatchNorm", "InsertBatchNorm", "InsertFilter"]

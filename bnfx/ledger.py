@@ -1,0 +1,140 @@
+"""Parameters of an inference graph: who reads them, who may write them, how one is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from bnfx.operators import AFFINE, BATCH_NORM, affine_of, writes
+
+_FRESH = {function for row in AFFINE for function in row.functions} | set(BATCH_NORM)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The tensors that a graph reads by name, and those that it may change while it runs."""
+
+    tensors: dict[str, Tensor]
+    readers: dict[str, tuple[fx.Node, ...]]
+    written: frozenset[str]
+
+    def value(self, node: object) -> Tensor | None:
+        """The tensor behind a `get_attr` node that nothing writes; None for anything else."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        name = str(node.target)
+        return None if name in self.written else self.tensors.get(name)
+
+
+def constants(module: fx.GraphModule) -> Constants:
+    """What the graph of `module` reads by name.
+
+    A tensor counts as written if anything computed from it without a fresh result, or any name
+    that shares its storage, is changed in place, or if a module that is kept whole owns it.
+    """
+    tensors: dict[str, Tensor] = {}
+    readers: dict[str, tuple[fx.Node, ...]] = {}
+    unsafe: set[int] = set()
+    modules = dict(module.named_modules(remove_duplicate=False))
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            unsafe.update(_storage(t) for t in _owned(modules[str(node.target)]))
+        if node.op != "get_attr":
+            continue
+        value = attribute(module, str(node.target))
+        if not isinstance(value, Tensor):
+            continue
+        tensors[str(node.target)] = value
+        readers[str(node.target)] = (*readers.get(str(node.target), ()), *node.users)
+        if any(writes(user) for user in _aliases(node)):
+            unsafe.add(_storage(value))
+    written = frozenset(name for name, value in tensors.items() if _storage(value) in unsafe)
+    return Constants(tensors, readers, written)
+
+
+def _owned(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def _aliases(node: fx.Node) -> Iterator[fx.Node]:
+    """Users of `node` and of whatever may be a view of it."""
+    seen: set[fx.Node] = set()
+    queue = list(node.users)
+    while queue:
+        user = queue.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        yield user
+        if user.target not in _FRESH:
+            queue.extend(user.users)
+
+
+def attribute(module: nn.Module, name: str) -> object:
+    """`module.a.b` for "a.b"."""
+    value: object = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def set_parameter(module: nn.Module, name: str, value: Tensor, *, trained: bool) -> None:
+    """Put a parameter at `name`, making the modules on the way; an old one is replaced."""
+    path, _, leaf = name.rpartition(".")
+    owner = module
+    for part in path.split(".") if path else ():
+        child = owner._modules.get(part)
+        if child is None:
+            child = nn.Module()
+            child.training = module.training
+            owner.add_module(part, child)
+        owner = child
+    owner._buffers.pop(leaf, None)
+    if leaf in owner.__dict__:
+        delattr(owner, leaf)
+    owner.register_parameter(leaf, nn.Parameter(value, requires_grad=trained))
+
+
+def free_name(module: nn.Module, wanted: str) -> str:
+    """`wanted`, or with the first number behind it that is not taken in `module`."""
+    path, _, leaf = wanted.rpartition(".")
+    modules = dict(module.named_modules(remove_duplicate=False))
+    owner = modules.get(path)
+    taken = set(dir(owner)) if owner is not None else set()
+    names = [leaf, *(f"{leaf}_{i}" for i in range(1, len(taken) + 2))]
+    free = next(name for name in names if name not in taken)
+    return f"{path}.{free}" if path else free
+
+
+def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Erase those of `nodes` that nobody uses; never an operator with an effect of its own."""
+    for node in nodes:
+        if not node.users and node.graph is graph:
+            graph.erase_node(node)
+
+
+def affine_ranks(module: fx.GraphModule, node: fx.Node) -> int | None:
+    """The rank of the output of `node` where the graph alone proves it; None otherwise."""
+    row = affine_of(node, {})
+    if row is not None:
+        inner = node.args[0] if node.args else node.kwargs.get("input")
+        return affine_ranks(module, inner) if isinstance(inner, fx.Node) else None
+    if node.target is torch.flatten:
+        bounds = (*node.args[1:], *node.kwargs.values())
+        return 2 if bounds in ((1,), (0, -2), (1, -1)) else None
+    if node.op == "call_method" and node.target == "flatten":
+        return 2 if node.args[1:] in ((1,), (0, -2), (1, -1)) and not node.kwargs else None
+    if node.op == "call_method" and node.target in ("view", "reshape"):
+        sizes = node.args[1:]
+        if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+            return len(sizes[0])
+        return len(sizes) if len(sizes) > 1 else None
+    return None

@@ -1,0 +1,270 @@
+"""The one table of operators: what a convolution, a BatchNorm, a nonlinearity is.
+
+Every pass reads it here. An operator has up to four spellings in a graph (module, function, tensor
+method, ATen overload); a row names them all. A new operator is one row.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A layer y = W * x + b, linear in its input, with one bias per output channel.
+
+    Attributes:
+        kind: Name in reports.
+        module: Module class.
+        functions: Functions and ATen overloads that compute it.
+        spatial: Number of spatial axes of a convolution; None for linear, whose channels are the
+            last axis.
+        transposed: Whether the weight is (in, out / groups, ...), not (out, in / groups, ...).
+        signature: Argument names in positional order.
+    """
+
+    kind: str
+    module: type[nn.Module]
+    functions: tuple[Callable[..., Any], ...]
+    spatial: int | None
+    transposed: bool
+    signature: tuple[str, ...]
+
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CONV_T = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+AFFINE: tuple[Affine, ...] = (
+    Affine("conv1d", nn.Conv1d, (F.conv1d, _aten.conv1d.default), 1, False, _CONV),
+    Affine("conv2d", nn.Conv2d, (F.conv2d, _aten.conv2d.default), 2, False, _CONV),
+    Affine("conv3d", nn.Conv3d, (F.conv3d, _aten.conv3d.default), 3, False, _CONV),
+    Affine("conv1d", nn.Conv1d, (_aten.conv1d.padding,), 1, False, _CONV),
+    Affine("conv2d", nn.Conv2d, (_aten.conv2d.padding,), 2, False, _CONV),
+    Affine("conv3d", nn.Conv3d, (_aten.conv3d.padding,), 3, False, _CONV),
+    Affine(
+        "conv_transpose1d",
+        nn.ConvTranspose1d,
+        (F.conv_transpose1d, _aten.conv_transpose1d.default),
+        1,
+        True,
+        _CONV_T,
+    ),
+    Affine(
+        "conv_transpose2d",
+        nn.ConvTranspose2d,
+        (F.conv_transpose2d, _aten.conv_transpose2d.input),
+        2,
+        True,
+        _CONV_T,
+    ),
+    Affine(
+        "conv_transpose3d",
+        nn.ConvTranspose3d,
+        (F.conv_transpose3d, _aten.conv_transpose3d.input),
+        3,
+        True,
+        _CONV_T,
+    ),
+    Affine(
+        "linear",
+        nn.Linear,
+        (F.linear, _aten.linear.default),
+        None,
+        False,
+        ("input", "weight", "bias"),
+    ),
+)
+
+_AFFINE_BY_FUNCTION = {function: row for row in AFFINE for function in row.functions}
+
+#: Spellings of batch normalisation and the order of their arguments.
+BATCH_NORM: dict[Callable[..., Any], tuple[str, ...]] = {
+    F.batch_norm: (
+        *("input", "running_mean", "running_var", "weight", "bias"),
+        *("training", "momentum", "eps"),
+    ),
+    **dict.fromkeys(
+        (torch.batch_norm, _aten.batch_norm.default),
+        (
+            *("input", "weight", "bias", "running_mean", "running_var"),
+            *("training", "momentum", "eps", "cudnn_enabled"),
+        ),
+    ),
+}
+
+#: Values of arguments that a call leaves out.
+_DEFAULTS = {
+    "bias": None,
+    "weight": None,
+    "training": False,
+    "eps": 1e-5,
+    "groups": 1,
+    "running_mean": None,
+    "running_var": None,
+}
+
+
+class Role(Enum):
+    """What an operator means to the rule of insertion (Ioffe & Szegedy 2015, section 3.2)."""
+
+    AFFINE = auto()
+    NORM = auto()
+    NONLINEARITY = auto()
+    SQUASHING = auto()  # a bounded nonlinearity: at the end of a network it belongs to the head
+    MOVE = auto()  # shape-only, dropout, pooling: statistics per channel keep their meaning
+    ADD = auto()
+    OTHER = auto()
+
+
+_MODULES: dict[Role, tuple[type[nn.Module], ...]] = {
+    Role.NORM: (
+        *(_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm),
+        *(nn.RMSNorm, nn.CrossMapLRN2d),
+    ),
+    Role.NONLINEARITY: (
+        *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU),
+        *(nn.SiLU, nn.Mish, nn.Softplus, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
+        *(nn.Threshold, nn.Hardswish),
+    ),
+    Role.SQUASHING: (
+        *(nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardtanh, nn.LogSigmoid, nn.Softsign),
+    ),
+    Role.MOVE: (
+        *(nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle),
+        *(nn.ChannelShuffle, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+        *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+        *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+        *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+        *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+        *(nn.LPPool1d, nn.LPPool2d, nn.Upsample, nn.ZeroPad2d, nn.ConstantPad2d),
+    ),
+}
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_NAMES: dict[Role, frozenset[str]] = {
+    Role.NORM: _words(
+        "batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm"
+    ),
+    Role.NONLINEARITY: _words(
+        "relu relu_ relu6 leaky_relu leaky_relu_ prelu rrelu rrelu_ elu elu_ selu selu_ celu "
+        "celu_ gelu silu mish softplus softshrink hardshrink tanhshrink threshold threshold_ "
+        "hardswish clamp clamp_ clamp_min clip abs exp maximum square pow sin cos"
+    ),
+    Role.SQUASHING: _words(
+        "sigmoid sigmoid_ tanh tanh_ hardsigmoid hardtanh hardtanh_ logsigmoid softsign "
+        "log_sigmoid erf"
+    ),
+    Role.MOVE: _words(
+        "view reshape flatten unflatten permute transpose movedim swapaxes contiguous squeeze "
+        "unsqueeze chunk split getitem cat concat stack narrow select roll t pixel_shuffle "
+        "pixel_unshuffle channel_shuffle expand to float type_as clone view_as reshape_as "
+        "dropout dropout1d dropout2d dropout3d dropout_ alpha_dropout feature_dropout "
+        "max_pool1d max_pool2d max_pool3d boolean_dispatch avg_pool1d avg_pool2d avg_pool3d "
+        "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d "
+        "adaptive_max_pool2d adaptive_max_pool3d _max_pool1d _max_pool2d _max_pool3d "
+        "_adaptive_max_pool1d _adaptive_max_pool2d _adaptive_max_pool3d lp_pool2d interpolate "
+        "upsample pad mean"
+    ),
+    Role.ADD: _words("add iadd sub isub add_ sub_ __add__ __radd__"),
+}
+
+_ROLE_BY_NAME = {name: role for role, names in _NAMES.items() for name in names}
+
+#: Modules of torch.nn whose forward is one call of a function of this table: tracing goes through.
+TRANSPARENT_MODULES: frozenset[type[nn.Module]] = frozenset(
+    {row.module for row in AFFINE}
+    | {m for role in (Role.NONLINEARITY, Role.SQUASHING) for m in _MODULES[role]}
+    | {m for m in _MODULES[Role.MOVE] if m is not nn.Unflatten}
+    | {nn.LayerNorm, nn.GroupNorm, nn.RMSNorm}
+)
+
+
+def affine_of(node: fx.Node, modules: dict[str, nn.Module]) -> Affine | None:
+    """The row of an affine layer, called as module or as function; None for anything else."""
+    if node.op == "call_function":
+        return _AFFINE_BY_FUNCTION.get(node.target)  # type: ignore[arg-type]  # lookup by any key
+    if node.op != "call_module":
+        return None
+    return affine_module(modules[str(node.target)])
+
+
+def affine_module(module: nn.Module) -> Affine | None:
+    """The row of an affine module. A subclass with a forward of its own is something else."""
+    for row in AFFINE:
+        if isinstance(module, row.module) and type(module).forward is row.module.forward:
+            return row
+    return None
+
+
+def role_of(node: fx.Node, modules: dict[str, nn.Module]) -> Role:
+    """What the operator of `node` means to the rule of insertion."""
+    if affine_of(node, modules) is not None:
+        return Role.AFFINE
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return next(
+            (role for role, kinds in _MODULES.items() if isinstance(module, kinds)), Role.OTHER
+        )
+    if node.op == "call_method":
+        return _ROLE_BY_NAME.get(str(node.target), Role.OTHER)
+    if node.op != "call_function":
+        return Role.OTHER
+    if node.target in (operator.add, operator.iadd, operator.sub, operator.isub, torch.add):
+        return Role.ADD
+    return _ROLE_BY_NAME.get(function_name(node.target), Role.OTHER)
+
+
+def function_name(target: Any) -> str:
+    """`F.relu` and `aten.relu.default` -> "relu"."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket.__name__)
+    return str(getattr(target, "__name__", target))
+
+
+def arguments(node: fx.Node, signature: tuple[str, ...]) -> dict[str, Any]:
+    """The call's arguments by name, whether given by position or by keyword, with defaults."""
+    return _DEFAULTS | dict(zip(signature, node.args, strict=False)) | dict(node.kwargs)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether the call may change one of its arguments in place."""
+    if node.op == "call_module":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if node.kwargs.get("inplace") or "out" in node.kwargs:
+        return True
+    if node.target in BATCH_NORM:
+        signature = BATCH_NORM[node.target]  # type: ignore[index]  # a key, as just seen
+        return arguments(node, signature)["training"] is not False
+    if node.target in (setattr, operator.setitem) or node.target is operator.delitem:
+        return True
+    name = str(node.target) if node.op == "call_method" else function_name(node.target)
+    if name.startswith("i") and getattr(operator, name, None) is node.target:
+        return name not in ("is_", "is_not", "index", "indexOf", "inv", "invert", "itemgetter")
+    return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "set_")
+
+
+def reads_shape_only(user: fx.Node, value: fx.Node) -> bool:
+    """Whether `user` asks `value` for its shape alone, whatever its elements are."""
+    if user.op == "call_method" and user.target == "view_as":
+        return user.args[0] is not value
+    if user.target is getattr:
+        return user.args[1] in ("shape", "ndim", "dtype", "device")
+    return user.op == "call_method" and user.target in ("size", "dim", "numel")
