@@ -1,0 +1,239 @@
+"""Write a model as ONNX, checked, and in one step or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+from torch import Tensor, fx, nn
+
+from bnfx.errors import ExportError
+from bnfx.operators import BATCH_NORM, arguments
+from bnfx.reports import FoldReport, Report, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+#: Key of the file's metadata under which the names of folded parameters stand.
+FOLDED = "bnfx.folded"
+
+_OLDEST_OPSET = 18
+_INLINE_BYTES = 1_500_000_000  # a protobuf message holds at most 2 GiB
+
+
+@dataclass(frozen=True)
+class ExportReport(Report):
+    """What was written.
+
+    Attributes:
+        path: The file.
+        opset: Version of the ONNX operator set.
+        inputs: Name -> "dtype[shape]".
+        outputs: Likewise.
+        operators: Operator type -> number of nodes, functions included.
+        batch_norms_left: BatchNormalization nodes in the file. The exporter folds some itself, so
+            that 0 proves nothing about bnfx.
+        size: Bytes of the file and of its external data.
+    """
+
+    path: str
+    opset: int
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    operators: Mapping[str, int]
+    batch_norms_left: int
+    size: int
+
+    def __rich__(self) -> RenderableType:
+        values = {**self.inputs, **self.outputs}
+        rows = [
+            (name, "input" if name in self.inputs else "output", t) for name, t in values.items()
+        ]
+        title = (
+            f"{self.path}: opset {self.opset}, {sum(self.operators.values())} nodes, "
+            f"{self.batch_norms_left} BatchNormalization, {self.size:,} bytes"
+        )
+        return table(title, ("name", "", "type"), rows)
+
+
+def export_onnx(
+    model: nn.Module,
+    args: Any,
+    f: str | os.PathLike[str],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_shapes: Any = None,
+    opset_version: int | None = None,
+    external_data: bool | None = None,
+) -> ExportReport:
+    """Export `model` with torch's dynamo exporter, check the file, and move it into place.
+
+    Args:
+        model: In eval mode throughout; left bit-identical.
+        args: Tuple of positional example arguments, or a lone tensor.
+        f: Where to write. An older file stays until the new one is complete.
+        kwargs: Example keyword arguments.
+        input_names: Names for the inputs, in order.
+        output_names: Names for the outputs, in order.
+        dynamic_shapes: As for `torch.onnx.export`, such as `({0: "batch"},)`.
+        opset_version: 18 or later; None takes the exporter's default.
+        external_data: Whether weights go to `<f>.data`; None decides by size.
+
+    Raises:
+        ExportError: A module is in train mode; an opset that would be changed silently; the
+            exporter failed; the file is not valid ONNX.
+    """
+    _require_eval(model)
+    _require_opset(opset_version)
+    target = Path(f)
+    if not target.parent.is_dir():
+        raise ExportError(f"{target.parent} is not a folder; make it before exporting to {target}")
+    positional = (args,) if isinstance(args, Tensor) else tuple(args)
+    program = _program(
+        model,
+        positional,
+        kwargs=dict(kwargs or {}),
+        input_names=input_names,
+        output_names=output_names,
+        dynamic_shapes=dynamic_shapes,
+        opset_version=opset_version,
+    )
+    _annotate(program.model.metadata_props, model)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        written = Path(folder) / target.name
+        size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
+        external = size > _INLINE_BYTES if external_data is None else external_data
+        program.save(written, external_data=external)
+        report = _check(written, target)
+        if opset_version is not None and report.opset != opset_version:
+            raise ExportError(
+                f"the exporter wrote opset {report.opset} instead of {opset_version}; "
+                f"ask for {report.opset} or leave opset_version out"
+            )
+        _move(written, target)
+    return report
+
+
+def training_modules(model: nn.Module) -> list[str]:
+    """Paths of the modules in train mode ("" is the root), and of operators that act like it."""
+    found = [path for path, module in model.named_modules() if module.training]
+    if isinstance(model, fx.GraphModule):
+        found += [
+            node.name
+            for node in model.graph.nodes
+            if node.op == "call_function"
+            and node.target in BATCH_NORM
+            and arguments(node, BATCH_NORM[node.target])["training"] is True
+        ]
+    return found
+
+
+def _require_eval(model: nn.Module) -> None:
+    found = training_modules(model)
+    if found:
+        names = ", ".join(repr(path) if path else "the model itself" for path in found[:8])
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        raise ExportError(
+            f"in train mode: {names}{more}. The exporter would write them as if in eval mode; call "
+            "model.eval() first"
+        )
+
+
+def _require_opset(version: int | None) -> None:
+    newest = onnx.defs.onnx_opset_version()
+    if version is not None and not _OLDEST_OPSET <= version <= newest:
+        raise ExportError(
+            f"opset_version={version} cannot be written: the exporter supports {_OLDEST_OPSET} to "
+            f"{newest} and would change it silently"
+        )
+
+
+def _program(model: nn.Module, args: tuple[Any, ...], **options: Any) -> torch.onnx.ONNXProgram:
+    try:
+        with warnings.catch_warnings():
+            # torch.export of torch 2.13 calls its own deprecated pytree test
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+            program = torch.onnx.export(model, args, None, dynamo=True, verbose=False, **options)
+    except Exception as error:  # the exporter and the user's forward raise anything
+        first = str(error).strip().partition("\n")[0]
+        raise ExportError(
+            f"torch.onnx.export failed on {type(model).__name__}: {first}. Check that "
+            "torch.export.export(model, args, strict=False) works with these inputs"
+        ) from error
+    assert isinstance(program, torch.onnx.ONNXProgram)
+    return program
+
+
+def _annotate(metadata: dict[str, str], model: nn.Module) -> None:
+    from bnfx import __version__
+
+    metadata["bnfx.version"] = __version__
+    meta = model.meta if isinstance(model, fx.GraphModule) else {}
+    done = meta.get("bnfx")
+    if isinstance(done, FoldReport):
+        metadata[FOLDED] = json.dumps(sorted(done.provenance))
+
+
+def _check(written: Path, target: Path) -> ExportReport:
+    try:
+        onnx.checker.check_model(str(written), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the exporter wrote an invalid file for {target}: {error}") from error
+    model = onnx.load(str(written), load_external_data=False)
+    counts = Counter(node.op_type for node in all_nodes(model))
+    graph = model.graph
+    return ExportReport(
+        path=str(target),
+        opset=next(
+            entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")
+        ),
+        inputs={value.name: describe_type(value) for value in graph.input},
+        outputs={value.name: describe_type(value) for value in graph.output},
+        operators=dict(sorted(counts.items())),
+        batch_norms_left=counts["BatchNormalization"],
+        size=sum(path.stat().st_size for path in written.parent.iterdir()),
+    )
+
+
+def all_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The nodes of a model, with those of its functions and subgraphs."""
+    found: list[onnx.NodeProto] = []
+    queue = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while queue:
+        node = queue.pop(0)
+        found.append(node)
+        for attribute in node.attribute:
+            queue.extend(attribute.g.node)
+            queue.extend(inner for graph in attribute.graphs for inner in graph.node)
+    return found
+
+
+def describe_type(value: onnx.ValueInfoProto) -> str:
+    """ "float32[batch,3,224,224]"."""
+    tensor = value.type.tensor_type
+    dims = ",".join(dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim)
+    return f"{onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name}[{dims}]"
+
+
+def _move(written: Path, target: Path) -> None:
+    """Weights first, so that a reader never sees the new graph beside the old weights' absence."""
+    stale = target.with_name(f"{target.name}.data")
+    data = written.with_name(stale.name)
+    if data.exists():
+        os.replace(data, stale)
+    if target.is_dir():
+        raise ExportError(f"{target} is a folder; give the name of a file")
+    shutil.copymode(target, written) if target.exists() else written.chmod(0o644)
+    os.replace(written, target)

@@ -1,0 +1,167 @@
+"""Sessions of onnxruntime that run where they were asked to, or not at all.
+
+onnxruntime falls back to the CPU silently: it lists CUDA where CUDA cannot load, and a session that
+asked for it succeeds. So a CUDA session is opened with CUDA alone and with the fallback forbidden,
+and afterwards onnxruntime is asked which provider holds each node.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bnfx.errors import ProviderError, VerificationError
+
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_REMEDY = (
+    "install bnfx[gpu] on a machine with an NVIDIA GPU and driver, with CUDA libraries of the same "
+    "major version as onnxruntime-gpu (torch brings them), or use provider='cpu'"
+)
+
+
+def load_onnxruntime() -> Any:
+    """The module `onnxruntime`.
+
+    Raises:
+        ProviderError: It is not installed.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise ProviderError(
+            "onnxruntime is not installed; install bnfx[gpu] (NVIDIA GPUs, serves on CPU too) or "
+            "bnfx[cpu], never both"
+        )
+    import torch  # noqa: F401  # loads the CUDA libraries that onnxruntime-gpu needs
+
+    return __import__("onnxruntime")
+
+
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """What onnxruntime raises: its exceptions have no common base but Exception."""
+    load_onnxruntime()
+    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    names = (
+        *("EPFail", "EngineError", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf"),
+        *("ModelLoaded", "NoModel", "NoSuchFile", "NotImplemented", "RuntimeException"),
+    )
+    return tuple(getattr(state, name) for name in names)
+
+
+def execution_provider(provider: str) -> tuple[str, dict[str, str]]:
+    """ "cpu", "cuda" or "cuda:1" in onnxruntime's terms: name and options.
+
+    CUDA computes in float32 proper: with TF32, on by default, errors are a thousand times larger.
+    """
+    kind, _, index = provider.partition(":")
+    if kind == "cpu" and not index:
+        return _CPU, {}
+    if kind == "cuda" and (index.isdecimal() or not _):
+        return _CUDA, {"device_id": index or "0", "use_tf32": "0"}
+    raise ProviderError(f"provider={provider!r} is unknown; use 'cpu', 'cuda' or 'cuda:1'")
+
+
+def open_session(
+    model: str | Path | bytes, provider: str = "cpu", *, num_threads: int = 0, strict: bool = True
+) -> Any:
+    """An `onnxruntime.InferenceSession` on one provider.
+
+    Args:
+        model: Path of an ONNX file, or its bytes.
+        provider: "cpu", "cuda" or "cuda:1".
+        num_threads: Of one operator on the CPU; 0 lets onnxruntime choose.
+        strict: Whether CUDA must take every node, so that nothing runs on the CPU.
+
+    Raises:
+        ProviderError: CUDA was asked for and cannot run the graph; the message holds the cause.
+        VerificationError: onnxruntime cannot read or run the model.
+    """
+    name, settings = execution_provider(provider)
+    ort = load_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = num_threads
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if name == _CUDA and strict:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    source = model if isinstance(model, bytes) else str(model)
+    what = "the model" if isinstance(model, bytes) else str(model)
+    try:
+        with _quiet(ort):
+            session = ort.InferenceSession(source, options, providers=[(name, settings)])
+    except runtime_errors() as error:
+        if name == _CUDA:
+            cause = _cuda_loader_error(ort) or str(error)
+            raise ProviderError(f"CUDA did not run {what}: {cause}; {_REMEDY}") from error
+        raise VerificationError(f"onnxruntime cannot open {what}: {error}") from error
+    if name not in session.get_providers():
+        cause = _cuda_loader_error(ort) or f"it offers {session.get_providers()}"
+        raise ProviderError(f"onnxruntime did not start {name} for {what}: {cause}; {_REMEDY}")
+    return session
+
+
+def nodes_by_provider(session: Any) -> dict[str, int]:
+    """How many nodes of the optimised graph each execution provider was given."""
+    counts: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        counts[str(part.ep_name)] += len(part.get_nodes())
+    return dict(counts)
+
+
+def require_provider(session: Any, provider: str) -> dict[str, int]:
+    """`nodes_by_provider`, after checking that `provider` and no other runs the graph.
+
+    Raises:
+        ProviderError: Another provider holds a node, or the session has switched.
+    """
+    name, _ = execution_provider(provider)
+    counts = nodes_by_provider(session)
+    others = {other: n for other, n in counts.items() if other != name}
+    if others or name not in session.get_providers():
+        raise ProviderError(f"{name} was asked for, but nodes ran elsewhere: {others or counts}")
+    return counts
+
+
+def cuda_unavailable_reason() -> str | None:
+    """Why onnxruntime cannot run a node on CUDA here; None where it can."""
+    from onnx import TensorProto, helper
+
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "probe",
+        [value("x", TensorProto.FLOAT, [1])],
+        [value("y", TensorProto.FLOAT, [1])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    try:
+        require_provider(open_session(model.SerializeToString(), "cuda"), "cuda")
+    except ProviderError as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def _quiet(ort: Any) -> Iterator[None]:
+    """Without onnxruntime's own lines on stderr: what matters of them is in the error raised."""
+    ort.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(2)  # onnxruntime's default; it has no getter
+
+
+def _cuda_loader_error(ort: Any) -> str | None:
+    """Why the CUDA provider's library cannot be loaded; None if it can."""
+    if _CUDA not in ort.get_available_providers():
+        return "this onnxruntime was built without CUDA (it is the CPU package)"
+    library = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_shared.so"
+    try:
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(library.with_name("libonnxruntime_providers_cuda.so")))
+    except OSError as error:
+        return str(error)
+    return None
