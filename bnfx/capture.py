@@ -36,6 +36,11 @@ _RANKS: tuple[tuple[type[nn.Module], frozenset[int]], ...] = (
     (nn.BatchNorm3d, frozenset({5})),
 )
 
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+
 _NO_PROXY = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -176,8 +181,7 @@ class _FunctionalTracer(_Tracer):
             return super().call_module(m, forward, args, kwargs)
         x = args[0] if args else kwargs["input"]
         statistics = (m.running_mean, m.running_var, m.weight, m.bias)
-        out = F.batch_norm(x, *statistics, training=False, eps=m.eps)
-        assert isinstance(out, fx.Proxy)
+        out: Any = F.batch_norm(x, *statistics, training=False, eps=m.eps)
         out.node.meta[OWNER] = path
         ranks = [ranks for kind, ranks in _RANKS if isinstance(m, kind)]
         out.node.meta[RANKS] = ranks[0] if ranks else frozenset()
@@ -357,7 +361,7 @@ def assemble(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     theirs = dict(root.named_modules(remove_duplicate=False))
     for path, made in module.named_modules(remove_duplicate=False):
         made.training = theirs[path].training
-    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+    for hooks in _HOOKS:
         getattr(module, hooks).update(getattr(root, hooks))
     return module
 
@@ -413,6 +417,9 @@ def _exported(root: nn.Module, given: Example, cause: str) -> fx.GraphModule:
             continue
         captured = program.module()
         assert isinstance(captured, fx.GraphModule)
+        # The exporter's own hooks look at its class; its guards are a node and stay.
+        captured._forward_pre_hooks.clear()
+        captured._forward_pre_hooks_with_kwargs.clear()
         return captured
     raise CaptureError(f"{type(root).__name__} cannot be captured. " + "; ".join(errors))
 

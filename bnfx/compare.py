@@ -124,7 +124,8 @@ def weight_ratio(stored: Array, exact: Array, unit: float) -> tuple[float, int]:
     The unit of output channel c is `unit` times the largest magnitude in that channel, so that a
     small channel is judged as strictly as a large one. Axis 0 is taken for the channel axis.
     """
-    rows = exact.reshape(exact.shape[0], -1) if exact.ndim else exact.reshape(1, 1)
+    channels = exact.shape[0] if exact.ndim else 1
+    rows = exact.astype(np.float64).reshape(channels, -1)
     wide = stored.astype(np.float64).reshape(rows.shape)
     # Half of the smallest subnormal is lost below the normal range whatever one does.
     scale = np.abs(rows).max(axis=1) * unit + np.finfo(np.float32).smallest_subnormal

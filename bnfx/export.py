@@ -221,7 +221,7 @@ def all_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def describe_type(value: onnx.ValueInfoProto) -> str:
-    """ "float32[batch,3,224,224]"."""
+    """Such as "float32[batch,3,224,224]"."""
     tensor = value.type.tensor_type
     dims = ",".join(dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim)
     return f"{onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name}[{dims}]"
@@ -232,8 +232,8 @@ def _move(written: Path, target: Path) -> None:
     stale = target.with_name(f"{target.name}.data")
     data = written.with_name(stale.name)
     if data.exists():
-        os.replace(data, stale)
+        data.replace(stale)
     if target.is_dir():
         raise ExportError(f"{target} is a folder; give the name of a file")
     shutil.copymode(target, written) if target.exists() else written.chmod(0o644)
-    os.replace(written, target)
+    written.replace(target)

@@ -196,10 +196,10 @@ TRANSPARENT_MODULES: frozenset[type[nn.Module]] = frozenset(
 
 
 def affine_of(node: fx.Node, modules: dict[str, nn.Module]) -> Affine | None:
-    """The row of an affine layer, called as module or as function; None for anything else."""
+    """The row of an affine layer, called as a function or as one of `modules`; None for others."""
     if node.op == "call_function":
         return _AFFINE_BY_FUNCTION.get(node.target)  # type: ignore[arg-type]  # lookup by any key
-    if node.op != "call_module":
+    if node.op != "call_module" or str(node.target) not in modules:
         return None
     return affine_module(modules[str(node.target)])
 
@@ -251,7 +251,7 @@ def writes(node: fx.Node) -> bool:
     if node.kwargs.get("inplace") or "out" in node.kwargs:
         return True
     if node.target in BATCH_NORM:
-        signature = BATCH_NORM[node.target]  # type: ignore[index]  # a key, as just seen
+        signature = BATCH_NORM[node.target]
         return arguments(node, signature)["training"] is not False
     if node.target in (setattr, operator.setitem) or node.target is operator.delitem:
         return True

@@ -52,7 +52,7 @@ def runtime_errors() -> tuple[type[Exception], ...]:
 
 
 def execution_provider(provider: str) -> tuple[str, dict[str, str]]:
-    """ "cpu", "cuda" or "cuda:1" in onnxruntime's terms: name and options.
+    """Name and options in onnxruntime's terms of "cpu", "cuda" or "cuda:1".
 
     CUDA computes in float32 proper: with TF32, on by default, errors are a thousand times larger.
     """

@@ -94,9 +94,9 @@ def fold_bn(
     """An inference graph of `model` with every provable BatchNorm folded into the layer before it.
 
     With s = gamma / sqrt(var + eps) and t = beta - mean s, the weight W becomes s W along its
-    output channels and the bias b becomes s b + t (Ioffe & Szegedy 2015, Algorithm 2), computed in float64
-    and rounded once to the stored dtype. A BatchNorm for which that is not proved stays, with the
-    reason in `bnfx.report(result)`.
+    output channels and the bias b becomes s b + t (Ioffe & Szegedy 2015, Algorithm 2), computed in
+    float64 and rounded once to the stored dtype. A BatchNorm for which that is not proved stays,
+    with the reason in `bnfx.report(result)`.
 
     Args:
         model: Any module, in eval mode; a BatchNorm in train mode is left alone. Any device, any

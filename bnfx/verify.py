@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import google.protobuf.message
 import numpy as np
 import onnx
 import torch
+from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -112,8 +112,10 @@ class VerifyReport(Report):
             f"{self.batch_norms_left} BatchNormalization left"
         )
         rows = [
-            (o.name, list(o.shape), o.dtype, f"{o.err:.2e}", f"{o.budget:.2e}", f"{o.ratio:.2f}")
-            + ("passed" if o.passed else o.reason,)
+            (
+                *(o.name, str(list(o.shape)), o.dtype, f"{o.err:.2e}", f"{o.budget:.2e}"),
+                *(f"{o.ratio:.2f}", "passed" if o.passed else o.reason),
+            )
             for o in self.outputs
         ]
         rows += [
@@ -266,18 +268,18 @@ def _run(session: Any, x: Any) -> list[Array]:
         raise VerificationError(
             f"the file has {len(names)} inputs ({', '.join(names)}), the example has {len(leaves)}"
         )
-    feed = {name: array for name, array in zip(names, _arrays(leaves, keep=True), strict=True)}
+    feed = dict(zip(names, _arrays(leaves), strict=True))
+    errors: tuple[type[Exception], ...] = (*runtime_errors(), ValueError)
     try:
         return [np.asarray(value) for value in session.run(None, feed)]
-    except (*runtime_errors(), ValueError) as error:
+    except errors as error:
         raise VerificationError(
             f"onnxruntime cannot run the file on this input: {error}"
         ) from error
 
 
-def _arrays(tensors: Iterable[Tensor], *, keep: bool = False) -> list[Array]:
+def _arrays(tensors: Iterable[Tensor]) -> list[Array]:
     """As numpy arrays; bfloat16, which numpy lacks, as float32."""
-    del keep
     return [(t.float() if t.dtype is torch.bfloat16 else t).detach().cpu().numpy() for t in tensors]
 
 
@@ -287,7 +289,7 @@ def _load(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(str(path))
     except (
-        google.protobuf.message.DecodeError,
+        DecodeError,
         OSError,
         ValueError,
         onnx.checker.ValidationError,
@@ -300,7 +302,7 @@ def _load(path: Path) -> onnx.ModelProto:
 
 def _pool(example: Any, inputs: Sequence[Any] | None, num_inputs: int) -> list[Any]:
     if inputs is not None:
-        given = [((x,), {}) if isinstance(x, Tensor) else (tuple(x), {}) for x in inputs]
+        given: list[Any] = [((x,), {}) if isinstance(x, Tensor) else (tuple(x), {}) for x in inputs]
         if not given:
             raise VerificationError("inputs is empty; give at least one, or leave it out")
         return given

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from training import BATCH, Digits, Run, load, predict, share, train
 
 import bnfx
+from bnfx.reports import Report
 
 DYNAMIC_BATCH = ({0: "batch"},)
 
@@ -56,27 +57,34 @@ class Deployed:
     """What came out of one network."""
 
     job: Job
+    provider: str
     plain: Run
     with_bn: Run
+    labels: dict[str, Tensor]
     accuracy: dict[str, float]
-    images_that_differ: int
-    insert: bnfx.InsertReport
-    fold: bnfx.FoldReport
+    insert: Report
+    fold: Report
     verified: bnfx.VerifyReport
     latency: bnfx.BenchReport
 
+    def images_that_differ(self) -> int:
+        """How many test images torch and onnxruntime read differently."""
+        ours, theirs = self.labels["torch, with BatchNorm"], self.labels["onnxruntime, folded"]
+        return int((ours != theirs).sum())
+
     def good(self) -> bool:
         """Verified, and torch and onnxruntime read every test image alike."""
-        return bool(self.verified) and self.images_that_differ == 0
+        return bool(self.verified) and self.images_that_differ() == 0
 
     def to_dict(self) -> dict[str, Any]:
         """For the JSON report."""
         reports = {"insert": self.insert, "fold": self.fold, "verify": self.verified}
         return {
             "network": self.job.title,
+            "provider": self.provider,
             "sgd": {"lr": self.job.lr, "batch": BATCH, "steps": self.with_bn.steps[-1]},
             "test_accuracy": self.accuracy,
-            "test_images_that_torch_and_onnxruntime_read_differently": self.images_that_differ,
+            "test_images_that_torch_and_onnxruntime_read_differently": self.images_that_differ(),
             **{name: report.to_dict() for name, report in reports.items()},
             "latency": self.latency.to_dict(),
             "curves": {
@@ -111,49 +119,51 @@ def onnx_predict(f: Path, images: Tensor, provider: str) -> Tensor:
     return torch.from_numpy(np.asarray(logits)).argmax(1)
 
 
-def deploy(
-    job: Job, runs: tuple[Run, Run], data: Digits, out: Path, provider: str, console: Console
-) -> Deployed:
+def verify(
+    model: nn.Module, f: Path, args: tuple[Tensor], console: Console
+) -> tuple[str, bnfx.VerifyReport]:
+    """On CUDA where onnxruntime runs there, on the CPU otherwise; the provider and the report."""
+    try:
+        return "cuda", bnfx.verify_onnx(model, f, args, provider="cuda")
+    except bnfx.ProviderError as why:
+        console.print(f"Not on CUDA: {str(why).partition(chr(10))[0]}", markup=False, style="dim")
+    return "cpu", bnfx.verify_onnx(model, f, args, provider="cpu")
+
+
+def deploy(job: Job, runs: tuple[Run, Run], data: Digits, out: Path, console: Console) -> Deployed:
     """Fold, export, verify against the unfolded network, and measure."""
-    plain, with_bn = runs
-    folded = bnfx.fold_bn(with_bn.model)
+    plain, trained = (run.model for run in runs)
+    folded = bnfx.fold_bn(trained)
+    console.print(bnfx.report(folded))
     f, unfolded_f = out / f"{job.name}.onnx", out / f"{job.name}-unfolded.onnx"
     args = (data.test_images[:8],)
     bnfx.export_onnx(folded, args, f, dynamic_shapes=DYNAMIC_BATCH)
-    bnfx.export_onnx(with_bn.model, args, unfolded_f, dynamic_shapes=DYNAMIC_BATCH)
-    verified = bnfx.verify_onnx(with_bn.model, f, args, provider=provider)
+    bnfx.export_onnx(trained, args, unfolded_f, dynamic_shapes=DYNAMIC_BATCH)
+    provider, verified = verify(trained, f, args, console)
+    console.print(verified)
     latency = bnfx.benchmark_onnx(f, args, baseline=unfolded_f, provider=provider)
+    console.print(latency)
     labels = {
-        "torch, without BatchNorm": predict(plain.model, data.test_images),
-        "torch, with BatchNorm": predict(with_bn.model, data.test_images),
+        "torch, without BatchNorm": predict(plain, data.test_images),
+        "torch, with BatchNorm": predict(trained, data.test_images),
         "torch, folded": predict(folded, data.test_images),
         "onnxruntime, folded": onnx_predict(f, data.test_images, provider),
     }
-    differ = (labels["torch, with BatchNorm"] != labels["onnxruntime, folded"]).sum().item()
-    fold = bnfx.report(folded)
-    for report in (fold, verified, latency):
-        console.print(report)
     return Deployed(
-        job,
-        plain,
-        with_bn,
-        {name: share(of, data.test_labels) for name, of in labels.items()},
-        int(differ),
-        bnfx.report(with_bn),
-        fold,
-        verified,
-        latency,
+        job=job,
+        provider=provider,
+        plain=runs[0],
+        with_bn=runs[1],
+        labels=labels,
+        accuracy={stage: share(seen, data.test_labels) for stage, seen in labels.items()},
+        insert=bnfx.report(trained),
+        fold=bnfx.report(folded),
+        verified=verified,
+        latency=latency,
     )
 
 
-def choose_provider(console: Console) -> str:
-    """CUDA where onnxruntime runs on it, the CPU otherwise; says which and why."""
-    missing = bnfx.providers.why_no_cuda()
-    console.print(f"onnxruntime runs on {'the CPU' if missing else 'CUDA'}", missing or "")
-    return "cpu" if missing else "cuda"
-
-
-def summary(results: list[Deployed]) -> Table:
+def accuracy_table(results: list[Deployed]) -> Table:
     """Test accuracy of every stage, in percent, one column for each network."""
     table = Table(title="Accuracy on the same 360 test images (%)", title_justify="left")
     table.add_column("")
@@ -164,12 +174,11 @@ def summary(results: list[Deployed]) -> Table:
     return table
 
 
-def write(results: list[Deployed], out: Path, seed: int, provider: str) -> None:
+def write(results: list[Deployed], out: Path, seed: int) -> None:
     """The JSON report and the picture."""
     packages = ("bnfx", "torch", "onnx", "onnxscript", "scikit-learn")
     report = {
         "seed": seed,
-        "provider": provider,
         "versions": {**{p: metadata.version(p) for p in packages}, "onnxruntime": ort.__version__},
         "networks": {result.job.name: result.to_dict() for result in results},
     }
@@ -181,6 +190,20 @@ def write(results: list[Deployed], out: Path, seed: int, provider: str) -> None:
     draw_curves(panels, out / "training.png")
 
 
+def show_results(results: list[Deployed], out: Path, console: Console) -> None:
+    """The accuracies, one verdict for each network, and the files."""
+    console.rule("Results")
+    console.print(accuracy_table(results))
+    for result in results:
+        where = "CUDA" if result.provider == "cuda" else "CPU"
+        verdict = f"{result.verified.status} on {where}"
+        differ = result.images_that_differ()
+        alike = f"torch and onnxruntime read {differ or 'no'} test images differently"
+        console.print(f"{result.job.title}: verification {verdict}; {alike}", markup=False)
+    names = ", ".join(sorted(path.name for path in out.iterdir() if path.is_file()))
+    console.print(f"\nIn {out}: {names}", markup=False, highlight=False)
+
+
 def main(argv: list[str]) -> int:
     """Run the job; 0 where every file is verified and read alike."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -190,17 +213,15 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    provider = choose_provider(console)
     data = load(options.seed)
     results = []
     for job in JOBS:
         console.rule(job.title)
         torch.manual_seed(options.seed)
         runs = train_both(job, data, job.quick_steps if options.quick else job.steps, console)
-        results.append(deploy(job, runs, data, options.out, provider, console))
-    write(results, options.out, options.seed, provider)
-    console.rule("Results")
-    console.print(summary(results))
+        results.append(deploy(job, runs, data, options.out, console))
+    write(results, options.out, options.seed)
+    show_results(results, options.out, console)
     return 0 if all(result.good() for result in results) else 1
 
 

@@ -12,8 +12,8 @@ with s along the output channels of W. Both are computed in float64 and rounded 
 
 A BatchNorm is folded if all of this is proved from the graph: it uses running statistics that
 nothing writes; its input is the output of a convolution, transposed convolution or linear layer,
-and nobody else sees that output; the layer's weight and bias are constants; the channels of the layer
-are the axis that the BatchNorm normalises. Everything else is left with the reason.
+and nobody else sees that output; the layer's weight and bias are constants; the channels of the
+layer are the axis that the BatchNorm normalises. Everything else is left with the reason.
 """
 
 from __future__ import annotations
@@ -230,7 +230,8 @@ def scale_output(weight: Tensor, scale: Tensor, *, transposed: bool, groups: int
         return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
     grouped = weight.unflatten(0, (groups, -1))
     factors = scale.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
-    return (grouped * factors).flatten(0, 1)
+    scaled: Tensor = (grouped * factors).flatten(0, 1)
+    return scaled
 
 
 def _write(

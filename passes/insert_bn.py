@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfx.capture import ModuleGraph, assemble, owner_of
 from bnfx.ledger import attribute, free_name
@@ -135,6 +136,7 @@ class InsertBatchNorm:
         root, graph, node = captured.root, captured.graph, site.node
         keeps_bias = site.bias is not None and not _may_go(captured, site.bias, sites)
         norm = self._norm(root, site, keeps_bias=keeps_bias)
+        norm.training = root.training
         name = free_name(root, f"{site.path}_bn")
         parent, _, leaf = name.rpartition(".")
         root.get_submodule(parent).add_module(leaf, norm)
@@ -155,9 +157,7 @@ class InsertBatchNorm:
         reason = f"feeds {site.nonlinearity!r}"
         return InsertRecord(site.path, site.row.kind, norm.num_features, "inserted", name, reason)
 
-    def _norm(
-        self, root: nn.Module, site: Site, *, keeps_bias: bool
-    ) -> nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d:
+    def _norm(self, root: nn.Module, site: Site, *, keeps_bias: bool) -> _BatchNorm:
         weight = attribute(root, site.weight)
         assert isinstance(weight, Tensor)
         # Statistics of half-precision models are kept in float32: sums of squares overflow sooner.
@@ -175,13 +175,13 @@ class InsertBatchNorm:
             if self.init == "identity":
                 norm.weight.fill_(math.sqrt(1 + self.eps))
             if site.bias is None:
-                return norm.train(root.training)
+                return norm
             bias = attribute(root, site.bias)
             assert isinstance(bias, Tensor)
             norm.bias.copy_(bias)
             if keeps_bias:  # a bias that stays is taken off again by the mean
                 norm.running_mean.copy_(bias)
-        return norm.train(root.training)
+        return norm
 
 
 @dataclass(frozen=True)
@@ -280,9 +280,9 @@ def _parameters(
     ]
     if names[0] is None or (call["bias"] is not None and names[1] is None):
         return None, None, None, 0
-    weight = attribute(root, names[0])
-    assert isinstance(weight, Tensor)
-    channels = _channels(row, weight, call["groups"])
+    stored = attribute(root, names[0])
+    assert isinstance(stored, Tensor)
+    channels = _channels(row, stored, call["groups"])
     return owner_of(names[0]), names[0], names[1], channels
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+from bnfx.providers import cuda_unavailable_reason
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +17,15 @@ def _seed() -> None:
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked gpu runs where a node really runs on CUDA, and otherwise says why not."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    reason = cuda_unavailable_reason()
+    if reason is None:
+        return
+    if os.environ.get("BNFX_REQUIRE_GPU") == "1":
+        pytest.fail(f"a GPU is required: {reason}")
+    pytest.skip(reason)

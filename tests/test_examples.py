@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import onnx
 import pytest
 
 ROOT = Path(__file__).parent.parent
