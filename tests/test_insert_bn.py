@@ -112,7 +112,9 @@ def test_identity_keeps_the_output(dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 8, 8, dtype=dtype)
     done = bnfx.insert_bn(model, x, init="identity")
     moved = (done(x) - model(x)).detach().double().norm() / model(x).detach().double().norm()
-    assert float(moved) <= torch.finfo(dtype).eps  # elementwise, values near zero lose more
+    # A few roundings, pooled: elementwise, values near zero lose more. Gamma 1 would move the
+    # float32 output by 42 eps.
+    assert float(moved) <= 4 * torch.finfo(dtype).eps
 
 
 def test_layer_called_twice_gets_two() -> None:
