@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +160,7 @@ class _FunctionalTracer(_Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque or has_hooks(m):
             return True
-        if isinstance(m, _BatchNorm) and type(m).forward is _BatchNorm.forward:
+        if _is_stock_norm(m):
             return m.training or m.running_mean is None or m.running_var is None
         if type(m) in TRANSPARENT_MODULES:
             return False
@@ -175,9 +175,7 @@ class _FunctionalTracer(_Tracer):
     ) -> Any:
         """A BatchNorm in eval mode becomes `F.batch_norm`; its check of the rank is remembered."""
         path = self.path_of_module(m)
-        if not isinstance(m, _BatchNorm) or self.is_leaf_module(m, path):
-            return super().call_module(m, forward, args, kwargs)
-        if type(m).forward is not _BatchNorm.forward:
+        if not _is_stock_norm(m) or self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         x = args[0] if args else kwargs["input"]
         statistics = (m.running_mean, m.running_var, m.weight, m.bias)
@@ -186,6 +184,12 @@ class _FunctionalTracer(_Tracer):
         ranks = [ranks for kind, ranks in _RANKS if isinstance(m, kind)]
         out.node.meta[RANKS] = ranks[0] if ranks else frozenset()
         return out
+
+
+def _is_stock_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether this is BatchNorm as torch computes it; in eval mode SyncBatchNorm is the same."""
+    stock = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return isinstance(module, _BatchNorm) and type(module).forward in stock
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfx.capture import RANKS, batch_norm_path, owner_of
+from bnfx.capture import RANKS, batch_norm_path, has_hooks, owner_of
 from bnfx.ledger import (
     Constants,
     affine_ranks,
@@ -346,7 +346,9 @@ def _why_whole(norm: _BatchNorm, *, outer: nn.Module | None) -> str:
         return "it normalises with batch statistics (train mode); call model.eval() first"
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics, so its scale depends on the batch"
-    return "it has hooks, which see its input and output; remove them first"
+    if has_hooks(norm):
+        return "it has hooks, which see its input and output; remove them first"
+    return f"{type(norm).__name__} has a forward of its own that cannot be traced"
 
 
 def _float64(tensor: Tensor | None) -> Tensor | None:

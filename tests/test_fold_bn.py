@@ -163,6 +163,14 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: Net(lambda m, x: m.bn(m.conv(x)) + m.bn.running_mean.sum(), conv=conv(), bn=bn()),
         ["folded"],
     ),
+    "synchronised": (
+        lambda: Net(
+            lambda m, x: m.bn(m.conv(x)),
+            conv=conv(),
+            bn=nn.SyncBatchNorm.convert_sync_batchnorm(bn()),
+        ),
+        ["folded"],
+    ),
     "by keyword": (
         lambda: Net(
             lambda m, x: F.batch_norm(
