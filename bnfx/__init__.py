@@ -23,8 +23,9 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from bnfx.export import ExportReport, export_onnx
-    from bnfx.reports import FoldReport, InsertReport
-    from bnfx.transform import fold_bn, insert_bn, plan_fold, plan_insert, report
+    from bnfx.folding import fold_bn, plan_fold
+    from bnfx.insertion import insert_bn, plan_insert
+    from bnfx.reports import FoldReport, InsertReport, report
     from bnfx.verify import VerifyReport, verify_onnx
 
 __version__ = "0.1.0"
@@ -71,11 +72,11 @@ _HOME = {
     "VerifyReport": "bnfx.verify",
     "benchmark_onnx": "bnfx.benchmark",
     "export_onnx": "bnfx.export",
-    "fold_bn": "bnfx.transform",
-    "insert_bn": "bnfx.transform",
-    "plan_fold": "bnfx.transform",
-    "plan_insert": "bnfx.transform",
-    "report": "bnfx.transform",
+    "fold_bn": "bnfx.folding",
+    "insert_bn": "bnfx.insertion",
+    "plan_fold": "bnfx.folding",
+    "plan_insert": "bnfx.insertion",
+    "report": "bnfx.reports",
     "verify_onnx": "bnfx.verify",
 }
 

@@ -13,11 +13,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from bnfx.errors import BnfxError
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from torch import fx, nn
 
 #: Width of a printed report; tables wrap inside it.
 _WIDTH = 118
+
+_REPORT = "bnfx"
 
 
 class Report(ABC):
@@ -150,3 +155,27 @@ class FoldReport(Report):
             for bn in self.batch_norms
         )
         return table(title, ("BatchNorm", "verdict", "into", "reason"), rows)
+
+
+def report(model: nn.Module) -> InsertReport | FoldReport:
+    """What bnfx did to a model that it returned.
+
+    Raises:
+        BnfxError: bnfx did not make this model.
+    """
+    meta = getattr(model, "meta", None)
+    done = meta.get(_REPORT) if isinstance(meta, dict) else None
+    done = done or model.__dict__.get("_bnfx_report")
+    if not isinstance(done, InsertReport | FoldReport):
+        raise BnfxError(
+            f"this {type(model).__name__} was not returned by bnfx, so there is no report of it; "
+            "plan_insert and plan_fold say what would be done"
+        )
+    return done
+
+
+def remember(module: fx.GraphModule, done: InsertReport | FoldReport) -> fx.GraphModule:
+    """`module`, which from now on tells `done` when asked by `report`."""
+    module.meta[_REPORT] = done
+    module.__dict__["_bnfx_report"] = done  # a copy keeps `meta`, a pickle keeps attributes
+    return module

@@ -366,7 +366,7 @@ def _check_weights(
     folded = next((entry.value for entry in proto.metadata_props if entry.key == FOLDED), None)
     if folded is None:
         return [], ["weights: not checked, since the file does not say that bnfx folded it"]
-    from bnfx.transform import fold_bn
+    from bnfx.folding import fold_bn
 
     wide = clone(model).double()
     args, kwargs = pytree.tree_map(lambda leaf: _cast(leaf, torch.float64), example)

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfx.capture import ModuleGraph, assemble, owner_of
+from bnfx.capture import assemble, owner_of
 from bnfx.ledger import attribute, free_name
+from bnfx.module_graph import ModuleGraph
 from bnfx.operators import (
     Affine,
     Role,

@@ -1,8 +1,4 @@
-"""The transforms: insert BatchNorm, fold BatchNorm, and what was done to a model.
-
-All of them leave the model that they are given bit-identical (parameters, buffers, hooks, training
-flags) and return a new one.
-"""
+"""`insert_bn` and its dry run. The model given stays bit-identical; a new one is returned."""
 
 from __future__ import annotations
 
@@ -12,13 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from bnfx.capture import Example, assemble, clone, example, inference_graph, module_graph
-from bnfx.errors import BnfxError, InsertError
-from bnfx.operators import affine_of
-from bnfx.passes import FoldBatchNorm, InsertBatchNorm, InsertFilter
-from bnfx.reports import FoldReport, InsertReport
-
-_REPORT = "bnfx"
+from bnfx.capture import Example, clone, example
+from bnfx.errors import InsertError
+from bnfx.module_graph import module_graph
+from bnfx.passes import InsertBatchNorm, InsertFilter
+from bnfx.reports import InsertReport, remember, report
 
 
 def insert_bn(
@@ -75,7 +69,7 @@ def insert_bn(
     inserted, done = insertion.rewrite(captured, found)
     if init == "identity" and given is not None:
         _check_identity(model, inserted, given)
-    return _remember(inserted, done)
+    return remember(inserted, done)
 
 
 def plan_insert(model: nn.Module, example_inputs: Any = None, **options: Any) -> InsertReport:
@@ -83,74 +77,6 @@ def plan_insert(model: nn.Module, example_inputs: Any = None, **options: Any) ->
     done = report(insert_bn(model, example_inputs, **options))
     assert isinstance(done, InsertReport)
     return done
-
-
-def fold_bn(
-    model: nn.Module,
-    example_inputs: Any = None,
-    *,
-    example_kwargs: Mapping[str, Any] | None = None,
-) -> fx.GraphModule:
-    """An inference graph of `model` with every provable BatchNorm folded into the layer before it.
-
-    With s = gamma / sqrt(var + eps) and t = beta - mean s, the weight W becomes s W along its
-    output channels and the bias b becomes s b + t (Ioffe & Szegedy 2015, Algorithm 2), computed in
-    float64 and rounded once to the stored dtype. A BatchNorm for which that is not proved stays,
-    with the reason in `bnfx.report(result)`.
-
-    Args:
-        model: Any module, in eval mode; a BatchNorm in train mode is left alone. Any device, any
-            floating dtype.
-        example_inputs: Tuple of positional arguments, or a lone tensor. Needed where the forward
-            cannot be traced symbolically; useful where the rank of a tensor decides.
-        example_kwargs: Keyword arguments that go with them.
-
-    Returns:
-        A `torch.fx.GraphModule` with the parameters at their original names.
-
-    Raises:
-        CaptureError: The model cannot be captured; the message says what to do.
-    """
-    given = example(example_inputs, example_kwargs)
-    graph = inference_graph(model, given)
-    folding = FoldBatchNorm(_ranks(graph, given))
-    done = folding.rewrite(graph, folding.match(graph))
-    return _remember(assemble(graph, graph.graph), done)
-
-
-def plan_fold(
-    model: nn.Module,
-    example_inputs: Any = None,
-    *,
-    example_kwargs: Mapping[str, Any] | None = None,
-) -> FoldReport:
-    """What `fold_bn` would do with the same arguments; nothing is changed."""
-    done = report(fold_bn(model, example_inputs, example_kwargs=example_kwargs))
-    assert isinstance(done, FoldReport)
-    return done
-
-
-def report(model: nn.Module) -> InsertReport | FoldReport:
-    """What bnfx did to a model that it returned.
-
-    Raises:
-        BnfxError: bnfx did not make this model.
-    """
-    meta = getattr(model, "meta", None)
-    done = meta.get(_REPORT) if isinstance(meta, dict) else None
-    done = done or model.__dict__.get("_bnfx_report")
-    if not isinstance(done, InsertReport | FoldReport):
-        raise BnfxError(
-            f"this {type(model).__name__} was not returned by bnfx, so there is no report of it; "
-            "plan_insert and plan_fold say what would be done"
-        )
-    return done
-
-
-def _remember(module: fx.GraphModule, done: InsertReport | FoldReport) -> fx.GraphModule:
-    module.meta[_REPORT] = done
-    module.__dict__["_bnfx_report"] = done  # a copy keeps `meta`, a pickle keeps attributes
-    return module
 
 
 def _refuse_unbuilt(init: str, data: object, placement: str, optimizer: object) -> None:
@@ -182,25 +108,3 @@ def _check_identity(model: nn.Module, inserted: fx.GraphModule, given: Example) 
 def _tensors(outputs: Any) -> list[Tensor]:
     leaves = torch.utils._pytree.tree_leaves(outputs)
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
-
-
-def _ranks(graph: fx.GraphModule, given: Example | None) -> dict[str, int]:
-    """Rank of the output of every affine call on the example inputs, by node name."""
-    if given is None:
-        return {}
-    ranks: dict[str, int] = {}
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            out = super().run_node(n)
-            if isinstance(out, Tensor) and affine_of(n, {}) is not None and n.op == "call_function":
-                ranks[n.name] = out.dim()
-            return out
-
-    placeholders = [str(n.target) for n in graph.graph.nodes if n.op == "placeholder"]
-    flat = [*given.args, *given.kwargs.values()]
-    if len(flat) != len(placeholders):
-        return {}
-    with torch.no_grad():
-        Recorder(graph).run(*flat)
-    return ranks

@@ -1,0 +1,148 @@
+"""A graph to fold: convolutions, linear layers and BatchNorms are function calls in it.
+
+Their parameters are attributes at their original names, whatever classes the model was written
+with.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from bnfx.capture import OWNER, RANKS, Example, Tracer, assemble, clone, has_hooks, trace
+from bnfx.errors import CaptureError
+from bnfx.operators import TRANSPARENT_MODULES
+
+_RANKS: tuple[tuple[type[nn.Module], frozenset[int]], ...] = (
+    (nn.BatchNorm1d, frozenset({2, 3})),
+    (nn.BatchNorm2d, frozenset({4})),
+    (nn.BatchNorm3d, frozenset({5})),
+)
+
+
+class _FunctionalTracer(Tracer):
+    """Goes through the torch.nn modules of the operator table; what is left whole stays a call."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.opaque or has_hooks(m):
+            return True
+        if _is_stock_norm(m):
+            return m.training or m.running_mean is None or m.running_var is None
+        if type(m) in TRANSPARENT_MODULES:
+            return False
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A BatchNorm in eval mode becomes `F.batch_norm`; its check of the rank is remembered."""
+        path = self.path_of_module(m)
+        if not _is_stock_norm(m) or self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        x = args[0] if args else kwargs["input"]
+        statistics = (m.running_mean, m.running_var, m.weight, m.bias)
+        out: Any = F.batch_norm(x, *statistics, training=False, eps=m.eps)
+        out.node.meta[OWNER] = path
+        ranks = [ranks for kind, ranks in _RANKS if isinstance(m, kind)]
+        out.node.meta[RANKS] = ranks[0] if ranks else frozenset()
+        return out
+
+
+def _is_stock_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether this is BatchNorm as torch computes it; in eval mode SyncBatchNorm is the same."""
+    stock = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return isinstance(module, _BatchNorm) and type(module).forward in stock
+
+
+def inference_graph(model: nn.Module, given: Example | None) -> fx.GraphModule:
+    """A functional graph of a copy of `model` in its present mode.
+
+    Without example inputs, and with them where that gives the same outputs, by symbolic tracing;
+    otherwise by `torch.export.export(strict=False)` with dynamic shapes.
+
+    Raises:
+        CaptureError: Neither way works; the message holds both causes.
+    """
+    root = clone(model)
+    try:
+        graph, _ = trace(_FunctionalTracer, root, frozenset(), given)
+    except CaptureError as error:
+        if given is None:
+            raise CaptureError(
+                f"{error}. Pass example_inputs, so that torch.export can capture the model"
+            ) from error
+        return _exported(root, given, str(error))
+    traced = assemble(root, graph)
+    if given is not None and not _agree(root, traced, given):
+        return _exported(root, given, "the traced graph and the model disagree on the example")
+    return traced
+
+
+def _agree(root: nn.Module, traced: fx.GraphModule, given: Example) -> bool:
+    """Whether model and graph give bit-equal outputs on the example (in train mode: not asked)."""
+    if any(module.training for module in root.modules()):
+        return True
+    signature = inspect.signature(root.forward).bind(*given.args, **given.kwargs)
+    names = {str(node.target) for node in traced.graph.nodes if node.op == "placeholder"}
+    tensors = {k: v for k, v in signature.arguments.items() if k in names}
+    with torch.no_grad():
+        truth = pytree.tree_leaves(
+            clone(root)(*copy.deepcopy(given.args), **copy.deepcopy(given.kwargs))
+        )
+        try:
+            ours = pytree.tree_leaves(clone(traced)(**copy.deepcopy(tensors)))
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return False
+    return len(ours) == len(truth) and all(
+        torch.equal(a, b) or bool(torch.allclose(a, b, equal_nan=True))
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else type(a) is type(b)
+        for a, b in zip(ours, truth, strict=True)
+    )
+
+
+def _exported(root: nn.Module, given: Example, cause: str) -> fx.GraphModule:
+    errors = [f"symbolic tracing: {cause}"]
+    dynamic = pytree.tree_map(
+        lambda leaf: (
+            dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO)
+            if isinstance(leaf, Tensor)
+            else None
+        ),
+        (given.args, dict(given.kwargs)),
+    )
+    signature = inspect.signature(root.forward)
+    try:
+        names = list(signature.bind(*given.args, **given.kwargs).arguments)
+    except TypeError as error:
+        raise CaptureError(
+            f"the example does not fit {type(root).__name__}.forward: {error}"
+        ) from error
+    shapes = dict(zip(names, [*dynamic[0], *dynamic[1].values()], strict=False))
+    for dynamic_shapes in (shapes, None):
+        try:
+            program = torch.export.export(
+                root, given.args, dict(given.kwargs), dynamic_shapes=dynamic_shapes, strict=False
+            )
+        except Exception as error:  # noqa: BLE001  # the exporter and the user's forward raise anything
+            errors.append(f"torch.export: {str(error).partition(chr(10))[0]}")
+            continue
+        captured = program.module()
+        assert isinstance(captured, fx.GraphModule)
+        # The exporter's own hooks look at its class; its guards are a node and stay.
+        captured._forward_pre_hooks.clear()
+        captured._forward_pre_hooks_with_kwargs.clear()
+        return captured
+    raise CaptureError(f"{type(root).__name__} cannot be captured. " + "; ".join(errors))
