@@ -149,8 +149,8 @@ class Tracer(fx.Tracer):
         if dataclasses.is_dataclass(kind):
             names = [f.name for f in dataclasses.fields(kind)]
             fields = {name: self.create_arg(getattr(a, name)) for name in names}
-            target: Callable[..., Any] = kind
-            return self.create_node("call_function", target, (), fields)
+            make: Any = kind
+            return self.create_node("call_function", make, (), fields)
         raise NotImplementedError(f"a {kind.__name__}, which cannot be made in a graph")
 
     def call_module(

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfx.calibration import calibrate
 from bnfx.capture import Example, example, modes_kept
-from bnfx.errors import CalibrationError, InsertError
+from bnfx.errors import InsertError
 from bnfx.insert_plan import InsertPlan, carry_out, make_plan, report_of
 from bnfx.inserted import Origin
 from bnfx.ledger import attribute

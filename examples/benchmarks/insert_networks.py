@@ -56,7 +56,7 @@ def _schemas() -> torch.library.Library:
 
 
 def open_torchvision() -> Any:
-    """`torchvision.models`; its wheel is built for a CUDA torch and fails to import beside others."""
+    """`torchvision.models`; its wheel is for a CUDA torch, and fails to import beside others."""
     try:
         return importlib.import_module("torchvision.models")
     except RuntimeError as error:
@@ -160,15 +160,29 @@ def transformers_networks() -> Iterator[Network]:
     t5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
     t5["decoder_start_token_id"] = 0
     whisper = {
-        **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 100},
-        **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64},
-        **{"decoder_ffn_dim": 64, "num_mel_bins": 16, "max_source_positions": 30},
-        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "vocab_size": 100,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "num_mel_bins": 16,
+        "max_source_positions": 30,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 1,
     }
     wav = {
         **_TINY,
-        **{"conv_dim": (16, 16), "conv_kernel": (10, 3), "conv_stride": (5, 2), "vocab_size": 32},
-        **{"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2},
+        "conv_dim": (16, 16),
+        "conv_kernel": (10, 3),
+        "conv_stride": (5, 2),
+        "vocab_size": 32,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 2,
         "num_feat_extract_layers": 2,
     }
     mel = {"input_features": torch.randn(2, 16, 60), "decoder_input_ids": tokens["input_ids"]}
@@ -180,11 +194,15 @@ def transformers_networks() -> Iterator[Network]:
     }
     swin = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "image_size": 64}
     mobilevit = {
-        **{"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 16, 16, 32]},
-        **{"image_size": 64, "num_attention_heads": 2},
+        "hidden_sizes": [16, 24, 32],
+        "neck_hidden_sizes": [8, 8, 16, 16, 16, 16, 32],
+        "image_size": 64,
+        "num_attention_heads": 2,
     }
     segformer = {
-        **{"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "decoder_hidden_size": 32},
+        "hidden_sizes": [16, 16, 32, 32],
+        "depths": [1, 1, 1, 1],
+        "decoder_hidden_size": 32,
         "num_attention_heads": [1, 2, 2, 4],
     }
     vit = {**_TINY, "image_size": 64, "patch_size": 16}
