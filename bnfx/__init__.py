@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnfx import passes
     from bnfx.benchmark import BenchReport, benchmark_onnx
+    from bnfx.calibration import recalibrate_bn
     from bnfx.errors import (
         BnfxError,
         CalibrationError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from bnfx.export import ExportReport, export_onnx
     from bnfx.folding import fold_bn, plan_fold
     from bnfx.insertion import insert_bn, plan_insert
+    from bnfx.optimizers import param_groups
     from bnfx.reports import FoldReport, InsertReport, report
     from bnfx.verify import VerifyReport, verify_onnx
 
@@ -48,9 +50,11 @@ __all__ = [
     "export_onnx",
     "fold_bn",
     "insert_bn",
+    "param_groups",
     "passes",
     "plan_fold",
     "plan_insert",
+    "recalibrate_bn",
     "report",
     "verify_onnx",
 ]
@@ -74,8 +78,10 @@ _HOME = {
     "export_onnx": "bnfx.export",
     "fold_bn": "bnfx.folding",
     "insert_bn": "bnfx.insertion",
+    "param_groups": "bnfx.optimizers",
     "plan_fold": "bnfx.folding",
     "plan_insert": "bnfx.insertion",
+    "recalibrate_bn": "bnfx.calibration",
     "report": "bnfx.reports",
     "verify_onnx": "bnfx.verify",
 }
