@@ -43,8 +43,9 @@ _POOLS = """
     F.avg_pool{d}d({v}, 2); F.avg_pool{d}d({v}, 3, 1, 1); F.avg_pool{d}d({v}, 3, 1, 1, False, False)
     F.avg_pool{d}d({v}, 3, 2, 1, True, True); F.avg_pool{d}d({v}, 3, 2, 0, True, False)
     F.adaptive_avg_pool{d}d({v}, 2); F.adaptive_avg_pool{d}d({v}, 1)
-    F.adaptive_max_pool{d}d({v}, 2); {v}.mean({space}); {v}.mean({space}, keepdim=True); {v}.amax({space}, keepdim=True)
-    F.interpolate({v}, scale_factor=2); {v}.sum(-1); {v}.mean(1, keepdim=True); {v}.amin(1)
+    F.adaptive_max_pool{d}d({v}, 2); {v}.mean({space}); {v}.mean({space}, keepdim=True)
+    {v}.amax({space}, keepdim=True); F.interpolate({v}, scale_factor=2); {v}.sum(-1)
+    {v}.mean(1, keepdim=True); {v}.amin(1)
 """
 
 _POOLS_2D = """
@@ -109,7 +110,8 @@ _MERGES = """
     torch.maximum({v}, {o}); torch.minimum({v}, {o}) - {v}; {v} + {o}.flip(1); sum([{v}, {o}])
     torch.sub({v}, {o}, alpha=2); {v} * {o}.amax(-1, keepdim=True); torch.lerp({v}, {o}, 0.3)
     {v}.softmax(-1) @ {o}.mT; F.scaled_dot_product_attention({v}, {v}, {o})
-    {v} @ {o}.softmax(-1).mT; torch.where({o} > 0, {v}, {o}); {v}.masked_fill({o} > 0, 0.0); torch.outer({v}[0], {o}[0])
+    {v} @ {o}.softmax(-1).mT; torch.where({o} > 0, {v}, {o}); {v}.masked_fill({o} > 0, 0.0)
+    torch.outer({v}[0], {o}[0])
 """
 
 
@@ -146,7 +148,8 @@ def tied(w: Writer, v: str) -> str:
 
 _PEEKS = """
     {v} * {l}.weight.norm(); {v} + {l}.bias.sum(); {v} + {l}.running_mean.mean()
-    {v} + {l}.running_mean; F.linear({v}, {l}.weight.t()); {v} * {l}.running_var.max(); {v} + {l}.weight.mean()
+    {v} + {l}.running_mean; F.linear({v}, {l}.weight.t()); {v} * {l}.running_var.max()
+    {v} + {l}.weight.mean()
 """
 
 
@@ -230,10 +233,10 @@ def norm_conv(w: Writer, v: str) -> str:
     return w.pick((layers.conv, layers.linear, layers.transposed, layers.functional_conv))(w, u)
 
 
-#: Weight and statement.
+#: Weight and statement; the simplest first, towards which hypothesis shrinks.
 MOVES: tuple[tuple[int, Callable[[Writer, str], object]], ...] = (
-    (6, conv_norm),
     (6, layers.batch_norm),
+    (6, conv_norm),
     (3, activation),
     (4, norm_conv),
     (3, residual),
