@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bnfx.constraints import Constraints, Demand, Kind, Site, Systems
+from bnfx.constraints import Constraints, Demand, Kind, Site
 from bnfx.gauges import Gauges, Refused, attempt, equations
 from bnfx.linear_system import Floats, Ints
 from bnfx.rewriting import Change
-from bnfx.words import channels, path_of
+from bnfx.words import channels, describe, path_of
 
 #: Forced values closer than this, relatively, are not taken for a contradiction.
 _APART = 1e-9
@@ -45,13 +45,12 @@ class Explanation:
     def __init__(
         self,
         found: Constraints,
-        hard: Systems,
         gauges: Gauges,
         changes: Sequence[Change],
         candidates: Sequence[Site],
     ) -> None:
         self.found = found
-        self.hard = hard
+        self.hard = gauges.hard
         self.gauges = gauges
         self.changed = [change.site for change in changes]
         self.candidates = list(candidates)
@@ -102,6 +101,8 @@ class Explanation:
                 f"it normalises axis 1, and its channels share one gauge in what it reads ({where})"
             )
         before = self._cause(int(site.x[lane]), refused.part)
+        if not site.x[lane]:
+            before = f"{describe(site.source)}, whose values stay"
         behind = self._cause(int(site.y[lane]), refused.part)
         if refused.part == "sign":
             return f"its scale is negative on {where}, which {behind or before} does not let pass"
@@ -112,7 +113,7 @@ class Explanation:
     def _cause(self, label: int, part: str) -> str:
         """The nearest demand that fixes a gauge, in words."""
         if label == 0:
-            return "what it reads, which keeps its values"
+            return ""
         fixing = {
             "scale": {Demand.SAME, Demand.SAME_SCALE},
             "sign": {Demand.SAME, Demand.SAME_SCALE, Demand.POSITIVE},

@@ -101,6 +101,13 @@ class Constraints:
     absorbers: list[Ints] = field(default_factory=list)
     _known: dict[tuple[fx.Node, str, int], Ints] = field(default_factory=dict)
 
+    def copy(self) -> Constraints:
+        """An independent copy."""
+        return Constraints(
+            *(self.count, list(self.batches), dict(self.sites), dict(self.readers)),
+            *(list(self.absorbers), dict(self._known)),
+        )
+
     def fresh(self, node: fx.Node, slot: str, count: int) -> Ints:
         """`count` labels for `node`; the same ones when asked again."""
         key = (node, slot, count)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from bnfx.constraints import Cause, Constraints, Demand, Kind, Site
-from bnfx.evaluation import Values
+from bnfx.evaluation import Values, reads_elements
 from bnfx.labels import along, array, compact, concatenated, ground_map, rows_along, settled
 from bnfx.linear_system import Ints
 from bnfx.norms import affine_map_of, norm_call
@@ -57,10 +57,15 @@ class Propagation:
         self.found = found
         self.barred = barred
         self.maps: dict[fx.Node, Any] = {}
+        self.data: set[fx.Node] = set()
 
     def run(self) -> None:
         """Visit every node in order."""
         for node in self.graph.nodes:
+            if node.op == "placeholder" or any(
+                n in self.data and reads_elements(node, n) for n in node.all_input_nodes
+            ):
+                self.data.add(node)
             if node.op in ("placeholder", "get_attr"):
                 self.maps[node] = self._grounded(node)
             elif node.op == "output":
@@ -71,7 +76,7 @@ class Propagation:
                 self._bar(node)
 
     def _visit(self, node: fx.Node) -> Any:
-        if self.values.is_constant(node):
+        if self.values.is_constant(node) or node not in self.data:
             return self._grounded(node)
         before = len(self.found.batches)
         try:
@@ -243,7 +248,8 @@ class Propagation:
         )
         if random or not is_tensor(value) or not value.is_floating_point():
             raise Opaque
-        if tuple(value.shape) != tuple(labels.shape):
+        source = self.shapes.values[node.all_input_nodes[0]]
+        if value.shape != source.shape or value.dtype != source.dtype or _casts(node):
             raise Opaque
         return labels
 
@@ -588,6 +594,17 @@ def _moved(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]  # a function
+
+
+def _casts(node: fx.Node) -> bool:
+    """Whether the call names a dtype: rounding to it would come out otherwise under a gauge.
+
+    In a copy of the model at another dtype it may round, and both copies must fold alike.
+    """
+    named = [*node.args, *node.kwargs.values()]
+    return function_name(node.target) in ("float", "half", "bfloat16", "double") or any(
+        isinstance(value, torch.dtype) for value in named
+    )
 
 
 def pads_with_zeros(row: Affine, call: dict[str, Any], weight: Tensor) -> bool:

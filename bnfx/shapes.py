@@ -34,7 +34,7 @@ class Unknown:
 UNKNOWN = Unknown()
 
 
-@dataclass
+@dataclass(eq=False)
 class Shapes:
     """Fake values by node, and the nodes whose shape was assumed.
 
@@ -66,6 +66,10 @@ def shapes_of(module: fx.GraphModule, inputs: Sequence[Any] | None) -> list[Shap
         runs = (runner.run(other, _BATCH, 0) for other in others)
         second = next((run for run in runs if len(run.failures) <= len(first.failures)), None)
         return [first, second] if second is not None else [first]
+    return _assumed(runner)
+
+
+def _assumed(runner: _Runner) -> list[Shapes]:
     tried: list[Shapes] = []
     for size in _SIZES:
         tried.append(runner.run(None, _BATCH, size))
@@ -78,6 +82,20 @@ def shapes_of(module: fx.GraphModule, inputs: Sequence[Any] | None) -> list[Shap
         if len(second.failures) <= len(first.failures):
             return [first, second]
     return [first]
+
+
+def at_other_ranks(module: fx.GraphModule, runs: Sequence[Shapes], node: fx.Node) -> list[Shapes]:
+    """Shapes with another rank assumed for `node`, one run for each rank that the graph takes."""
+    first = runs[0]
+    size = next((int(v.shape[-1]) for v in map(first.values.get, first.assumed) if is_tensor(v)), 8)
+    runner = _Runner(module)
+    found = []
+    for change in (-1, 1, 2):
+        runner.shifts = {node: change}
+        run = runner.run(None, _BATCH, size)
+        if not run.failures:
+            found.append(run)
+    return found
 
 
 def _resized(inputs: Sequence[Any], batch: int, space: int) -> list[Any]:
@@ -109,6 +127,7 @@ class _Runner:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.modules = dict(module.named_modules(remove_duplicate=False))
         self.fixed: dict[str, Any] = {}
+        self.shifts: dict[fx.Node, int] = {}
 
     def run(self, inputs: Sequence[Any] | None, batch: int, size: int) -> Shapes:
         found = Shapes()
@@ -153,8 +172,13 @@ class _Runner:
             channels = weight.shape[0 if row.transposed else 1] * (
                 1 if row.transposed else int(call["groups"])
             )
-            found.assumed[node] = row.spatial + 2
-            return torch.empty(batch, channels, *[size] * row.spatial, dtype=weight.dtype)
+            rank = row.spatial + 2 + self.shifts.get(node, 0)
+            if rank not in (row.spatial + 1, row.spatial + 2):
+                found.failures.append(node)
+                return UNKNOWN
+            found.assumed[node] = rank
+            shape = [batch, channels, *[size] * row.spatial]
+            return torch.empty(shape[row.spatial + 2 - rank :], dtype=weight.dtype)
         return UNKNOWN
 
     def _weight(self, node: object) -> Tensor | None:
@@ -199,7 +223,14 @@ class _Runner:
                 return UNKNOWN
             grouped = int(call["groups"]) if row.transposed else 1
             channels = weight.shape[1] * grouped if row.transposed else weight.shape[0]
+            shift = self.shifts.get(node, 0)
             sizes = (batch, channels, *[space] * (row.spatial or 0))
+            if row.spatial is None:
+                sizes = (*[batch] * (1 + shift), channels)
+            elif shift == -1:
+                sizes = sizes[1:]
+            elif shift:
+                found.failures.append(node)
             found.assumed[node] = len(sizes)
             return torch.empty(sizes, dtype=weight.dtype)
         ranks = node.meta.get(RANKS, frozenset())
@@ -207,7 +238,10 @@ class _Runner:
             mean = self._weight(argument(node, 1, "running_mean"))
             if mean is None:
                 return UNKNOWN
-            found.assumed[node] = rank = min(ranks)
+            found.assumed[node] = rank = min(ranks) + self.shifts.get(node, 0)
+            if rank not in ranks:
+                found.failures.append(node)
+                return UNKNOWN
             return torch.empty(batch, mean.shape[0], *[space] * (rank - 2), dtype=mean.dtype)
         return UNKNOWN
 

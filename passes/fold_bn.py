@@ -45,7 +45,7 @@ from bnfx.operators import (
 from bnfx.propagation import Propagation
 from bnfx.reports import FoldRecord, FoldReport
 from bnfx.rewriting import Change, change_of
-from bnfx.shapes import Shapes, is_tensor, shapes_of
+from bnfx.shapes import Shapes, at_other_ranks, is_tensor, shapes_of
 from bnfx.words import describe
 from bnfx.writing import write
 
@@ -79,29 +79,23 @@ class FoldBatchNorm:
 
     def match(self, module: fx.GraphModule) -> Plan:
         """What can be folded, and what keeps the rest. Changes nothing."""
-        graph = module.graph
-        values = Values(graph, constants(module))
-        runs = shapes_of(module, self.inputs)
-        kept = barred(graph)
+        walk = _Walk.of(module, self.inputs)
         found = Constraints()
-        for shapes in runs:
-            Propagation(graph, shapes, values, found, kept).run()
-        candidates, refused = _candidates(graph, found, runs[0], kept)
-        dead = frozenset(s.node for s in candidates if _sole_reader(s) is not None)
-        limit = NARROW if _half(module) else WIDE
-        gauges = Solver(found, candidates, dead, limit).solve()
+        walk.through(walk.runs, found)
+        candidates, refused = _candidates(module.graph, found, walk.runs[0], walk.kept)
+        gauges = _solved(module, found, candidates)
+        found, gauges, guards = _guarded(walk, found, gauges)
         gauges.refused.update(refused)
         constant = _constant_outputs(gauges)
         vanished = {site.node for site in gauges.eliminated}
         changes = [
-            change_of(site, gauges, values, constant.get(site.node, {}))
+            change_of(site, gauges, walk.values, constant.get(site.node, {}))
             for site in found.sites.values()
             if site.node not in vanished
         ]
         done = tuple(change for change in changes if change is not None)
-        explanation = Explanation(found, gauges.hard, gauges, done, candidates)
-        records = _records(module, found, gauges, values, explanation)
-        guards = _guards(runs[0], gauges)
+        explanation = Explanation(found, gauges, done, candidates)
+        records = _records(module, found, gauges, walk.values, explanation)
         return Plan(gauges, done, tuple(records), guards)
 
     def rewrite(self, module: fx.GraphModule, plan: Plan) -> FoldReport:
@@ -110,6 +104,32 @@ class FoldBatchNorm:
             _guard_rank(module.graph, node, rank)
         provenance = write(module, plan.changes, plan.gauges.eliminated)
         return FoldReport(plan.records, provenance)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What every way through the graph needs."""
+
+    module: fx.GraphModule
+    values: Values
+    runs: list[Shapes]
+    kept: frozenset[fx.Node]
+
+    @staticmethod
+    def of(module: fx.GraphModule, inputs: Sequence[Any] | None) -> _Walk:
+        values = Values(module.graph, constants(module))
+        return _Walk(module, values, shapes_of(module, inputs), barred(module.graph))
+
+    def through(self, runs: Iterable[Shapes], found: Constraints) -> None:
+        """Add the demands at the sizes of `runs`."""
+        for shapes in runs:
+            Propagation(self.module.graph, shapes, self.values, found, self.kept).run()
+
+
+def _solved(module: fx.GraphModule, found: Constraints, candidates: list[Site]) -> Gauges:
+    dead = frozenset(s.node for s in candidates if _sole_reader(s) is not None)
+    half = any(p.dtype is torch.float16 for p in module.parameters())
+    return Solver(found, candidates, dead, NARROW if half else WIDE).solve()
 
 
 def _candidates(
@@ -154,10 +174,6 @@ def _sole_reader(site: Site) -> fx.Node | None:
     if source is None or affine_of(source, {}) is None or len(source.users) != 1:
         return None
     return source
-
-
-def _half(module: fx.GraphModule) -> bool:
-    return any(p.dtype is torch.float16 for p in module.parameters())
 
 
 def _constant_outputs(gauges: Gauges) -> dict[fx.Node, dict[int, float]]:
@@ -212,11 +228,24 @@ def _why_unseen() -> str:
     return "the shape of its input is unknown without example_inputs; pass them"
 
 
-def _guards(shapes: Shapes, gauges: Gauges) -> dict[fx.Node, int]:
-    """Assumed ranks that no BatchNorm class demands, where something was folded."""
-    if not gauges.eliminated:
-        return {}
-    return {node: rank for node, rank in shapes.assumed.items() if not _demanded(node, rank)}
+def _guarded(
+    walk: _Walk, found: Constraints, gauges: Gauges
+) -> tuple[Constraints, Gauges, dict[fx.Node, int]]:
+    """Assumed ranks: where others give the same result no guard is needed."""
+    guards: dict[fx.Node, int] = {}
+    for node, rank in walk.runs[0].assumed.items():
+        if not gauges.eliminated or _demanded(node, rank):
+            continue
+        others = at_other_ranks(walk.module, walk.runs, node)
+        wider = found.copy()
+        walk.through(others, wider)
+        again = _solved(walk.module, wider, list(gauges.eliminated))
+        if others and len(again.eliminated) == len(gauges.eliminated):
+            again.refused.update(gauges.refused)
+            found, gauges = wider, again
+        else:
+            guards[node] = rank
+    return found, gauges, guards
 
 
 def _demanded(start: fx.Node, rank: int) -> bool:
