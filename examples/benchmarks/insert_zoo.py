@@ -91,12 +91,15 @@ def measure(network: Network) -> dict[str, Any]:
 
 def _ready(network: Network) -> tuple[nn.Module, Any, Any]:
     """The network with inputs that fit, on the meta device if it is large and runs there."""
-    model = network.build()
-    if sum(p.numel() for p in model.parameters()) > _LARGE:
-        try:
-            return (large := model.to("meta"), *_fitting(network, large, torch.device("meta")))
-        except (NotImplementedError, RuntimeError):  # it computes with values
+    meta = torch.device("meta")
+    try:
+        with meta:
             model = network.build()
+        if sum(p.numel() for p in model.parameters()) > _LARGE:
+            return (model, *_fitting(network, model, meta))
+    except (NotImplementedError, RuntimeError):  # it computes with values
+        pass
+    model = network.build()
     return (model, *_fitting(network, model, torch.device("cpu")))
 
 
