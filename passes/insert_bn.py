@@ -132,6 +132,9 @@ class InsertBatchNorm:
         if call.channels is None:
             return "its weight is computed in the forward; pass example_inputs to tell its channels"
         if call.weight is not None:
+            dtype = evidence.root.get_parameter(call.weight).dtype
+            if not dtype.is_floating_point:
+                return f"its weight is {dtype}, and BatchNorm is for real numbers"
             tied = _other_readers(evidence, readers, call)
             if tied:
                 return f"its weight is tied: {tied} reads it too"
