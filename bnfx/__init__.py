@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bnfx import passes
     from bnfx.benchmark import BenchReport, benchmark_onnx
     from bnfx.calibration import recalibrate_bn
+    from bnfx.deployment import DeployReport, deploy
     from bnfx.errors import (
         BnfxError,
         CalibrationError,
@@ -26,9 +27,12 @@ if TYPE_CHECKING:
     from bnfx.export import ExportReport, export_onnx
     from bnfx.folding import fold_bn, plan_fold
     from bnfx.insertion import insert_bn, plan_insert
+    from bnfx.inspection import InspectReport, inspect_onnx
     from bnfx.optimizers import param_groups
     from bnfx.reports import FoldReport, InsertReport, report
-    from bnfx.verify import VerifyReport, verify_onnx
+    from bnfx.stages import StageReport, removal_ledger
+    from bnfx.verdicts import VerifyReport
+    from bnfx.verify import verify_onnx
 
 __version__ = "0.1.0"
 
@@ -37,24 +41,30 @@ __all__ = [
     "BnfxError",
     "CalibrationError",
     "CaptureError",
+    "DeployReport",
     "ExportError",
     "ExportReport",
     "FoldError",
     "FoldReport",
     "InsertError",
     "InsertReport",
+    "InspectReport",
     "ProviderError",
+    "StageReport",
     "VerificationError",
     "VerifyReport",
     "benchmark_onnx",
+    "deploy",
     "export_onnx",
     "fold_bn",
     "insert_bn",
+    "inspect_onnx",
     "param_groups",
     "passes",
     "plan_fold",
     "plan_insert",
     "recalibrate_bn",
+    "removal_ledger",
     "report",
     "verify_onnx",
 ]
@@ -65,16 +75,20 @@ _HOME = {
     "BnfxError": "bnfx.errors",
     "CalibrationError": "bnfx.errors",
     "CaptureError": "bnfx.errors",
+    "DeployReport": "bnfx.deployment",
     "ExportError": "bnfx.errors",
     "ExportReport": "bnfx.export",
     "FoldError": "bnfx.errors",
     "FoldReport": "bnfx.reports",
     "InsertError": "bnfx.errors",
     "InsertReport": "bnfx.reports",
+    "InspectReport": "bnfx.inspection",
     "ProviderError": "bnfx.errors",
+    "StageReport": "bnfx.stages",
     "VerificationError": "bnfx.errors",
-    "VerifyReport": "bnfx.verify",
+    "VerifyReport": "bnfx.verdicts",
     "benchmark_onnx": "bnfx.benchmark",
+    "deploy": "bnfx.deployment",
     "export_onnx": "bnfx.export",
     "fold_bn": "bnfx.folding",
     "insert_bn": "bnfx.insertion",
@@ -82,6 +96,8 @@ _HOME = {
     "plan_fold": "bnfx.folding",
     "plan_insert": "bnfx.insertion",
     "recalibrate_bn": "bnfx.calibration",
+    "inspect_onnx": "bnfx.inspection",
+    "removal_ledger": "bnfx.stages",
     "report": "bnfx.reports",
     "verify_onnx": "bnfx.verify",
 }
