@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnfx import passes
     from bnfx.benchmark import BenchReport, benchmark_onnx
+    from bnfx.environment import EnvReport, doctor
     from bnfx.errors import (
         BnfxError,
         CalibrationError,
@@ -35,6 +36,7 @@ __all__ = [
     "BnfxError",
     "CalibrationError",
     "CaptureError",
+    "EnvReport",
     "ExportError",
     "ExportReport",
     "FoldError",
@@ -45,6 +47,7 @@ __all__ = [
     "VerificationError",
     "VerifyReport",
     "benchmark_onnx",
+    "doctor",
     "export_onnx",
     "fold_bn",
     "insert_bn",
@@ -61,6 +64,7 @@ _HOME = {
     "BnfxError": "bnfx.errors",
     "CalibrationError": "bnfx.errors",
     "CaptureError": "bnfx.errors",
+    "EnvReport": "bnfx.environment",
     "ExportError": "bnfx.errors",
     "ExportReport": "bnfx.export",
     "FoldError": "bnfx.errors",
@@ -71,6 +75,7 @@ _HOME = {
     "VerificationError": "bnfx.errors",
     "VerifyReport": "bnfx.verify",
     "benchmark_onnx": "bnfx.benchmark",
+    "doctor": "bnfx.environment",
     "export_onnx": "bnfx.export",
     "fold_bn": "bnfx.folding",
     "insert_bn": "bnfx.insertion",

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bnfx.errors import ProviderError, VerificationError
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -127,6 +129,11 @@ def require_provider(session: Any, provider: str) -> dict[str, int]:
 
 def cuda_unavailable_reason() -> str | None:
     """Why onnxruntime cannot run a node on CUDA here; None where it can."""
+    return unavailable_reason("cuda")
+
+
+def unavailable_reason(provider: str) -> str | None:
+    """Why onnxruntime cannot run a node on `provider` here; None where it can."""
     from onnx import TensorProto, helper
 
     value = helper.make_tensor_value_info
@@ -138,8 +145,10 @@ def cuda_unavailable_reason() -> str | None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     try:
-        require_provider(open_session(model.SerializeToString(), "cuda"), "cuda")
-    except ProviderError as error:
+        session = open_session(model.SerializeToString(), provider)
+        session.run(None, {"x": np.zeros(1, np.float32)})
+        require_provider(session, provider)
+    except (ProviderError, VerificationError) as error:
         return str(error)
     return None
 
