@@ -1,0 +1,82 @@
+"""Results go to standard output or to files; everything else goes to standard error."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import IO, Any
+
+from bnfx.cli_files import replacing
+
+
+@contextmanager
+def results_apart() -> Iterator[IO[str]]:
+    """Standard output for results alone.
+
+    Inside, whatever prints to standard output (a model's module, an exporter, a C++ library)
+    comes out on standard error, so that `--json -` is JSON and nothing else.
+    """
+    results = sys.stdout
+    try:
+        real = results.fileno() == 1
+    except (OSError, io.UnsupportedOperation):  # a caller in this process has put in its own
+        real = False
+    if not real:
+        with redirect_stdout(sys.stderr):
+            yield results
+        return
+    results.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with os.fdopen(kept, "w", encoding="utf-8", closefd=False) as own:
+            with redirect_stdout(sys.stderr):
+                yield own
+            own.flush()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
+def step(what: str) -> Iterator[None]:
+    """Show `what` and a moving sign on standard error while it runs, on a terminal only."""
+    from rich.console import Console
+
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """JSON by the standard, which knows no NaN: numbers that are not finite become strings."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def write(text: str, target: str, out: IO[str]) -> None:
+    """Write to a file, in one step, or to `out` where the name is "-"."""
+    if target == "-":
+        out.write(text if text.endswith("\n") else text + "\n")
+        out.flush()
+        return
+    with replacing(Path(target)) as written:
+        written.write_bytes(text.encode(errors="replace"))
