@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnfx import passes
     from bnfx.benchmark import BenchReport, benchmark_onnx
+    from bnfx.deployment import DeployReport, deploy
     from bnfx.environment import EnvReport, doctor
     from bnfx.errors import (
         BnfxError,
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
     from bnfx.export import ExportReport, export_onnx
     from bnfx.folding import fold_bn, plan_fold
     from bnfx.insertion import insert_bn, plan_insert
+    from bnfx.inspection import InspectReport, inspect_onnx
     from bnfx.reports import FoldReport, InsertReport, report
-    from bnfx.verify import VerifyReport, verify_onnx
+    from bnfx.stages import StageReport, removal_ledger
+    from bnfx.verdicts import VerifyReport
+    from bnfx.verify import verify_onnx
 
 __version__ = "0.1.0"
 
@@ -36,6 +40,7 @@ __all__ = [
     "BnfxError",
     "CalibrationError",
     "CaptureError",
+    "DeployReport",
     "EnvReport",
     "ExportError",
     "ExportReport",
@@ -43,17 +48,22 @@ __all__ = [
     "FoldReport",
     "InsertError",
     "InsertReport",
+    "InspectReport",
     "ProviderError",
+    "StageReport",
     "VerificationError",
     "VerifyReport",
     "benchmark_onnx",
+    "deploy",
     "doctor",
     "export_onnx",
     "fold_bn",
     "insert_bn",
+    "inspect_onnx",
     "passes",
     "plan_fold",
     "plan_insert",
+    "removal_ledger",
     "report",
     "verify_onnx",
 ]
@@ -65,22 +75,28 @@ _HOME = {
     "CalibrationError": "bnfx.errors",
     "CaptureError": "bnfx.errors",
     "EnvReport": "bnfx.environment",
+    "DeployReport": "bnfx.deployment",
     "ExportError": "bnfx.errors",
     "ExportReport": "bnfx.export",
     "FoldError": "bnfx.errors",
     "FoldReport": "bnfx.reports",
     "InsertError": "bnfx.errors",
     "InsertReport": "bnfx.reports",
+    "InspectReport": "bnfx.inspection",
     "ProviderError": "bnfx.errors",
+    "StageReport": "bnfx.stages",
     "VerificationError": "bnfx.errors",
-    "VerifyReport": "bnfx.verify",
+    "VerifyReport": "bnfx.verdicts",
     "benchmark_onnx": "bnfx.benchmark",
     "doctor": "bnfx.environment",
+    "deploy": "bnfx.deployment",
     "export_onnx": "bnfx.export",
     "fold_bn": "bnfx.folding",
     "insert_bn": "bnfx.insertion",
+    "inspect_onnx": "bnfx.inspection",
     "plan_fold": "bnfx.folding",
     "plan_insert": "bnfx.insertion",
+    "removal_ledger": "bnfx.stages",
     "report": "bnfx.reports",
     "verify_onnx": "bnfx.verify",
 }

@@ -18,14 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from bnfx.errors import ExportError
+from bnfx.onnx_files import FOLDED, VERSION, all_nodes, describe_type, opset_of
 from bnfx.operators import BATCH_NORM, arguments
 from bnfx.reports import FoldReport, Report, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-#: Key of the file's metadata under which the names of folded parameters stand.
-FOLDED = "bnfx.folded"
 
 _OLDEST_OPSET = 18
 _INLINE_BYTES = 1_500_000_000  # a protobuf message holds at most 2 GiB
@@ -122,7 +120,7 @@ def export_onnx(
                 f"the exporter wrote opset {report.opset} instead of {opset_version}; "
                 f"ask for {report.opset} or leave opset_version out"
             )
-        _move(written, target)
+        move_into_place(written, target)
     return report
 
 
@@ -179,7 +177,7 @@ def _program(model: nn.Module, args: tuple[Any, ...], **options: Any) -> torch.o
 def _annotate(metadata: dict[str, str], model: nn.Module) -> None:
     from bnfx import __version__
 
-    metadata["bnfx.version"] = __version__
+    metadata[VERSION] = __version__
     meta = model.meta if isinstance(model, fx.GraphModule) else {}
     done = meta.get("bnfx")
     if isinstance(done, FoldReport):
@@ -196,9 +194,7 @@ def _check(written: Path, target: Path) -> ExportReport:
     graph = model.graph
     return ExportReport(
         path=str(target),
-        opset=next(
-            entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")
-        ),
+        opset=opset_of(model),
         inputs={value.name: describe_type(value) for value in graph.input},
         outputs={value.name: describe_type(value) for value in graph.output},
         operators=dict(sorted(counts.items())),
@@ -207,27 +203,7 @@ def _check(written: Path, target: Path) -> ExportReport:
     )
 
 
-def all_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The nodes of a model, with those of its functions and subgraphs."""
-    found: list[onnx.NodeProto] = []
-    queue = [*model.graph.node, *(node for function in model.functions for node in function.node)]
-    while queue:
-        node = queue.pop(0)
-        found.append(node)
-        for attribute in node.attribute:
-            queue.extend(attribute.g.node)
-            queue.extend(inner for graph in attribute.graphs for inner in graph.node)
-    return found
-
-
-def describe_type(value: onnx.ValueInfoProto) -> str:
-    """Such as "float32[batch,3,224,224]"."""
-    tensor = value.type.tensor_type
-    dims = ",".join(dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim)
-    return f"{onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name}[{dims}]"
-
-
-def _move(written: Path, target: Path) -> None:
+def move_into_place(written: Path, target: Path) -> None:
     """Weights first, so that a reader never sees the new graph beside the old weights' absence."""
     stale = target.with_name(f"{target.name}.data")
     data = written.with_name(stale.name)

@@ -67,7 +67,12 @@ def execution_provider(provider: str) -> tuple[str, dict[str, str]]:
 
 
 def open_session(
-    model: str | Path | bytes, provider: str = "cpu", *, num_threads: int = 0, strict: bool = True
+    model: str | Path | bytes,
+    provider: str = "cpu",
+    *,
+    num_threads: int = 0,
+    strict: bool = True,
+    without: str = "",
 ) -> Any:
     """An `onnxruntime.InferenceSession` on one provider.
 
@@ -76,6 +81,7 @@ def open_session(
         provider: "cpu", "cuda" or "cuda:1".
         num_threads: Of one operator on the CPU; 0 lets onnxruntime choose.
         strict: Whether CUDA must take every node, so that nothing runs on the CPU.
+        without: Names of onnxruntime's optimisers to leave out, separated by semicolons.
 
     Raises:
         ProviderError: CUDA was asked for and cannot run the graph; the message holds the cause.
@@ -87,6 +93,8 @@ def open_session(
     options.log_severity_level = 4
     options.intra_op_num_threads = num_threads
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if without:
+        options.add_session_config_entry("optimization.disable_specified_optimizers", without)
     if name == _CUDA and strict:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     source = model if isinstance(model, bytes) else str(model)

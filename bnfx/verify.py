@@ -10,28 +10,26 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 import torch
-from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bnfx.capture import clone
 from bnfx.compare import UNIT, Array, OutputCheck, check_output, weight_ratio
 from bnfx.errors import BnfxError, VerificationError
-from bnfx.export import FOLDED, all_nodes, training_modules
+from bnfx.export import training_modules
+from bnfx.onnx_files import FOLDED, all_nodes, read_onnx
 from bnfx.providers import open_session, require_provider, runtime_errors
-from bnfx.reports import Report, table
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from bnfx.verdicts import Divergence, TierCheck, VerifyReport, WeightCheck
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -39,92 +37,6 @@ Precision = Literal["fp32", "fp16", "bf16"]
 _MAX_WEIGHT_RATIO = 8.0
 _OTHER_BATCHES = (1, 2, 7)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class WeightCheck:
-    """One weight of the file against the float64 folding of the reference.
-
-    Attributes:
-        name: Name in the file and in the folded model.
-        ratio: Largest distance, in units of rounding of the largest weight of its channel.
-        channel: Where that is, along axis 0.
-        passed: Whether ratio is at most 8.
-    """
-
-    name: str
-    ratio: float
-    channel: int
-    passed: bool
-
-
-@dataclass(frozen=True)
-class VerifyReport(Report):
-    """What was checked, and how it came out.
-
-    Attributes:
-        status: "passed", "failed" or "skipped".
-        path: The file.
-        provider: Where it was asked to run.
-        providers: Execution provider -> number of nodes that it ran.
-        precision: Precision that the budget is taken from.
-        num_inputs: Inputs that outputs were pooled over.
-        batch_sizes: Batch sizes that were run.
-        batch_norms_left: BatchNormalization nodes in the file.
-        outputs: One record for each output and batch size.
-        weights: One record for each weight held against the float64 folding.
-        notes: What was not checked, and why.
-        first_divergence: The first weight or output that is wrong.
-    """
-
-    status: Literal["passed", "failed", "skipped"]
-    path: str
-    provider: str
-    providers: Mapping[str, int]
-    precision: str
-    num_inputs: int
-    batch_sizes: tuple[int, ...]
-    batch_norms_left: int
-    outputs: tuple[OutputCheck, ...]
-    weights: tuple[WeightCheck, ...]
-    notes: tuple[str, ...]
-    first_divergence: str | None
-
-    def __bool__(self) -> bool:
-        return self.status == "passed"
-
-    @property
-    def worst_ratio(self) -> float:
-        """Largest ratio of errors over the outputs."""
-        return max((output.ratio for output in self.outputs), default=math.nan)
-
-    def raise_for_failure(self) -> None:
-        """Raise VerificationError unless the status is "passed"."""
-        if not self:
-            raise VerificationError(f"{self.path} {self.status}: {self.first_divergence}\n{self}")
-
-    def __rich__(self) -> RenderableType:
-        ran = ", ".join(f"{n} nodes on {name}" for name, n in self.providers.items())
-        worst = max((weight.ratio for weight in self.weights), default=math.nan)
-        title = (
-            f"verify_onnx: {self.status}. {self.path}: {ran}; {self.num_inputs} inputs; "
-            f"{len(self.weights)} weights, worst {worst:.2f} units of {_MAX_WEIGHT_RATIO:g}; "
-            f"{self.batch_norms_left} BatchNormalization left"
-        )
-        rows = [
-            (
-                *(o.name, str(list(o.shape)), o.dtype, f"{o.err:.2e}", f"{o.budget:.2e}"),
-                *(f"{o.ratio:.2f}", "passed" if o.passed else o.reason),
-            )
-            for o in self.outputs
-        ]
-        rows += [
-            (w.name, "", "weight", "", "", f"{w.ratio:.3g}", f"wrong in channel {w.channel}")
-            for w in self.weights
-            if not w.passed
-        ]
-        title += "".join(f"\n{note}" for note in self.notes)
-        return table(title, ("output", "shape", "dtype", "error", "budget", "ratio", ""), rows)
 
 
 def verify_onnx(
@@ -171,8 +83,9 @@ def verify_onnx(
             f"the reference is in train mode at {found[:8]}, so it has no one answer; call "
             "model.eval() first"
         )
+    start = time.perf_counter()
     path = Path(f)
-    proto = _load(path)
+    proto = read_onnx(path)
     session = open_session(path, provider)
     reference = _Reference.of(model, precision)
     example = ((args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {}))
@@ -185,23 +98,70 @@ def verify_onnx(
         outputs += _check_batch(session, reference, batch, UNIT[precision], max_ratio)
     weights, notes = _check_weights(model, proto, path, example)
     providers = require_provider(session, provider)
-    wrong = [f"weight {w.name!r}, channel {w.channel}" for w in weights if not w.passed]
-    wrong += [f"output {o.name!r} {list(o.shape)}: {o.reason}" for o in outputs if not o.passed]
+    wrong = [_of_weight(w) for w in weights if not w.passed]
+    wrong += [_of_output(o) for o in outputs if not o.passed]
     counts = Counter(node.op_type for node in all_nodes(proto))
     own = _batch_of(example)
     return VerifyReport(
         status="failed" if wrong else "passed",
         path=str(path),
+        reference=type(model).__name__,
         provider=provider,
         providers=providers,
+        proof={},
         precision=precision,
         num_inputs=len(pooled),
         batch_sizes=(*([own] if own is not None else []), *sizes),
         batch_norms_left=counts["BatchNormalization"],
+        tiers=_tiers(weights, outputs, max_ratio, notes),
         outputs=tuple(outputs),
+        layers=(),
         weights=tuple(weights),
         notes=tuple(notes),
-        first_divergence=wrong[0] if wrong and localize else None,
+        first_divergence=wrong[0].message if wrong and localize else None,
+        divergence=wrong[0] if wrong and localize else None,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _of_weight(check: WeightCheck) -> Divergence:
+    message = (
+        f"weight {check.name!r}, channel {check.channel}: "
+        f"{check.ratio:.3g} units of rounding from the float64 folding"
+    )
+    return Divergence(
+        "weights",
+        check.name.rpartition(".")[0],
+        check.node,
+        check.channel,
+        check.ratio,
+        "",
+        None,
+        None,
+        None,
+        message,
+    )
+
+
+def _of_output(check: OutputCheck) -> Divergence:
+    message = f"output {check.name!r} {list(check.shape)}: {check.reason}"
+    return Divergence("outputs", "", check.name, None, check.ratio, "", None, None, None, message)
+
+
+def _tiers(
+    weights: list[WeightCheck], outputs: list[OutputCheck], max_ratio: float, notes: list[str]
+) -> tuple[TierCheck, ...]:
+    def tier(kind: Any, checks: Sequence[Any], limit: float, reason: str) -> TierCheck:
+        failed = any(not check.passed for check in checks)
+        status: Any = "failed" if failed else "passed" if checks else "skipped"
+        worst = max((check.ratio for check in checks), default=math.nan)
+        decides = kind != "layers"
+        return TierCheck(kind, status, len(checks), len(checks), worst, limit, decides, reason)
+
+    return (
+        tier("weights", weights, _MAX_WEIGHT_RATIO, "; ".join(notes)),
+        tier("layers", (), 16.0, "not asked for"),
+        tier("outputs", outputs, max_ratio, ""),
     )
 
 
@@ -281,23 +241,6 @@ def _run(session: Any, x: Any) -> list[Array]:
 def _arrays(tensors: Iterable[Tensor]) -> list[Array]:
     """As numpy arrays; bfloat16, which numpy lacks, as float32."""
     return [(t.float() if t.dtype is torch.bfloat16 else t).detach().cpu().numpy() for t in tensors]
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        raise VerificationError(f"there is no file {path}; export_onnx writes one")
-    try:
-        model = onnx.load(str(path))
-    except (
-        DecodeError,
-        OSError,
-        ValueError,
-        onnx.checker.ValidationError,
-    ) as error:
-        raise VerificationError(f"{path} is not a readable ONNX file: {error}") from error
-    if not model.graph.node and not model.graph.output:
-        raise VerificationError(f"{path} holds no ONNX graph; export it again")
-    return model
 
 
 def _pool(example: Any, inputs: Sequence[Any] | None, num_inputs: int) -> list[Any]:
@@ -382,13 +325,25 @@ def _check_weights(
         array = onnx.numpy_helper.to_array(stored[name], base_dir=str(path.parent))
         exact = tensor.detach().cpu().numpy()
         if array.shape != exact.shape:
-            checks.append(WeightCheck(name, math.inf, 0, passed=False))
+            checks.append(
+                WeightCheck(name, name, "", math.inf, 0, passed=False, reason="another shape")
+            )
             continue
         unit = {2: 2.0**-11, 4: 2.0**-24, 8: 2.0**-24}[array.dtype.itemsize]
         ratio, channel = weight_ratio(
             array, exact, UNIT["bf16"] if "bf" in str(array.dtype) else unit
         )
-        checks.append(WeightCheck(name, ratio, channel, ratio <= _MAX_WEIGHT_RATIO))
+        checks.append(
+            WeightCheck(
+                name,
+                name,
+                "",
+                ratio,
+                channel,
+                ratio <= _MAX_WEIGHT_RATIO,
+                "" if ratio <= _MAX_WEIGHT_RATIO else f"wrong in channel {channel}",
+            )
+        )
     missing = sorted(set(json.loads(folded)) - {check.name for check in checks})
     notes = [f"weights: {', '.join(missing)} not found in the file by name"] if missing else []
     return checks, notes
