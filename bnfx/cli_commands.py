@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,17 +14,29 @@ import bnfx
 from bnfx.cli_files import check_target
 from bnfx.cli_inputs import Inputs, bind, check_forward, dynamic_shapes, parse_inputs
 from bnfx.cli_models import CHECKPOINTS, load_model, save_exported, save_state
-from bnfx.cli_output import step, to_json, write
-from bnfx.errors import ProviderError, UsageError
+from bnfx.cli_output import step, write
+from bnfx.document import Picture
+from bnfx.errors import ProviderError, UsageError, VerificationError
+from bnfx.graph_pictures import fold_pictures
+from bnfx.report_files import to_html, to_json
 from bnfx.reports import FoldReport, InsertReport, Report
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A report, and why the command failed; "" where it did not."""
+    """What a command found.
+
+    Attributes:
+        report: The report.
+        failure: Why the command failed; "" where it did not.
+        more: Further reports, by the name under which they stand in the JSON.
+        graphs: What draws the graph around each BatchNorm.
+    """
 
     report: Report
     failure: str = ""
+    more: Mapping[str, Report] = field(default_factory=dict)
+    graphs: Callable[[], Sequence[Picture]] = tuple
 
 
 @dataclass(frozen=True)
@@ -77,10 +89,32 @@ def _given(options: argparse.Namespace, *, training: bool = False) -> Given:
 
 
 def _inspect(options: argparse.Namespace) -> Outcome:
+    if options.model.endswith(".onnx"):
+        return _inspect_file(options)
     given = _given(options)
-    with step("planning"):
-        plan = bnfx.plan_fold(given.model, given.args, example_kwargs=given.kwargs)
-    return Outcome(plan, _policy(options, _left(plan)))
+    with step("folding, for the plan"):
+        folded = bnfx.fold_bn(given.model, given.args, example_kwargs=given.kwargs)
+    plan = bnfx.report(folded)
+    failure = _policy(options, _left(plan))
+
+    def graphs() -> Sequence[Picture]:
+        return fold_pictures(given.model, given.args, given.kwargs, folded)
+
+    if given.inputs is None:
+        return Outcome(plan, failure, graphs=graphs)
+    with step("exporting, for the ledger"):
+        stages = bnfx.removal_ledger(given.model, given.args, kwargs=given.kwargs)
+    return Outcome(stages, failure, {"fold": plan}, graphs)
+
+
+def _inspect_file(options: argparse.Namespace) -> Outcome:
+    _require_file(options.model)
+    if options.input or options.checkpoint:
+        raise UsageError("an .onnx file is inspected as it is: without --input and --checkpoint")
+    found = bnfx.inspect_onnx(options.model)
+    with step("optimising it in onnxruntime, for the ledger"):
+        stages = bnfx.removal_ledger(None, f=options.model)
+    return Outcome(found, _policy(options, len(found.batch_norms)), {"stages": stages})
 
 
 def _insert(options: argparse.Namespace) -> Outcome:
@@ -118,7 +152,11 @@ def _fold(options: argparse.Namespace) -> Outcome:
                 save_exported(folded, given.required(), given.dynamic_shapes, Path(options.file))
             else:
                 save_state(folded, Path(options.file))
-    return Outcome(done, failure)
+    return Outcome(
+        done,
+        failure,
+        graphs=lambda: fold_pictures(given.model, given.args, given.kwargs, folded),
+    )
 
 
 def _export(options: argparse.Namespace) -> Outcome:
@@ -159,6 +197,37 @@ def _verify(options: argparse.Namespace) -> Outcome:
         )
     failure = "" if done else f"{options.file} {done.status}: {done.first_divergence}"
     return Outcome(done, failure or _policy(options, done.batch_norms_left))
+
+
+def _deploy(options: argparse.Namespace) -> Outcome:
+    given = _given(options)
+    inputs = given.required()
+
+    def graphs() -> Sequence[Picture]:
+        folded = bnfx.fold_bn(given.model, inputs.args, example_kwargs=inputs.kwargs)
+        return fold_pictures(given.model, inputs.args, inputs.kwargs, folded)
+
+    if options.max_batch_norms_left is not None:
+        with step("planning"):
+            plan = bnfx.plan_fold(given.model, inputs.args, example_kwargs=inputs.kwargs)
+        if failure := _policy(options, _left(plan)):
+            return Outcome(plan, f"{failure}; {options.file} was not written", graphs=graphs)
+    try:
+        with step("folding, exporting, verifying"):
+            done = bnfx.deploy(
+                given.model,
+                inputs.args,
+                options.file,
+                benchmark=options.benchmark,
+                bundle=options.bundle,
+                **_onnx_options(options, given),
+                **_check_options(options),
+            )
+    except VerificationError as error:
+        if not isinstance(error.report, Report):
+            raise
+        return Outcome(error.report, str(error).partition("\n")[0], graphs=graphs)
+    return Outcome(done, graphs=graphs)
 
 
 def _check_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -217,6 +286,7 @@ _RUN: dict[str, Callable[[argparse.Namespace], Outcome]] = {
     "fold": _fold,
     "export": _export,
     "verify": _verify,
+    "deploy": _deploy,
     "bench": _bench,
     "doctor": _doctor,
 }
@@ -240,17 +310,18 @@ def write_results(options: argparse.Namespace, outcome: Outcome, code: int, out:
     """The report to wherever the options want it; as text on standard output otherwise."""
     report = outcome.report
     head = {"command": options.command, "exit_code": code, "failure": outcome.failure}
+    more = {name: part.to_dict() for name, part in outcome.more.items()}
     writers: dict[str, Callable[[], str]] = {
-        "json": lambda: to_json({**head, **report.to_dict()}),
+        "json": lambda: to_json({**head, **report.to_dict(), **more}),
         "markdown": report.to_markdown,
-        "html": report.to_html,
+        "html": lambda: to_html(report, outcome.graphs()),
     }
     for kind, content in writers.items():
         target = getattr(options, kind)
         if target is not None:
             write(content(), target, out)
     if "-" not in (options.json, options.markdown, options.html):
-        write(str(report), "-", out)
+        write("\n".join(map(str, (report, *outcome.more.values()))), "-", out)
 
 
 def write_error(options: argparse.Namespace, error: Exception, code: int, out: IO[str]) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
-import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from bnfx.cli_files import replacing
 
@@ -55,21 +53,6 @@ def step(what: str) -> Iterator[None]:
         return
     with console.status(what):
         yield
-
-
-def to_json(content: Mapping[str, Any]) -> str:
-    """JSON by the standard, which knows no NaN: numbers that are not finite become strings."""
-    return json.dumps(_finite(content), indent=2, allow_nan=False, ensure_ascii=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return value
 
 
 def write(text: str, target: str, out: IO[str]) -> None:

@@ -222,6 +222,12 @@ def _deploy(command: argparse.ArgumentParser) -> None:
     _inputs(command)
     _onnx(command)
     _checks(command)
+    command.add_argument(
+        "--benchmark", action="store_true", help="measure it against the unfolded model too"
+    )
+    command.add_argument(
+        "--bundle", metavar="DIR", help="after a failure, fill this folder with what reproduces it"
+    )
     _policy(command)
 
 

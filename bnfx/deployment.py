@@ -18,6 +18,7 @@ from bnfx.bundle import write_bundle
 from bnfx.errors import VerificationError
 from bnfx.export import ExportReport, export_onnx, move_into_place
 from bnfx.folding import fold_bn
+from bnfx.graph_pictures import fold_pictures
 from bnfx.report_files import check_report_path, write_report
 from bnfx.reports import FoldReport, Report
 from bnfx.reports import report as report_of
@@ -177,7 +178,7 @@ def deploy(
         seconds,
     )
     if report is not None:
-        write_report(done, Path(report))
+        write_report(done, Path(report), lambda: fold_pictures(model, args, kwargs, folded))
     if not done:
         raise VerificationError(
             f"{target} was not written: {verified.first_divergence}. An older file is as it was",

@@ -46,7 +46,9 @@ class Dot:
     passed: bool
 
 
-def picture(width: float, height: float, title: str, description: str) -> ET.Element:
+def picture(
+    width: float, height: float, title: str, description: str, kind: str = "picture"
+) -> ET.Element:
     """An empty picture that a screen reader can name."""
     root = ET.Element(
         "svg",
@@ -55,7 +57,7 @@ def picture(width: float, height: float, title: str, description: str) -> ET.Ele
             "width": f"{width:g}",
             "height": f"{height:g}",
             "role": "img",
-            "class": "picture",
+            "class": kind,
         },
     )
     ET.SubElement(root, "title").text = clean(title)
@@ -94,7 +96,7 @@ def bars(title: str, description: str, rows: Sequence[Bar], unit: str) -> str:
     """Horizontal bars from zero, each with its spread."""
     step, top = 30.0, 8.0
     height = top + step * len(rows) + 30
-    root = picture(_WIDTH, height, title, description)
+    root = picture(_WIDTH, height, title, description, "picture chart")
     room = _WIDTH - _LABEL - 110
     largest = max((row.high for row in rows if math.isfinite(row.high)), default=0.0) or 1.0
     for tick in ticks(largest):
@@ -122,9 +124,10 @@ def dots(title: str, description: str, rows: Sequence[Dot], limit: float | None,
     height, left, right, top, bottom = 250.0, 64.0, 12.0, 14.0, 52.0
     finite = [row.value for row in rows if row.value > 0 and math.isfinite(row.value)]
     known = [*finite, *([limit] if limit else [])] or [1.0]
-    low = math.floor(math.log10(min(known)) - 1e-9)
+    zeros = any(row.value == 0 for row in rows)
+    low = math.floor(math.log10(min(known)) - 1e-9) - zeros
     high = max(math.ceil(math.log10(max(known)) + 1e-9), low + 1)
-    root = picture(_WIDTH, height, title, description)
+    root = picture(_WIDTH, height, title, description, "picture chart")
     floor = height - bottom
 
     def y_of(value: float) -> float:
@@ -137,12 +140,14 @@ def dots(title: str, description: str, rows: Sequence[Dot], limit: float | None,
     for power in range(low, high + 1, stride):
         y = y_of(10.0**power)
         add(root, "line", x1=left, x2=_WIDTH - right, y1=y, y2=y, kind="grid")
-        add(root, "text", f"1e{power}", x=left - 8, y=y + 4, kind="tick", text_anchor="end")
+        name = "0" if zeros and power == low else f"1e{power}"
+        add(root, "text", name, x=left - 8, y=y + 4, kind="tick", text_anchor="end")
     if limit:
         y = y_of(limit)
         add(root, "line", x1=left, x2=_WIDTH - right, y1=y, y2=y, kind="limit")
-        x = _WIDTH - right
-        add(root, "text", f"limit {limit:g}", x=x, y=y - 5, kind="tick", text_anchor="end")
+        x, below = _WIDTH - right, y < top + 14
+        name = f"limit {limit:g}"
+        add(root, "text", name, x=x, y=y + (13 if below else -5), kind="tick", text_anchor="end")
     space = (_WIDTH - left - right) / max(len(rows), 1)
     for i, row in enumerate(rows):
         x, y = left + space * (i + 0.5), y_of(row.value)

@@ -110,7 +110,7 @@ def _draw(
     left = {box.name for box in near}
     after = _induced([box for box in new if box.name in left or box.layer in into], new)
     after = [_marked(box, "into" if box.layer in into else box.mark) for box in after]
-    near = [_marked(box, "norm" if box is norm else "") for box in near]
+    near = [_marked(box, "norm" if box.name == norm.name else "") for box in near]
     goes = f"goes into {', '.join(record.into)}" if record.into else record.reason or "stays"
     title = f"{record.path}: {record.verdict}, {goes}"
     description = f"before: {_chain(near)}; after: {_chain(after)}"

@@ -57,10 +57,9 @@ class Report(ABC):
 
     def to_html(self) -> str:
         """The report as one HTML file that loads nothing, with pictures where there are numbers."""
-        from bnfx.report_documents import document_of
-        from bnfx.report_text import to_html
+        from bnfx.report_files import to_html
 
-        return to_html(document_of(self))
+        return to_html(self)
 
 
 def plain(value: Any) -> Any:
