@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import nn
 
 import bnfx
 from bnfx.cli_files import check_target
-from bnfx.cli_inputs import Inputs, bind, check_forward, dynamic_shapes, parse_inputs
+from bnfx.cli_inputs import (
+    Inputs,
+    bind,
+    check_forward,
+    dynamic_shapes,
+    inputs_of,
+    parse_inputs,
+)
 from bnfx.cli_models import CHECKPOINTS, load_model, save_exported, save_state
-from bnfx.cli_output import step, write
+from bnfx.cli_output import step
+from bnfx.cli_results import DONE, FAILED, Outcome
 from bnfx.document import Picture
-from bnfx.errors import ProviderError, UsageError, VerificationError
+from bnfx.errors import UsageError, VerificationError
 from bnfx.graph_pictures import fold_pictures
-from bnfx.report_files import to_html, to_json
 from bnfx.reports import FoldReport, InsertReport, Report
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command found.
-
-    Attributes:
-        report: The report.
-        failure: Why the command failed; "" where it did not.
-        more: Further reports, by the name under which they stand in the JSON.
-        graphs: What draws the graph around each BatchNorm.
-    """
-
-    report: Report
-    failure: str = ""
-    more: Mapping[str, Report] = field(default_factory=dict)
-    graphs: Callable[[], Sequence[Picture]] = tuple
 
 
 @dataclass(frozen=True)
@@ -68,6 +59,10 @@ class Given:
 
 def run(options: argparse.Namespace) -> Outcome:
     """Carry out the command that `options` names."""
+    suffixes = {"insert": CHECKPOINTS, "fold": (".pt2", *CHECKPOINTS)}
+    suffixes |= dict.fromkeys(("export", "deploy"), (".onnx",))
+    if options.command in suffixes and options.file is not None:
+        check_target(Path(options.file), suffixes[options.command])
     return _RUN[options.command](options)
 
 
@@ -101,10 +96,10 @@ def _inspect(options: argparse.Namespace) -> Outcome:
         return fold_pictures(given.model, given.args, given.kwargs, folded)
 
     if given.inputs is None:
-        return Outcome(plan, failure, graphs=graphs)
+        return Outcome(plan, failure, _code(failure), graphs=graphs)
     with step("exporting, for the ledger"):
         stages = bnfx.removal_ledger(given.model, given.args, kwargs=given.kwargs)
-    return Outcome(stages, failure, {"fold": plan}, graphs)
+    return Outcome(stages, failure, _code(failure), {"fold": plan}, graphs)
 
 
 def _inspect_file(options: argparse.Namespace) -> Outcome:
@@ -114,7 +109,8 @@ def _inspect_file(options: argparse.Namespace) -> Outcome:
     found = bnfx.inspect_onnx(options.model)
     with step("optimising it in onnxruntime, for the ledger"):
         stages = bnfx.removal_ledger(None, f=options.model)
-    return Outcome(found, _policy(options, len(found.batch_norms)), {"stages": stages})
+    failure = _policy(options, len(found.batch_norms))
+    return Outcome(found, failure, _code(failure), {"stages": stages})
 
 
 def _insert(options: argparse.Namespace) -> Outcome:
@@ -155,6 +151,7 @@ def _fold(options: argparse.Namespace) -> Outcome:
     return Outcome(
         done,
         failure,
+        _code(failure),
         graphs=lambda: fold_pictures(given.model, given.args, given.kwargs, folded),
     )
 
@@ -196,7 +193,8 @@ def _verify(options: argparse.Namespace) -> Outcome:
             **_check_options(options),
         )
     failure = "" if done else f"{options.file} {done.status}: {done.first_divergence}"
-    return Outcome(done, failure or _policy(options, done.batch_norms_left))
+    failure = failure or _policy(options, done.batch_norms_left)
+    return Outcome(done, failure, _code(failure))
 
 
 def _deploy(options: argparse.Namespace) -> Outcome:
@@ -211,7 +209,9 @@ def _deploy(options: argparse.Namespace) -> Outcome:
         with step("planning"):
             plan = bnfx.plan_fold(given.model, inputs.args, example_kwargs=inputs.kwargs)
         if failure := _policy(options, _left(plan)):
-            return Outcome(plan, f"{failure}; {options.file} was not written", graphs=graphs)
+            return Outcome(
+                plan, f"{failure}; {options.file} was not written", FAILED, graphs=graphs
+            )
     try:
         with step("folding, exporting, verifying"):
             done = bnfx.deploy(
@@ -226,7 +226,7 @@ def _deploy(options: argparse.Namespace) -> Outcome:
     except VerificationError as error:
         if not isinstance(error.report, Report):
             raise
-        return Outcome(error.report, str(error).partition("\n")[0], graphs=graphs)
+        return Outcome(error.report, str(error).partition("\n")[0], FAILED, graphs=graphs)
     return Outcome(done, graphs=graphs)
 
 
@@ -236,30 +236,40 @@ def _check_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bench(options: argparse.Namespace) -> Outcome:
-    _require_file(options.file)
-    if options.baseline is not None:
-        _require_file(options.baseline)
-    values = parse_inputs(options.input)
-    if not values:
-        raise UsageError("this needs example inputs: --input NAME:1x3x224x224 or --input FILE.npz")
+    measured: dict[str, Any] = {
+        name: getattr(options, name) for name in ("provider", "num_runs", "num_threads")
+    }
+    if not options.model.endswith(".onnx"):
+        return _bench_model(options, measured)
+    for file in (options.model, options.baseline):
+        if file is not None:
+            _require_file(file)
+    if options.checkpoint:
+        raise UsageError("an .onnx file holds its weights: leave --checkpoint out")
+    values = parse_inputs(options.input) or inputs_of(bnfx.inspect_onnx(options.model))
     with step("measuring"):
         done = bnfx.benchmark_onnx(
-            options.file,
-            tuple(values.values()),
-            baseline=options.baseline,
-            provider=options.provider,
-            num_runs=options.num_runs,
-            num_threads=options.num_threads,
+            options.model, tuple(values.values()), baseline=options.baseline, **measured
         )
     return Outcome(done)
 
 
-def _doctor(options: argparse.Namespace) -> Outcome:
-    with step("looking at the environment"):
-        done = bnfx.doctor()
-    for provider in options.require:
-        if reason := done.why_not(provider):
-            raise ProviderError(f"{provider} is required and does not start: {reason}")
+def _bench_model(options: argparse.Namespace, measured: Mapping[str, Any]) -> Outcome:
+    """Export a model unfolded and folded, and measure the two files."""
+    if options.baseline is not None:
+        raise UsageError("a model is measured against itself unfolded: leave --baseline out")
+    given = _given(options)
+    inputs = given.required()
+    with tempfile.TemporaryDirectory(prefix="bnfx-") as folder:
+        files = [Path(folder) / name for name in ("folded.onnx", "unfolded.onnx")]
+        with step("exporting"):
+            folded = bnfx.fold_bn(given.model, inputs.args, example_kwargs=inputs.kwargs)
+            for model, file in zip((folded, given.model), files, strict=True):
+                bnfx.export_onnx(model, inputs.args, file, kwargs=inputs.kwargs)
+        with step("measuring"):
+            done = bnfx.benchmark_onnx(
+                files[0], inputs.args, baseline=files[1], kwargs=inputs.kwargs, **measured
+            )
     return Outcome(done)
 
 
@@ -280,6 +290,10 @@ def _policy(options: argparse.Namespace, left: int) -> str:
     return f"policy: {left} BatchNorms stay, and at most {most} may (--max-batch-norms-left)"
 
 
+def _code(failure: str) -> int:
+    return FAILED if failure else DONE
+
+
 _RUN: dict[str, Callable[[argparse.Namespace], Outcome]] = {
     "inspect": _inspect,
     "insert": _insert,
@@ -288,48 +302,4 @@ _RUN: dict[str, Callable[[argparse.Namespace], Outcome]] = {
     "verify": _verify,
     "deploy": _deploy,
     "bench": _bench,
-    "doctor": _doctor,
 }
-
-
-def check_targets(options: argparse.Namespace) -> None:
-    """Refuse files that could not be written in the end, before any work is done."""
-    reports = (options.json, options.markdown, options.html)
-    if reports.count("-") > 1:
-        raise UsageError("only one report fits on standard output")
-    for name in reports:
-        if name not in (None, "-"):
-            check_target(Path(name), ())
-    suffixes = {"insert": CHECKPOINTS, "fold": (".pt2", *CHECKPOINTS)}
-    suffixes |= dict.fromkeys(("export", "deploy"), (".onnx",))
-    if options.command in suffixes and options.file is not None:
-        check_target(Path(options.file), suffixes[options.command])
-
-
-def write_results(options: argparse.Namespace, outcome: Outcome, code: int, out: IO[str]) -> None:
-    """The report to wherever the options want it; as text on standard output otherwise."""
-    report = outcome.report
-    head = {"command": options.command, "exit_code": code, "failure": outcome.failure}
-    more = {name: part.to_dict() for name, part in outcome.more.items()}
-    writers: dict[str, Callable[[], str]] = {
-        "json": lambda: to_json({**head, **report.to_dict(), **more}),
-        "markdown": report.to_markdown,
-        "html": lambda: to_html(report, outcome.graphs()),
-    }
-    for kind, content in writers.items():
-        target = getattr(options, kind)
-        if target is not None:
-            write(content(), target, out)
-    if "-" not in (options.json, options.markdown, options.html):
-        write("\n".join(map(str, (report, *outcome.more.values()))), "-", out)
-
-
-def write_error(options: argparse.Namespace, error: Exception, code: int, out: IO[str]) -> None:
-    """What stopped the command, as JSON, where JSON was asked for."""
-    content = {
-        "command": options.command,
-        "exit_code": code,
-        "error": {"type": type(error).__name__, "message": str(error)},
-    }
-    if options.json is not None:
-        write(to_json(content), options.json, out)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bnfx.capture import clone
 from bnfx.errors import UsageError
+from bnfx.inspection import InspectReport
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -144,6 +145,26 @@ def _from_npz(path: Path) -> dict[str, Tensor]:
         return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
     except TypeError as error:
         raise UsageError(f"{path} holds an array that torch has no dtype for: {error}") from error
+
+
+def inputs_of(found: InspectReport) -> dict[str, Tensor]:
+    """Inputs that fit an ONNX file; a free axis has size 1.
+
+    Raises:
+        UsageError: An input is no tensor of known rank and dtype.
+    """
+    specs = []
+    for name, kind in found.inputs.items():
+        match = re.fullmatch(r"(\w+)\[(.*)\]", kind)
+        if match is None or match[1] not in DTYPES:
+            raise UsageError(f"{found.path}: give input {name!r} ({kind}) with --input")
+        sizes = [size if size.isdecimal() and size != "0" else "1" for size in match[2].split(",")]
+        specs.append((name, "x".join(sizes) if match[2] else "", match[1]))
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: _draw(_shape(sizes, name), DTYPES[dtype], None, generator)
+        for name, sizes, dtype in specs
+    }
 
 
 def bind(model: nn.Module, values: Mapping[str, Tensor]) -> Inputs:

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import IO
 
@@ -30,16 +30,15 @@ def results_apart() -> Iterator[IO[str]]:
             yield results
         return
     results.flush()
-    kept = os.dup(1)
+    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     try:
-        os.dup2(2, 1)
-        with os.fdopen(kept, "w", encoding="utf-8", closefd=False) as own:
-            with redirect_stdout(sys.stderr):
-                yield own
-            own.flush()
+        with redirect_stdout(sys.stderr):
+            yield own
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(own.fileno(), 1)
+        with suppress(BrokenPipeError):  # the reader has gone
+            own.close()
 
 
 @contextmanager
@@ -58,8 +57,9 @@ def step(what: str) -> Iterator[None]:
 def write(text: str, target: str, out: IO[str]) -> None:
     """Write to a file, in one step, or to `out` where the name is "-"."""
     if target == "-":
-        out.write(text if text.endswith("\n") else text + "\n")
-        out.flush()
+        with suppress(BrokenPipeError):  # the reader has gone: nobody is left to tell
+            out.write(text if text.endswith("\n") else text + "\n")
+            out.flush()
         return
     with replacing(Path(target)) as written:
         written.write_bytes(text.encode(errors="replace"))

@@ -46,11 +46,12 @@ def parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     for name, (summary, examples, fill) in _COMMANDS.items():
+        notes = "" if name == "doctor" else f"{_MODEL}\n"
         command = commands.add_parser(
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
-            epilog=f"examples:\n{examples}\n{_CODES}",
+            epilog=f"{notes}examples:\n{examples}\n{_CODES}",
         )
         fill(command)
         _results(command)
@@ -66,8 +67,8 @@ def _results(command: argparse.ArgumentParser) -> None:
     group.add_argument("--html", metavar="FILE", help="write the report as one HTML file")
 
 
-def _model(command: argparse.ArgumentParser, what: str = "MODEL") -> None:
-    command.add_argument("model", metavar="MODEL", help=f"{what}: PACKAGE.MODULE:FACTORY or .pt2")
+def _model(command: argparse.ArgumentParser, what: str = "the model") -> None:
+    command.add_argument("model", metavar="MODEL", help=f"{what} (see below)")
     command.add_argument(
         "--checkpoint", metavar="FILE", help="state dict to load into it (.pt, .pth, .safetensors)"
     )
@@ -232,19 +233,13 @@ def _deploy(command: argparse.ArgumentParser) -> None:
 
 
 def _bench(command: argparse.ArgumentParser) -> None:
-    command.add_argument("file", metavar="FILE", help="an .onnx file")
-    command.add_argument(
-        "--baseline", metavar="FILE", help="another one, measured in turns with it"
-    )
+    _model(command, "an .onnx file, or a model, which is exported unfolded and folded")
+    command.add_argument("--baseline", metavar="FILE", help="an .onnx file to measure in turns")
     _inputs(command)
     _provider(command)
     command.add_argument("--num-runs", type=_count, default=100, metavar="N", help="50 or more")
     command.add_argument(
-        "--num-threads",
-        type=_count,
-        default=1,
-        metavar="N",
-        help="of an operator; 0: as many as fit",
+        "--num-threads", type=_count, default=1, metavar="N", help="of an operator; 0: all that fit"
     )
 
 
@@ -315,7 +310,8 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
         """\
   bnfx export nets:small unfolded.onnx --input x:1x3x16x16
   bnfx export nets:small small.onnx --fold --input x:1x3x16x16
-  bnfx bench small.onnx --baseline unfolded.onnx --input x:1x3x16x16
+  bnfx bench small.onnx --baseline unfolded.onnx
+  bnfx bench nets:small --input x:1x3x16x16 --html bench.html
 """,
         _bench,
     ),
