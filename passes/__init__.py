@@ -9,6 +9,15 @@ if __name__ != "bnfx.passes":
 
 from .fold_bn import FoldBatchNorm
 from .insert_bn import Filter as InsertFilter
-from .insert_bn import InsertBatchNorm
+from .insert_bn import InsertBatchNorm, never_called
+from .insert_bn import Placement as InsertPlacement
+from .insert_bn import Site as InsertSite
 
-__all__ = ["FoldBatchNorm", "InsertBatchNorm", "InsertFilter"]
+__all__ = [
+    "FoldBatchNorm",
+    "InsertBatchNorm",
+    "InsertFilter",
+    "InsertPlacement",
+    "InsertSite",
+    "never_called",
+]
