@@ -16,8 +16,7 @@ from bnfx.operators import BATCH_NORM, affine_of, arguments, function_name
 from bnfx.reports import FoldRecord, FoldReport
 
 _MOST_NODES = 14
-_MOST_PICTURES = 200
-_BOX, _GAP, _HEIGHT, _STEP = 132.0, 26.0, 38.0, 50.0
+_BOX, _GAP, _HEIGHT, _STEP = 156.0, 26.0, 38.0, 50.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def fold_pictures(
         if record is not None:
             waiting.remove(record)
             pictures.append(_draw(box, record, old, new, is_open=record.verdict != "folded"))
-    return _some_open(pictures[:_MOST_PICTURES])
+    return _some_open(pictures)
 
 
 def _some_open(pictures: list[Picture]) -> list[Picture]:
