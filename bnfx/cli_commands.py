@@ -118,7 +118,9 @@ def _insert(options: argparse.Namespace) -> Outcome:
     wanted: dict[str, Any] = {"init": options.init, "placement": options.placement}
     if options.calibration:
         batches = (bind(given.model, parse_inputs([f])) for f in options.calibration)
-        wanted["calibration_data"] = [batch.args for batch in batches]
+        wanted["calibration_data"] = [
+            batch.args if batch.names else dict(batch.values) for batch in batches
+        ]
     with step("inserting"):
         inserted = bnfx.insert_bn(
             given.model,

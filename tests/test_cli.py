@@ -394,6 +394,17 @@ def test_inserted_state_comes_back_through_a_checkpoint(here: Path) -> None:
     sys.modules.pop("made")
 
 
+def test_calibration_reads_its_batches(here: Path) -> None:
+    for i, name in enumerate(("input", "image")):
+        images = np.random.default_rng(i).normal(3, 2, (8, 3, 16, 16)).astype(np.float32)
+        np.savez(here / f"{i}.npz", **{name: images})
+    batches = ["--calibration", "0.npz", "--calibration", "1.npz"]
+    assert main(["insert", "nets:plain", "a.pt", "--init", "calibrate", *batches]) == 0
+    state = torch.load(here / "a.pt", weights_only=True)
+    (var,) = (value for key, value in state.items() if key.endswith("running_var"))
+    assert not torch.allclose(var, torch.ones_like(var))
+
+
 def test_inputs_by_name_from_npz_and_by_position(here: Path) -> None:
     np.savez(here / "x.npz", x=np.ones((2, 3, 16, 16), np.float32))
     assert main(["export", "nets:small", "a.onnx", "--input", "x.npz"]) == 0
