@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from bnfx.errors import BnfxError
 from bnfx.floor import write_floor
-from bnfx.providers import load_onnxruntime, open_session, require_provider
+from bnfx.providers import SessionSettings, load_onnxruntime, open_session, require_provider
 from bnfx.reports import Report, table
 
 if TYPE_CHECKING:
@@ -193,7 +193,8 @@ class _Arm:
         fusions: bool,  # noqa: FBT001  # a private class with one caller
     ) -> None:
         without = "" if fusions else BN_FUSIONS
-        self.session = open_session(path, provider, num_threads=num_threads, without=without)
+        settings = SessionSettings(num_threads=num_threads, without=without)
+        self.session = open_session(path, provider, settings)
         require_provider(self.session, provider)
         kind, _, index = provider.partition(":")
         device = (kind, int(index or 0))

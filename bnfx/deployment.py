@@ -19,12 +19,13 @@ from bnfx.errors import VerificationError
 from bnfx.export import ExportReport, export_onnx, move_into_place
 from bnfx.folding import fold_bn
 from bnfx.graph_pictures import fold_pictures
+from bnfx.references import Precision
 from bnfx.report_files import check_report_path, write_report
 from bnfx.reports import FoldReport, Report
 from bnfx.reports import report as report_of
 from bnfx.stages import StageReport, ledger_of
 from bnfx.verdicts import VerifyReport
-from bnfx.verify import Precision, verify_onnx
+from bnfx.verify import verify_onnx
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -16,7 +16,7 @@ from bnfx.reports import Report, table
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_GPU, _CPU = "onnxruntime-gpu", "onnxruntime"
+_INSTALL = "pip install 'bnfx[gpu]' (serves on the CPU too) or 'bnfx[cpu]', never both"
 _OPTIONAL = {
     "matplotlib": "bnfx[plots]",
     "safetensors": "safetensors",
@@ -127,30 +127,30 @@ def _cuda_text(version: str | None) -> str:
 
 
 def _runtime(facts: Facts) -> Iterator[EnvCheck]:
-    installed = {name: facts.versions[name] for name in (_CPU, _GPU)}
-    wheels = {name: version for name, version in installed.items() if version is not None}
-    found = " and ".join(f"{name} {version}" for name, version in wheels.items())
-    if not wheels:
-        remedy = "pip install 'bnfx[gpu]' (serves on the CPU too) or 'bnfx[cpu]', never both"
-        yield EnvCheck("onnxruntime", "error", "not installed", remedy)
-        return
-    again = f"pip uninstall -y {_CPU} {_GPU}, then pip install 'bnfx[gpu]' or 'bnfx[cpu]'"
-    if len(wheels) == 2:
-        files = facts.runtime_package or "unknown"
-        detail = f"{found}: they own the same files, and those there now are of {files}"
+    found = " and ".join(f"{name} {version}" for name, version in facts.runtimes.items())
+    again = f"pip uninstall -y {' '.join(facts.runtimes)}, then {_INSTALL}"
+    owner = facts.runtime_owner or "an unknown one"
+    if not facts.runtimes:
+        yield EnvCheck("onnxruntime", "error", "not installed", _INSTALL)
+    elif len(facts.runtimes) > 1:
+        detail = f"{found}: they own the same files, and those there now are of {owner}"
         yield EnvCheck("onnxruntime", "error", detail, again)
     elif broken := facts.import_errors.get("onnxruntime"):
         yield EnvCheck("onnxruntime", "error", f"{found}, and its import fails: {broken}", again)
-    elif facts.runtime_package and facts.runtime_package not in wheels:
-        detail = f"{found}, but the files there are of {facts.runtime_package}"
+    elif facts.runtime_owner and facts.runtime_owner not in facts.runtimes:
+        detail = f"{found}, but the files there are of {owner}"
         yield EnvCheck("onnxruntime", "error", detail, again)
     else:
-        built = f", built for CUDA {facts.runtime_cuda}" if facts.runtime_cuda else ", for the CPU"
-        (name,) = wheels
-        least = facts.least.get(name, "")
-        old = bool(least) and numbers(wheels[name]) < numbers(least)
-        remedy = f"pip install '{name}>={least}'" if old else ""
-        yield EnvCheck("onnxruntime", "error" if old else "ok", found + built, remedy)
+        yield _runtime_version(facts, *facts.runtimes.items())
+
+
+def _runtime_version(facts: Facts, wheel: tuple[str, str]) -> EnvCheck:
+    name, version = wheel
+    found, least = f"{name} {version}, built for {_cuda_text(facts.runtime_cuda)}", facts.least
+    if name in least and numbers(version) < numbers(least[name]):
+        remedy = f"pip install '{name}>={least[name]}'"
+        return EnvCheck("onnxruntime", "error", f"{found}; {least[name]} is needed", remedy)
+    return EnvCheck("onnxruntime", "ok", found)
 
 
 def _provider_cpu(facts: Facts) -> EnvCheck:

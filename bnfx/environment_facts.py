@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bnfx.packages import installed_runtimes, runtime_cuda, runtime_owner, torch_cuda
+
 _PACKAGES = (
-    *("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"),
+    *("torch", "numpy", "onnx", "onnxscript"),
     *("matplotlib", "safetensors", "timm", "torchvision"),
 )
 _PATIENCE = 180.0  # seconds; starting CUDA for the first time takes up to a minute
@@ -30,10 +32,11 @@ class Facts:
         bnfx: Version of bnfx.
         python: Version of Python.
         versions: Distribution -> version, None where it is not installed.
+        runtimes: Every installed distribution of onnxruntime -> version.
         least: Distribution -> the least version that bnfx declares.
         import_errors: Package -> why its import fails; without those that import.
         torch_cuda: CUDA that torch is built for, None for the CPU.
-        runtime_package: The distribution that onnxruntime's files belong to.
+        runtime_owner: The distribution that onnxruntime's files belong to.
         runtime_cuda: CUDA that onnxruntime is built for, None for the CPU.
         providers: "cpu" and "cuda" -> why no node runs there; "" where one ran.
         missing_libraries: What the CUDA provider's library links to and the loader does not find;
@@ -46,10 +49,11 @@ class Facts:
     bnfx: str
     python: tuple[int, ...]
     versions: Mapping[str, str | None]
+    runtimes: Mapping[str, str]
     least: Mapping[str, str]
     import_errors: Mapping[str, str]
     torch_cuda: str | None
-    runtime_package: str | None
+    runtime_owner: str | None
     runtime_cuda: str | None
     providers: Mapping[str, str]
     missing_libraries: tuple[str, ...] | None
@@ -62,20 +66,19 @@ def collect() -> Facts:
     """Look at this environment; what could crash runs in a process of its own."""
     from bnfx import __version__
 
-    folder = _runtime_folder()
-    build = _build_info(folder)
     probe = _probe()
     return Facts(
         bnfx=__version__,
         python=tuple(sys.version_info[:3]),
         versions={name: _version(name) for name in _PACKAGES},
+        runtimes=installed_runtimes(),
         least=_declared(),
         import_errors=probe.get("import_errors", {}),
-        torch_cuda=probe.get("torch_cuda"),
-        runtime_package=build.get("package_name"),
-        runtime_cuda=build.get("cuda_version"),
+        torch_cuda=torch_cuda(),
+        runtime_owner=runtime_owner(),
+        runtime_cuda=runtime_cuda(),
         providers=probe["providers"],
-        missing_libraries=_missing_libraries(folder),
+        missing_libraries=_missing_libraries(_runtime_folder()),
         driver=probe.get("driver"),
         devices=tuple(probe.get("devices", ())),
         cudnn=probe.get("cudnn"),
@@ -103,15 +106,6 @@ def _runtime_folder() -> Path | None:
     spec = importlib.util.find_spec("onnxruntime")
     places = spec.submodule_search_locations if spec is not None else None
     return Path(places[0]) if places else None
-
-
-def _build_info(folder: Path | None) -> dict[str, str]:
-    """What the build of onnxruntime says of itself, read without running it."""
-    file = folder / "capi" / "build_and_package_info.py" if folder else None
-    if file is None or not file.is_file():
-        return {}
-    text = file.read_text(encoding="utf-8", errors="replace")
-    return dict(re.findall(r"^(\w+) = '([^']+)'", text, re.MULTILINE))
 
 
 def _missing_libraries(folder: Path | None) -> tuple[str, ...] | None:

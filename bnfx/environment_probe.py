@@ -15,7 +15,7 @@ from typing import Any
 
 def main() -> None:
     """Try the imports, the driver, and a node on each provider."""
-    _tell(import_errors=_import_errors(), torch_cuda=_torch_cuda())
+    _tell(import_errors=_import_errors())
     _tell(provider={"cpu": _why_not("cpu")})
     _tell(**_driver())
     _tell(cudnn=_cudnn())
@@ -44,18 +44,15 @@ def _import_errors() -> dict[str, str]:
     return found
 
 
-def _torch_cuda() -> str | None:
-    torch = sys.modules.get("torch")
-    return None if torch is None else torch.version.cuda
-
-
 def _why_not(provider: str) -> str:
     """Why no node runs on `provider`; "" where one ran."""
     if sys.modules.get("onnxruntime") is None:
         return "onnxruntime does not import"
     try:
-        from bnfx.providers import unavailable_reason
+        from bnfx.providers import cuda_problem, unavailable_reason
 
+        if provider == "cuda" and (problem := cuda_problem()):
+            return problem
         return unavailable_reason(provider) or ""
     except Exception as error:  # noqa: BLE001  # a broken onnxruntime raises anything
         return f"{type(error).__name__}: {error}"

@@ -19,6 +19,7 @@ def write_floor(f: Path, folder: Path) -> tuple[Path, int]:
         VerificationError: The file cannot be read.
     """
     model = read_onnx(f)
+    onnx.load_external_data_for_model(model, str(f.parent))
     count = _drop(model.graph)
     count += sum(_drop_nodes(function.node, {*function.output}) for function in model.functions)
     written = folder / "floor.onnx"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from bnfx.onnx_files import (
     VERSION,
     Located,
     describe_type,
+    external_location,
+    graphs_of,
     located_nodes,
     metadata_of,
     opset_of,
@@ -148,9 +151,9 @@ def inspect_onnx(f: str | os.PathLike[str]) -> InspectReport:
         VerificationError: There is no such file, or it holds no readable ONNX graph.
     """
     path = Path(f)
-    model = read_onnx(path, weights=False)
+    model = read_onnx(path)
     nodes = list(located_nodes(model))
-    graphs = [model.graph, *_subgraphs(nodes)]
+    graphs = [graph for graph, _ in graphs_of(model)]
     tensors = {tensor.name: tensor for graph in graphs for tensor in graph.initializer}
     stored = [tensor for graph in graphs for tensor in graph.initializer]
     initial = {tensor.name for tensor in model.graph.initializer}
@@ -172,7 +175,7 @@ def inspect_onnx(f: str | os.PathLike[str]) -> InspectReport:
             if found.node.op_type == "BatchNormalization"
         ),
         initializers=len(stored),
-        parameters=sum(_elements(tensor) for tensor in stored),
+        parameters=sum(math.prod(tensor.dims) for tensor in stored),
         external_data=_external_files(stored, path),
         functions=tuple(f"{e.domain}:{e.name}" for e in model.functions),
         metadata=metadata,
@@ -199,7 +202,7 @@ def _batch_norm(found: Located, tensors: Mapping[str, onnx.TensorProto]) -> Batc
         node=node.name,
         where=found.where,
         module=_owner(node) or module_path(node),
-        channels=_elements(scale) if scale is not None else None,
+        channels=math.prod(scale.dims) if scale is not None else None,
         epsilon=settings["epsilon"].f if "epsilon" in settings else 1e-5,
         training_mode="training_mode" in settings and settings["training_mode"].i != 0,
         input=node.input[0] if node.input else "",
@@ -213,40 +216,20 @@ def _owner(node: onnx.NodeProto) -> str:
     return name.removesuffix(".running_mean") if name.endswith(".running_mean") else ""
 
 
-def _subgraphs(nodes: list[Located]) -> list[onnx.GraphProto]:
-    found = []
-    for located in nodes:
-        for attribute in located.node.attribute:
-            found += [graph for graph in (attribute.g, *attribute.graphs) if graph.node]
-    return found
-
-
-def _elements(tensor: onnx.TensorProto) -> int:
-    count = 1
-    for dim in tensor.dims:
-        count *= dim
-    return count
-
-
 def _external_files(tensors: list[onnx.TensorProto], path: Path) -> tuple[ExternalFile, ...]:
     needed: dict[str, int] = {}
     counts: Counter[str] = Counter()
     for tensor in tensors:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        entry = {e.key: e.value for e in tensor.external_data}
-        location = entry.get("location", "")
-        end = _number(entry.get("offset")) + _number(entry.get("length"))
+        location, offset, length = external_location(tensor)
+        end = offset + (length or 0)
         needed[location] = max(needed.get(location, 0), end)
         counts[location] += 1
     return tuple(
         ExternalFile(location, counts[location], _size(path.parent / location), end)
         for location, end in needed.items()
     )
-
-
-def _number(text: str | None) -> int:
-    return int(text) if text and text.isdecimal() else 0
 
 
 def _size(path: Path) -> int | None:

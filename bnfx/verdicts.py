@@ -110,10 +110,10 @@ class Divergence:
     channel: int | None
     ratio: float
     cause: str
-    gamma: float | None
-    var: float | None
-    eps: float | None
-    message: str
+    gamma: float | None = None
+    var: float | None = None
+    eps: float | None = None
+    message: str = ""
 
 
 @dataclass(frozen=True)

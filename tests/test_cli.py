@@ -395,9 +395,10 @@ def test_inserted_state_comes_back_through_a_checkpoint(here: Path) -> None:
 
 
 def test_calibration_reads_its_batches(here: Path) -> None:
-    for i, name in enumerate(("input", "image")):
-        images = np.random.default_rng(i).normal(3, 2, (8, 3, 16, 16)).astype(np.float32)
-        np.savez(here / f"{i}.npz", **{name: images})
+    draw = np.random.default_rng(0)
+    first, second = draw.normal(3, 2, (2, 8, 3, 16, 16)).astype(np.float32)
+    np.savez(here / "0.npz", input=first)
+    np.savez(here / "1.npz", image=second)
     batches = ["--calibration", "0.npz", "--calibration", "1.npz"]
     assert main(["insert", "nets:plain", "a.pt", "--init", "calibrate", *batches]) == 0
     state = torch.load(here / "a.pt", weights_only=True)

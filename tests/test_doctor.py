@@ -25,14 +25,13 @@ SOUND = Facts(
         "numpy": "2.4.6",
         "onnx": "1.23.2",
         "onnxscript": "0.7.2",
-        "onnxruntime": None,
-        "onnxruntime-gpu": "1.31.1",
         "matplotlib": None,
     },
+    runtimes={"onnxruntime-gpu": "1.31.1"},
     least={"torch": "2.11", "onnxruntime": "1.23", "onnxruntime-gpu": "1.28"},
     import_errors={},
     torch_cuda="13.0",
-    runtime_package="onnxruntime-gpu",
+    runtime_owner="onnxruntime-gpu",
     runtime_cuda="13.0",
     providers={"cpu": "", "cuda": ""},
     missing_libraries=(),
@@ -65,8 +64,12 @@ def test_a_sound_environment_needs_nothing() -> None:
 
 
 def with_versions(**versions: str | None) -> Facts:
-    found = {**SOUND.versions, **{k.replace("_", "-"): v for k, v in versions.items()}}
-    return dataclasses.replace(SOUND, versions=found)
+    return dataclasses.replace(SOUND, versions={**SOUND.versions, **versions})
+
+
+def with_runtimes(**versions: str) -> Facts:
+    found = {name.replace("_", "-"): version for name, version in versions.items()}
+    return dataclasses.replace(SOUND, runtimes=found)
 
 
 @pytest.mark.parametrize(
@@ -83,11 +86,11 @@ def with_versions(**versions: str | None) -> Facts:
             *("onnxscript", "error", "no module x", "pip install"),
         ),
         (
-            with_versions(onnxruntime_gpu=None),
+            with_runtimes(),
             *("onnxruntime", "error", "not installed", "never both"),
         ),
         (
-            with_versions(onnxruntime="1.32.0"),
+            with_runtimes(onnxruntime="1.32.0", onnxruntime_gpu="1.31.1"),
             *("onnxruntime", "error", "own the same files", "pip uninstall"),
         ),
         (
@@ -95,11 +98,11 @@ def with_versions(**versions: str | None) -> Facts:
             *("onnxruntime", "error", "no InferenceSession", "pip uninstall"),
         ),
         (
-            dataclasses.replace(SOUND, runtime_package="onnxruntime"),
+            dataclasses.replace(SOUND, runtime_owner="onnxruntime"),
             *("onnxruntime", "error", "the files there are of onnxruntime", "pip uninstall"),
         ),
         (
-            with_versions(onnxruntime_gpu="1.26.0"),
+            with_runtimes(onnxruntime_gpu="1.26.0"),
             *("onnxruntime", "error", "1.26.0", "onnxruntime-gpu>=1.28"),
         ),
         (
@@ -144,8 +147,8 @@ def test_missing_cuda_tells_libraries_driver_and_cudnn() -> None:
 
 def test_a_runtime_for_the_cpu_has_no_lines_on_cuda() -> None:
     facts = dataclasses.replace(
-        with_versions(onnxruntime_gpu=None, onnxruntime="1.32.0"),
-        runtime_package="onnxruntime",
+        with_runtimes(onnxruntime="1.32.0"),
+        runtime_owner="onnxruntime",
         runtime_cuda=None,
         providers={"cpu": "", "cuda": "this onnxruntime was built without CUDA"},
     )
