@@ -156,6 +156,11 @@ def dots(title: str, description: str, rows: Sequence[Dot], limit: float | None,
         add(group, "line", x1=x, x2=x, y1=floor, y2=y, kind="stem" if row.passed else "stem wrong")
         radius = min(5.0, max(2.0, space / 3))
         add(group, "circle", cx=x, cy=y, r=radius, kind="dot" if row.passed else "dot wrong")
+        if not row.passed and all(earlier.passed for earlier in rows[:i]):
+            name, beside = shorten(row.label, 40), x > _WIDTH / 2
+            anchor = "end" if beside else "start"
+            shift = -9.0 if beside else 9.0
+            add(root, "text", name, x=x + shift, y=max(y + 4, 14.0), text_anchor=anchor)
     _ends(root, rows, left, floor + 18)
     add(root, "text", unit, x=left, y=height - 8, kind="tick")
     return markup(root)

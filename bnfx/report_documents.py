@@ -181,7 +181,10 @@ def _(report: DeployReport) -> Iterator[Section]:
 
 @_sections.register
 def _(report: VerifyReport) -> Iterator[Section]:
-    yield Section("Verification", tuple(blocks(report)))
+    proof = tuple((name, str(value)) for name, value in report.proof.items())
+    shown = bool(proof) and report.provider != "cpu"
+    table = (Table("What proves where it ran", ("", "found"), proof),) if shown else ()
+    yield Section("Verification", (*blocks(report), *table))
     if found := tuple(_error_pictures(report)):
         yield Section("Error by layer", found)
 
