@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnfx import passes
     from bnfx.benchmark import BenchReport, benchmark_onnx
+    from bnfx.calibration import recalibrate_bn
     from bnfx.deployment import DeployReport, deploy
     from bnfx.environment import EnvReport, doctor
     from bnfx.errors import (
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from bnfx.folding import fold_bn, plan_fold
     from bnfx.insertion import insert_bn, plan_insert
     from bnfx.inspection import InspectReport, inspect_onnx
+    from bnfx.optimizers import param_groups
     from bnfx.reports import FoldReport, InsertReport, report
     from bnfx.stages import StageReport, removal_ledger
     from bnfx.verdicts import VerifyReport
@@ -60,9 +62,11 @@ __all__ = [
     "fold_bn",
     "insert_bn",
     "inspect_onnx",
+    "param_groups",
     "passes",
     "plan_fold",
     "plan_insert",
+    "recalibrate_bn",
     "removal_ledger",
     "report",
     "verify_onnx",
@@ -74,8 +78,8 @@ _HOME = {
     "BnfxError": "bnfx.errors",
     "CalibrationError": "bnfx.errors",
     "CaptureError": "bnfx.errors",
-    "EnvReport": "bnfx.environment",
     "DeployReport": "bnfx.deployment",
+    "EnvReport": "bnfx.environment",
     "ExportError": "bnfx.errors",
     "ExportReport": "bnfx.export",
     "FoldError": "bnfx.errors",
@@ -88,14 +92,16 @@ _HOME = {
     "VerificationError": "bnfx.errors",
     "VerifyReport": "bnfx.verdicts",
     "benchmark_onnx": "bnfx.benchmark",
-    "doctor": "bnfx.environment",
     "deploy": "bnfx.deployment",
+    "doctor": "bnfx.environment",
     "export_onnx": "bnfx.export",
     "fold_bn": "bnfx.folding",
     "insert_bn": "bnfx.insertion",
     "inspect_onnx": "bnfx.inspection",
+    "param_groups": "bnfx.optimizers",
     "plan_fold": "bnfx.folding",
     "plan_insert": "bnfx.insertion",
+    "recalibrate_bn": "bnfx.calibration",
     "removal_ledger": "bnfx.stages",
     "report": "bnfx.reports",
     "verify_onnx": "bnfx.verify",

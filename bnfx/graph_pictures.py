@@ -53,7 +53,7 @@ def fold_pictures(
 
     done = report(folded)
     assert isinstance(done, FoldReport)
-    before = inference_graph(model, example(args, kwargs))
+    before = inference_graph(model, example(args, kwargs)).module
     old, new = list(_boxes(before)), list(_boxes(folded))
     waiting = list(done.batch_norms)
     pictures = []
