@@ -12,7 +12,7 @@ from torch import Tensor
 from bnfx.layers import Layer, by_channel
 from bnfx.pairing import Pair
 
-_FITS = 2e-5  # relative; a wrong formula is recognised by all channels to this
+_FITS = 5e-7  # relative; a wrong formula is recognised by all channels to this
 
 
 @dataclass(frozen=True)

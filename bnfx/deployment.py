@@ -16,9 +16,10 @@ from torch import nn
 from bnfx.benchmark import BenchReport, benchmark_onnx
 from bnfx.bundle import write_bundle
 from bnfx.errors import VerificationError
-from bnfx.export import ExportReport, export_onnx, move_into_place
+from bnfx.export import ExportReport, export_onnx
 from bnfx.folding import fold_bn
 from bnfx.graph_pictures import fold_pictures
+from bnfx.placing import move_into_place, real_target
 from bnfx.references import Precision
 from bnfx.report_files import check_report_path, write_report
 from bnfx.reports import FoldReport, Report
@@ -120,7 +121,7 @@ def deploy(
             is the `DeployReport`.
         CaptureError, FoldError, ExportError, ProviderError: As from the steps.
     """
-    target, seconds = Path(f), dict[str, float]()
+    target, seconds = real_target(f), dict[str, float]()
     if report is not None:
         check_report_path(Path(report))
     with _timed(seconds, "fold"):

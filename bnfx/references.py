@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from bnfx.compare import Array
 from bnfx.errors import BnfxError, VerificationError
 from bnfx.folding import fold_bn
 from bnfx.inference_graph import inference_graph
+from bnfx.layers import composed
 from bnfx.reports import FoldReport, report
 from bnfx.rounding_modes import StoredAs, Tf32
 from bnfx.torch_layers import Traced, Widened, trace_layers
@@ -68,8 +69,24 @@ class Runs:
         return Runs(own, rounded, exact, self.dtypes)
 
 
+@dataclass(frozen=True)
+class Form:
+    """One right form of the reference's layers.
+
+    Attributes:
+        name: How it came about.
+        traced: The layers.
+    """
+
+    name: str
+    traced: Traced
+
+
 class TorchReference:
     """A module; its three copies are made once."""
+
+    #: Whether a wrong weight is a failure.
+    decides = True
 
     def __init__(self, model: nn.Module, precision: Precision) -> None:
         self.name = type(model).__name__
@@ -128,21 +145,47 @@ class TorchReference:
             ) from error
         return [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)]
 
-    def folded(self, sample: Sample) -> Traced:
-        """The layers after folding, computed in float64.
+    def forms(self, sample: Sample) -> Iterator[Form]:
+        """The layers as folding can leave them, the likeliest form first, computed in float64.
+
+        Folding decides by dtype, and by what it knows of the inputs: so it is done again in
+        float64, which gives every weight exactly; then as the exported model was perhaps folded, in
+        its own dtype, with the example and without, which rounds once. Others fold each BatchNorm
+        into the layer before it, or not at all.
 
         Raises:
-            BnfxError: The reference cannot be captured.
+            BnfxError: The reference cannot be captured in any way.
         """
         given = widened(sample)
+        failures: list[str] = []
+        ways: tuple[tuple[str, Callable[[], fx.GraphModule]], ...] = (
+            (
+                "folded in float64",
+                lambda: fold_bn(clone(self._exact), given.args, example_kwargs=given.kwargs),
+            ),
+            (
+                "folded in its own dtype",
+                lambda: fold_bn(self._own, sample.args, example_kwargs=sample.kwargs).double(),
+            ),
+            ("folded without example inputs", lambda: fold_bn(self._own).double()),
+        )
+        for name, fold in ways:
+            try:
+                graph = fold()
+                done = report(graph)
+                assert isinstance(done, FoldReport)
+                yield Form(name, self._traced(graph, given, frozenset(done.provenance)))
+            except BnfxError as error:
+                failures.append(f"{name}: {error}")
         try:
-            graph = fold_bn(clone(self._exact), given.args, example_kwargs=given.kwargs)
-        except BnfxError:
-            # Code that insists on its dtype: fold it as it is, which rounds once.
-            graph = fold_bn(self._own, sample.args, example_kwargs=sample.kwargs).double()
-        done = report(graph)
-        assert isinstance(done, FoldReport)
-        return self._traced(graph, given, frozenset(done.provenance))
+            plain = self.unfolded(sample)
+        except BnfxError as error:
+            if len(failures) == len(ways):
+                raise VerificationError("; ".join([*failures, str(error)])) from error
+            return
+        layers = tuple(composed(plain.layers))
+        yield Form("with each BatchNorm in the layer before it", replace(plain, layers=layers))
+        yield Form("as it is", plain)
 
     def unfolded(self, sample: Sample) -> Traced:
         """The layers as they are, computed in float64.
@@ -151,8 +194,8 @@ class TorchReference:
             BnfxError: The reference cannot be captured.
         """
         given = widened(sample)
-        graph = inference_graph(clone(self._exact), example(given.args, given.kwargs))
-        return self._traced(graph, given, frozenset())
+        captured = inference_graph(clone(self._exact), example(given.args, given.kwargs))
+        return self._traced(captured.module, given, frozenset())
 
     def _traced(self, graph: fx.GraphModule, given: Sample, changed: frozenset[str]) -> Traced:
         slots = sum(node.op == "placeholder" for node in graph.graph.nodes)

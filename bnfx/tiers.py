@@ -8,7 +8,7 @@ BatchNorm is folded into the layer before it, and judged by what it agrees with 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,30 +16,27 @@ from torch import Tensor
 
 from bnfx.causes import Origin
 from bnfx.compare import Array
-from bnfx.errors import BnfxError
+from bnfx.errors import BnfxError, VerificationError
 from bnfx.layer_checks import check_layer
-from bnfx.layers import Layer, composed, neighbours, samples
+from bnfx.layers import Layer, neighbours, samples
 from bnfx.localisation import constant_fault, hint, structure_faults, weight_fault
 from bnfx.onnx_files import tensor_array, type_name
 from bnfx.onnx_layers import FileGraph, file_layers, stored_dtype
 from bnfx.pairing import Pair, Pairing, close, pair_layers
-from bnfx.references import Sample
+from bnfx.references import Form, Sample
 from bnfx.torch_layers import Traced
 from bnfx.verdicts import Divergence, LayerCheck, WeightCheck
 from bnfx.weight_checks import Rounding, Stored, check_constants, check_pair
-
-FOLDED_AGAIN = "folded by bnfx"
-AS_IT_IS = "as it is"
-COMPOSED = "each BatchNorm in the layer before it"
 
 
 class Known(Protocol):
     """A reference whose layers can be listed."""
 
     name: str
+    decides: bool
 
-    def folded(self, sample: Sample) -> Traced:
-        """The layers after folding."""
+    def forms(self, sample: Sample) -> Iterator[Form]:
+        """The layers in every form that is right."""
 
     def unfolded(self, sample: Sample) -> Traced:
         """The layers as they are."""
@@ -70,8 +67,8 @@ class Findings:
 class _Match:
     """The file against one form of the reference."""
 
-    form: str
-    traced: Traced
+    form: Form
+    first: bool
     pairing: Pairing
     checks: tuple[tuple[Pair, tuple[WeightCheck, ...]], ...]
 
@@ -108,20 +105,20 @@ def check_layers(
     names = {name for node in graph.nodes for name in node.operands.values()}
     dtypes = {name: stored_dtype(graph, name, values) for name in names}
     try:
-        match, unfolded = _best(reference, sample, ours, found, dtypes, rounding)
+        match = _best(reference, sample, ours, found, dtypes, rounding)
     except BnfxError as error:
         note = (
             f"weights and layers: not checked, since the reference cannot be taken apart: {error}"
         )
         return Findings((), (), 0, (), None, (note,))
-    origins = _origins(unfolded or reference, sample, match)
+    origins = _origins(reference, sample, match)
     faults: list[Divergence] = []
     notes: list[str] = []
     weights: list[WeightCheck] = []
     layers: list[LayerCheck] = []
     strangers = []
     for pair, checks in match.checks:
-        layer = check_layer(pair, values, match.traced.flow)
+        layer = check_layer(pair, values, match.form.traced.flow)
         fused = layer is not None and layer.ratio == float("inf") and layer.error < 0.05
         known = pair.recognised or pair.belongs_to or rounding.claimed
         wrong = [check for check in checks if not check.passed]
@@ -130,18 +127,23 @@ def check_layers(
             continue
         weights += checks
         origin = origins.get(pair.truth.name)
-        faults += [weight_fault(pair, check, origin) for check in wrong]
+        faults += [weight_fault(pair, check, origin) for check in wrong if reference.decides]
         if layer is None or fused:
             continue
         layers.append(layer)
-        same_input = close(match.traced.flow[pair.truth.x], found[pair.ours.x], float("inf"))
+        same_input = close(match.form.traced.flow[pair.truth.x], found[pair.ours.x], float("inf"))
         faults += structure_faults(pair, layer, same_input=same_input)
     constants, missing = _constants(match, graph, rounding)
     weights += constants
     faults += [constant_fault(check) for check in constants if not check.passed]
     notes += _notes(match, strangers, missing, graph)
+    if not reference.decides and not match.perfect:
+        notes.append(
+            "weights: the reference still has BatchNorms, and folding may spread them over several "
+            "layers: other weights may be as right, so outputs decide"
+        )
     wanted = len(weights) + len(strangers) + len(missing) + len(match.pairing.missing)
-    pairs, flow = match.pairing.pairs, match.traced.flow
+    pairs, flow = match.pairing.pairs, match.form.traced.flow
     first = hint(pairs, layers, flow, found, graph, rounding.precision)
     return Findings(tuple(weights), tuple(layers), wanted, tuple(faults), first, tuple(notes))
 
@@ -157,31 +159,28 @@ def _best(
     found: Mapping[str, Tensor],
     dtypes: dict[str, str],
     rounding: Rounding,
-) -> tuple[_Match, Traced | None]:
-    """The form of the reference that the file agrees with most; and the unfolded one, if made."""
-
-    def match(form: str, traced: Traced) -> _Match:
-        pairing = pair_layers(traced.layers, ours, traced.flow, found)
+) -> _Match:
+    """The form of the reference that the file agrees with most."""
+    best: _Match | None = None
+    for form in reference.forms(sample):
+        pairing = pair_layers(form.traced.layers, ours, form.traced.flow, found)
         checks = tuple((p, tuple(check_pair(p, dtypes, rounding))) for p in pairing.pairs)
-        return _Match(form, traced, pairing, checks)
-
-    folded = match(FOLDED_AGAIN, reference.folded(sample))
-    if folded.perfect:
-        return folded, None
-    plain = reference.unfolded(sample)
-    others = [
-        match(AS_IT_IS, plain),
-        match(COMPOSED, replace(plain, layers=tuple(composed(plain.layers)))),
-    ]
-    return max((folded, *others), key=lambda form: form.score), plain
+        match = _Match(form, best is None, pairing, checks)
+        if match.perfect:
+            return match
+        if best is None or match.score > best.score:
+            best = match
+    if best is None:
+        raise VerificationError(f"{reference.name} has no form that could be captured")
+    return best
 
 
-def _origins(known: Known | Traced, sample: Sample, match: _Match) -> dict[str, Origin]:
+def _origins(known: Known, sample: Sample, match: _Match) -> dict[str, Origin]:
     """What each layer was folded from, by its path; only looked up where something is wrong."""
     if all(check.passed for _, checks in match.checks for check in checks):
         return {}
     try:
-        plain = known if isinstance(known, Traced) else known.unfolded(sample)
+        plain = known.unfolded(sample)
     except BnfxError:
         return {}
     return {layer.name: Origin(layer, norm) for layer, norm in neighbours(plain.layers)}
@@ -190,7 +189,7 @@ def _origins(known: Known | Traced, sample: Sample, match: _Match) -> dict[str, 
 def _constants(
     match: _Match, graph: FileGraph, rounding: Rounding
 ) -> tuple[list[WeightCheck], list[str]]:
-    truth = [c for c in match.traced.constants if c.value.numel() > 1]
+    truth = [c for c in match.form.traced.constants if c.value.numel() > 1]
     if not truth:
         return [], []
     sizes = {constant.value.numel() for constant in truth}
@@ -212,8 +211,11 @@ def _constants(
 def _notes(
     match: _Match, strangers: list[str], missing: list[str], graph: FileGraph
 ) -> Iterator[str]:
-    if match.form != FOLDED_AGAIN:
-        yield f"weights: compared with the reference {match.form}, which the file agrees with most"
+    if not match.first:
+        yield (
+            f"weights: compared with the reference {match.form.name}, with which the file agrees "
+            "most"
+        )
     if match.pairing.missing:
         names = _few(layer.name for layer in match.pairing.missing)
         yield f"weights: no node of the file has the shape of {names}; outputs decide there"

@@ -28,6 +28,7 @@ from bnfx.isolated import execute_apart
 from bnfx.layer_checks import MAX_LAYER_RATIO
 from bnfx.localisation import output_fault
 from bnfx.onnx_files import FOLDED, VERSION, all_nodes, metadata_of, read_onnx, type_name
+from bnfx.onnx_reference import OnnxReference
 from bnfx.references import DTYPES, Precision, Runs, Sample, TorchReference, arrays
 from bnfx.runner import Answer, Request, execute
 from bnfx.sampling import as_sample, batch_of, other_batches, pool, resized
@@ -36,11 +37,13 @@ from bnfx.tiers import Findings, check_layers
 from bnfx.verdicts import Divergence, TierCheck, VerifyReport
 from bnfx.weight_checks import MAX_WEIGHT_RATIO, Rounding
 
+Reference = TorchReference | OnnxReference
+
 
 def verify_onnx(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     f: str | os.PathLike[str],
-    args: Any,
+    args: Any = None,
     *,
     kwargs: Mapping[str, Any] | None = None,
     provider: str = "cpu",
@@ -56,10 +59,12 @@ def verify_onnx(
     """Compare an ONNX file with the unfolded model that it was made from.
 
     Args:
-        model: The unfolded reference, in eval mode; left bit-identical.
+        model: The unfolded reference, in eval mode; left bit-identical. Or the path of another ONNX
+            file, which is evaluated in float64.
         f: The ONNX file, written by anyone.
         args: Tuple of positional example arguments, or a lone tensor: shapes, dtypes and ranges of
-            the inputs that are drawn. They are the first input themselves.
+            the inputs that are drawn. They are the first input themselves. Where the reference is
+            a file they may be left out: its declared inputs are drawn.
         kwargs: Example keyword arguments.
         provider: "cpu", "cuda" or "cuda:1"; CUDA never falls back.
         num_inputs: Inputs to pool the error over.
@@ -84,15 +89,13 @@ def verify_onnx(
     start = time.perf_counter()
     if precision not in DTYPES:
         raise VerificationError(f"precision={precision!r} is unknown; use {', '.join(DTYPES)}")
-    if found := training_modules(model):
-        raise VerificationError(
-            f"the reference is in train mode at {found[:8]}, so it has no one answer; call "
-            "model.eval() first"
-        )
     path = Path(f)
     proto = read_onnx(path)
-    reference = TorchReference(model, precision)
-    example = as_sample(args, kwargs)
+    reference = _reference(model, precision, timeout)
+    if args is None and not kwargs and isinstance(reference, OnnxReference):
+        example = reference.example()
+    else:
+        example = as_sample(() if args is None else args, kwargs)
     names, values = _declared(proto)
     if len(names) != len(reference.leaves(example)):
         raise VerificationError(
@@ -114,6 +117,19 @@ def verify_onnx(
     return _report(plan, staged, answer, outputs, findings, max_ratio, localize, start)
 
 
+def _reference(
+    model: nn.Module | str | os.PathLike[str], precision: Precision, timeout: float | None
+) -> Reference:
+    if not isinstance(model, nn.Module):
+        return OnnxReference(Path(model), precision, timeout or 600.0)
+    if found := training_modules(model):
+        raise VerificationError(
+            f"the reference is in train mode at {found[:8]}, so it has no one answer; call "
+            "model.eval() first"
+        )
+    return TorchReference(model, precision)
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What is compared with what, on which inputs."""
@@ -121,7 +137,7 @@ class _Plan:
     path: Path
     proto: onnx.ModelProto
     provider: str
-    reference: TorchReference
+    reference: Reference
     pooled: list[Sample]
     small: list[Sample]
     sizes: tuple[int, ...]
