@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import bnfx
 from bnfx.cli_files import check_target
@@ -18,6 +18,7 @@ from bnfx.cli_inputs import (
     bind,
     check_forward,
     dynamic_shapes,
+    in_order,
     inputs_of,
     parse_inputs,
 )
@@ -105,7 +106,7 @@ def _inspect(options: argparse.Namespace) -> Outcome:
 def _inspect_file(options: argparse.Namespace) -> Outcome:
     _require_file(options.model)
     if options.input or options.checkpoint:
-        raise UsageError("an .onnx file is inspected as it is: without --input and --checkpoint")
+        raise UsageError("an .onnx file is inspected as it is: leave --input, --checkpoint out")
     found = bnfx.inspect_onnx(options.model)
     with step("optimising it in onnxruntime, for the ledger"):
         stages = bnfx.removal_ledger(None, f=options.model)
@@ -184,16 +185,18 @@ def _onnx_options(options: argparse.Namespace, given: Given) -> dict[str, Any]:
 
 def _verify(options: argparse.Namespace) -> Outcome:
     _require_file(options.file)
-    given = _given(options)
-    inputs = given.required()
-    with step("verifying"):
-        done = bnfx.verify_onnx(
-            given.model,
-            options.file,
-            inputs.args,
-            kwargs=inputs.kwargs,
-            **_check_options(options),
-        )
+    checks = _check_options(options)
+    if options.model.endswith(".onnx"):
+        args = _inputs_of_file(options) if options.input else None
+        with step("verifying"):
+            done = bnfx.verify_onnx(options.model, options.file, args, **checks)
+    else:
+        given = _given(options)
+        inputs = given.required()
+        with step("verifying"):
+            done = bnfx.verify_onnx(
+                given.model, options.file, inputs.args, kwargs=inputs.kwargs, **checks
+            )
     failure = "" if done else f"{options.file} {done.status}: {done.first_divergence}"
     failure = failure or _policy(options, done.batch_norms_left)
     return Outcome(done, failure, _code(failure))
@@ -243,17 +246,22 @@ def _bench(options: argparse.Namespace) -> Outcome:
     }
     if not options.model.endswith(".onnx"):
         return _bench_model(options, measured)
-    for file in (options.model, options.baseline):
-        if file is not None:
-            _require_file(file)
+    if options.baseline is not None:
+        _require_file(options.baseline)
+    args = _inputs_of_file(options)
+    with step("measuring"):
+        done = bnfx.benchmark_onnx(options.model, args, baseline=options.baseline, **measured)
+    return Outcome(done)
+
+
+def _inputs_of_file(options: argparse.Namespace) -> tuple[Tensor, ...]:
+    """Inputs for the `.onnx` file that is the model: those given, or drawn by its declarations."""
+    _require_file(options.model)
     if options.checkpoint:
         raise UsageError("an .onnx file holds its weights: leave --checkpoint out")
-    values = parse_inputs(options.input) or inputs_of(bnfx.inspect_onnx(options.model))
-    with step("measuring"):
-        done = bnfx.benchmark_onnx(
-            options.model, tuple(values.values()), baseline=options.baseline, **measured
-        )
-    return Outcome(done)
+    found = bnfx.inspect_onnx(options.model)
+    given = parse_inputs(options.input)
+    return tuple(in_order(given, found.inputs).values() if given else inputs_of(found).values())
 
 
 def _bench_model(options: argparse.Namespace, measured: Mapping[str, Any]) -> Outcome:

@@ -26,7 +26,11 @@ def check_target(path: Path, suffixes: Sequence[str]) -> None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A path beside `target`, whose file is moved there if the block succeeds."""
+    """A path beside `target`, whose file is moved there if the block succeeds.
+
+    Where `target` is a symbolic link, it is the file behind it that is replaced.
+    """
+    target = target.resolve()
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         written = Path(folder) / target.name
         yield written

@@ -6,7 +6,7 @@ import copy
 import inspect
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,20 @@ def inputs_of(found: InspectReport) -> dict[str, Tensor]:
         name: _draw(_shape(sizes, name), DTYPES[dtype], None, generator)
         for name, sizes, dtype in specs
     }
+
+
+def in_order(values: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """`values` in the order of `names`, those of a file's inputs; other names go by position.
+
+    Raises:
+        UsageError: Some names are the file's and some are not, or their number is another.
+    """
+    wanted = list(names)
+    if len(values) != len(wanted) or (set(values) & set(wanted) and set(values) != set(wanted)):
+        raise UsageError(
+            f"the inputs given are {', '.join(values)}; those of the file are {', '.join(wanted)}"
+        )
+    return {name: values[name] for name in wanted} if set(values) == set(wanted) else dict(values)
 
 
 def bind(model: nn.Module, values: Mapping[str, Tensor]) -> Inputs:

@@ -210,7 +210,7 @@ def _export(command: argparse.ArgumentParser) -> None:
 
 
 def _verify(command: argparse.ArgumentParser) -> None:
-    _model(command, "the unfolded reference")
+    _model(command, "the unfolded reference, or an .onnx file to compare with")
     command.add_argument("file", metavar="FILE", help="the .onnx file to check")
     _inputs(command)
     _checks(command)
@@ -294,6 +294,8 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
   bnfx export nets:small small.onnx --fold --input x:1x3x16x16 --dynamic-batch
   bnfx verify nets:small small.onnx --input x:1x3x16x16
   bnfx verify nets:small small.onnx --input x:1x3x16x16 --batch-sizes 1,4 --json report.json
+  bnfx export nets:small unfolded.onnx --input x:1x3x16x16 --dynamic-batch
+  bnfx verify unfolded.onnx small.onnx
 """,
         _verify,
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,7 @@ def test_the_examples_in_the_help_run(
         (("export", "nets:small", "a.onnx"), 2, "needs example inputs"),
         (("bench", "absent.onnx"), 2, "no file absent.onnx"),
         (("inspect", "absent.onnx"), 2, "no file absent.onnx"),
+        (("verify", "absent.onnx", "nets.py", *X), 2, "no file absent.onnx"),
         (("fold", "needy:net"), 3, "a_package_that_nobody_has"),
         (("fold", "nets:Loop"), 4, "CaptureError"),
         (("export", "nets:small", "a.onnx", *X, "--opset", "9"), 4, "opset_version=9"),
@@ -266,6 +268,17 @@ def test_a_tampered_file_fails_and_says_where(
     change(f, "conv.weight", 0.5)
     assert main(["verify", "nets:small", "a.onnx", *X]) == 1
     assert "conv.weight" in capsys.readouterr().err
+
+
+def test_one_file_against_another(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    f = exported(here)
+    shutil.copy(f, here / "b.onnx")
+    for inputs in ((), X, ("--input", "image:1x3x16x16")):
+        assert main(["verify", "a.onnx", "b.onnx", *inputs]) == 0, capsys.readouterr().err
+    assert main(["verify", "a.onnx", "b.onnx", *X, "--input", "z:3"]) == 2
+    assert main(["verify", "a.onnx", "b.onnx", "--checkpoint", "c.pt", *X]) == 2
+    change(here / "b.onnx", "conv.weight", 0.5)
+    assert main(["verify", "a.onnx", "b.onnx"]) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", None])
