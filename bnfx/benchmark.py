@@ -19,15 +19,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bnfx.errors import BnfxError
+from bnfx.errors import BnfxError, VerificationError
 from bnfx.floor import write_floor
+from bnfx.isolated import execute_apart
+from bnfx.onnx_files import read_onnx
 from bnfx.providers import SessionSettings, load_onnxruntime, open_session, require_provider
 from bnfx.reports import Report, table
+from bnfx.runner import Request
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 Fusions = Literal["on", "off", "both"]
+
+_PATIENCE = 300.0  # seconds for a single run; one that takes longer is no latency to measure
 
 #: onnxruntime's optimisers that fold a BatchNorm, or hide it in a blocked convolution.
 BN_FUSIONS = "ConvBNFusion;MatMul_BatchNormalization_Fusion;NchwcTransformer"
@@ -144,11 +149,32 @@ def benchmark_onnx(
             dropped, count = write_floor(Path(baseline or f), Path(folder))
             notes += [] if count else ["floor: the baseline has no BatchNorm to drop"]
             plan.append(("floor", dropped, fusions != "off"))
+        for _, path, on in plan:
+            if on or fusions == "off":
+                _try_apart(path, tensors, provider)
         arms = [_Arm(path, tensors, provider, num_threads, on) for _, path, on in plan]
         times = _measure(arms, num_runs, warmup)
     latencies = tuple(_summary(plan[i][0], plan[i][1], times[i]) for i in range(len(plan)))
     ratio = latencies[0].median / latencies[1].median if baseline is not None else None
     return BenchReport(latencies, ratio, provider, num_runs, num_threads, tuple(notes))
+
+
+def _try_apart(path: Path, tensors: list[Tensor], provider: str) -> None:
+    """Run a file once in a process of its own: it must not take this one down, nor hold it up."""
+    proto = read_onnx(path)
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    names = tuple(value.name for value in proto.graph.input if value.name not in stored)
+    if len(names) != len(tensors):
+        raise VerificationError(
+            f"{path} takes {len(names)} inputs ({', '.join(names)}), the example has "
+            f"{len(tensors)} tensors"
+        )
+    with tempfile.TemporaryDirectory(prefix="bnfx-") as folder:
+        request = Request(str(path), provider, folder, names, 1)
+        feed = [tensor.detach().cpu().numpy() for tensor in tensors]
+        answer = execute_apart(request, [feed], timeout=_PATIENCE)
+    if answer.failures:
+        raise VerificationError(f"onnxruntime cannot run {path}: {answer.failures[0]}")
 
 
 def _plan(f: Path, baseline: Path | None, fusions: Fusions) -> list[tuple[str, Path, bool]]:

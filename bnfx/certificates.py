@@ -65,13 +65,19 @@ class Explanation:
         """Layers whose weights carry the site now: those next to it that were rewritten."""
         of = self.gauges.systems.of
         labels = np.unique(of[np.append(site.x, site.y)])
-        labels = labels[labels > 0]
-        names = [
-            owner(changed)
-            for changed in self.changed
-            if np.isin(of[np.append(changed.x, changed.y)], labels).any()
-        ]
-        return tuple(dict.fromkeys(names))
+        bridges = [s for s in self.gauges.eliminated if s.kind is not Kind.BATCH_NORM]
+        while True:
+            names = [
+                owner(changed)
+                for changed in self.changed
+                if np.isin(of[np.append(changed.x, changed.y)], labels[labels > 0]).any()
+            ]
+            more = [b for b in bridges if np.isin(of[np.append(b.x, b.y)], labels).any()]
+            if names or not more:
+                return tuple(dict.fromkeys(names))
+            bridges = [b for b in bridges if b not in more]
+            ends = [labels, *(of[np.append(b.x, b.y)] for b in more)]
+            labels = np.unique(np.concatenate(ends))
 
     # -- reasons -------------------------------------------------------------------------------
 

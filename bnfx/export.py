@@ -109,23 +109,29 @@ def export_onnx(
         opset_version=opset,
     )
     _annotate(program.model.metadata_props, model)
+    size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
+    external = size > _INLINE_BYTES if external_data is None else external_data
+    _refuse_link(Path(f), target, external=external)
+    try:
+        return _write(program, target, opset, external=external)
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written, it is as it was: {error}") from error
+
+
+def _write(
+    program: torch.onnx.ONNXProgram, target: Path, opset: int | None, *, external: bool
+) -> ExportReport:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         written = Path(folder) / target.name
-        size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
-        external = size > _INLINE_BYTES if external_data is None else external_data
-        _refuse_link(Path(f), target, external=external)
-        try:
-            program.save(written, external_data=external)
-            name_by_content(written)
-            report = _check(written, target)
-            if opset is not None and report.opset != opset:
-                raise ExportError(
-                    f"the exporter wrote opset {report.opset} instead of {opset}; "
-                    f"ask for {report.opset} or leave opset_version out"
-                )
-            move_into_place(written, target)
-        except OSError as error:
-            raise ExportError(f"{target} cannot be written, it is as it was: {error}") from error
+        program.save(written, external_data=external)
+        name_by_content(written)
+        report = _check(written, target)
+        if opset is not None and report.opset != opset:
+            raise ExportError(
+                f"the exporter wrote opset {report.opset} instead of {opset}; "
+                f"ask for {report.opset} or leave opset_version out"
+            )
+        move_into_place(written, target)
     return report
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,18 @@ def execute_apart(request: Request, runs: Sequence[Sequence[Array]], *, timeout:
     told["failures"] = {int(i): message for i, message in told["failures"].items()}
     told["outputs"] = tuple(told["outputs"])
     return Answer(**told)
+
+
+def load_apart(model: Path, *, provider: str = "cpu", timeout: float = 120.0) -> None:
+    """Load a file in a process of its own, to learn whether it is safe to do so in this one.
+
+    Raises:
+        VerificationError: It is not valid, cannot be loaded, or crashes onnxruntime.
+        ProviderError: The provider cannot take it.
+    """
+    with tempfile.TemporaryDirectory(prefix="bnfx-") as folder:
+        request = Request(str(model), provider, folder, (), 0)
+        execute_apart(request, [], timeout=timeout)
 
 
 def _run(folder: Path, request: Request, timeout: float) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from bnfx.errors import VerificationError
 from bnfx.inspection import BatchNormNode, inspect_onnx
+from bnfx.isolated import load_apart
 from bnfx.onnx_files import all_nodes
 from bnfx.providers import load_onnxruntime, runtime_errors
 from bnfx.reports import FoldRecord, FoldReport, Report, table, tally
@@ -176,6 +177,7 @@ def runtime_batch_norms(f: Path) -> dict[str, frozenset[str]]:
     Raises:
         VerificationError: onnxruntime cannot load the file.
     """
+    load_apart(f)
     ort = load_onnxruntime()
     found = {}
     with tempfile.TemporaryDirectory(prefix="bnfx-") as folder:

@@ -271,6 +271,8 @@ def _report(
     first = _first(wrong, found.hint) if localize else None
     own = batch_of(plan.pooled[0])
     notes = [*staged.notes, *found.notes]
+    if answer.proof.get("checker"):
+        notes.append(f"onnx.checker refuses the file: {answer.proof['checker']}")
     if answer.values_failure:
         notes.append(f"layers: not compared, onnxruntime cannot show them: {answer.values_failure}")
     counts = Counter(node.op_type for node in all_nodes(plan.proto))
