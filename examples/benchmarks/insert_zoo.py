@@ -49,14 +49,8 @@ _QUICK = ("squeezenet1_1", "mobilenet_v3_small", "lcnetv2", "BertForSeq", "GPT2"
 
 def measure(network: Network) -> dict[str, Any]:
     """One row of the table."""
-    with torch.device("meta"):
-        size = (
-            sum(p.numel() for p in network.build().parameters()) if network.suite[0] == "t" else 0
-        )
-    device = torch.device("meta" if size > _LARGE else "cpu")
-    with device:
-        model = network.build()
-    args, kwargs = _fitting(network, model, device)
+    model, args, kwargs = _ready(network)
+    device = next(model.parameters()).device
     start = time.perf_counter()
     _step(model, args, kwargs)
     forward_backward = time.perf_counter() - start
