@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bnfx.benchmark import BenchReport, benchmark_onnx
     from bnfx.calibration import recalibrate_bn
     from bnfx.deployment import DeployReport, deploy
+    from bnfx.environment import EnvReport, doctor
     from bnfx.errors import (
         BnfxError,
         CalibrationError,
@@ -42,6 +43,7 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "DeployReport",
+    "EnvReport",
     "ExportError",
     "ExportReport",
     "FoldError",
@@ -55,6 +57,7 @@ __all__ = [
     "VerifyReport",
     "benchmark_onnx",
     "deploy",
+    "doctor",
     "export_onnx",
     "fold_bn",
     "insert_bn",
@@ -76,6 +79,7 @@ _HOME = {
     "CalibrationError": "bnfx.errors",
     "CaptureError": "bnfx.errors",
     "DeployReport": "bnfx.deployment",
+    "EnvReport": "bnfx.environment",
     "ExportError": "bnfx.errors",
     "ExportReport": "bnfx.export",
     "FoldError": "bnfx.errors",
@@ -89,14 +93,15 @@ _HOME = {
     "VerifyReport": "bnfx.verdicts",
     "benchmark_onnx": "bnfx.benchmark",
     "deploy": "bnfx.deployment",
+    "doctor": "bnfx.environment",
     "export_onnx": "bnfx.export",
     "fold_bn": "bnfx.folding",
     "insert_bn": "bnfx.insertion",
+    "inspect_onnx": "bnfx.inspection",
     "param_groups": "bnfx.optimizers",
     "plan_fold": "bnfx.folding",
     "plan_insert": "bnfx.insertion",
     "recalibrate_bn": "bnfx.calibration",
-    "inspect_onnx": "bnfx.inspection",
     "removal_ledger": "bnfx.stages",
     "report": "bnfx.reports",
     "verify_onnx": "bnfx.verify",

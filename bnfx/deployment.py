@@ -21,6 +21,7 @@ from bnfx.capture import clone
 from bnfx.errors import CaptureError, VerificationError
 from bnfx.export import ExportReport, export_onnx, training_modules
 from bnfx.folding import fold_bn
+from bnfx.graph_pictures import fold_pictures
 from bnfx.placing import move_into_place, real_target
 from bnfx.references import Precision
 from bnfx.report_files import check_report_path, write_report
@@ -184,7 +185,7 @@ def deploy(
         seconds,
     )
     if report is not None:
-        write_report(done, Path(report))
+        write_report(done, Path(report), lambda: fold_pictures(model, args, kwargs, folded))
     if not done:
         raise VerificationError(
             f"{target} was not written: {verified.first_divergence}. An older file is as it was",

@@ -47,3 +47,11 @@ class VerificationError(BnfxError):
 
 class ProviderError(BnfxError):
     """The requested onnxruntime execution provider did not run the graph."""
+
+
+class UsageError(BnfxError):
+    """The command line names something that is not there or cannot be meant."""
+
+
+class MissingPackageError(BnfxError):
+    """A package that the request needs is not installed or does not load."""

@@ -44,7 +44,7 @@ def _pads(
 
 
 def _tensor(array: Array) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(np.require(array, requirements=("C", "W")))
 
 
 class Conv(OpRun):

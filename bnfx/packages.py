@@ -50,6 +50,12 @@ def runtime_cuda() -> str | None:
     return _stated("onnxruntime", where, r"cuda_version\s*=\s*['\"]([\d.]+)['\"]")
 
 
+def runtime_owner() -> str | None:
+    """The distribution whose files lie in the folder `onnxruntime`; None where that is not said."""
+    where = "capi/build_and_package_info.py"
+    return _stated("onnxruntime", where, r"package_name\s*=\s*['\"]([\w-]+)['\"]")
+
+
 def cuda_mismatch() -> str | None:
     """Why torch's CUDA libraries cannot serve onnxruntime; None where they can.
 
