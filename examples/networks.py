@@ -1,4 +1,4 @@
-"""The two networks of the digits example, written without BatchNorm: bnfx inserts it."""
+"""Networks of the examples, written without BatchNorm: bnfx inserts it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def sigmoid_mlp(width: int = 64, depth: int = 6) -> nn.Module:
-    """A deep perceptron of sigmoids, (N, 1, 8, 8) -> (N, 10): hard to train without BatchNorm."""
+def sigmoid_mlp(
+    width: int = 64, depth: int = 6, *, inputs: int = 64, std: float | None = None
+) -> nn.Module:
+    """A perceptron of sigmoids, (N, ...) with `inputs` pixels -> (N, 10).
+
+    Deep ones are hard to train without BatchNorm. With `std`, weights are drawn from a normal
+    distribution of that standard deviation and biases are zero; else they are torch's.
+    """
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for i in range(1, depth + 1):
-        layers[f"fc{i}"] = nn.Linear(64 if i == 1 else width, width)
+        layers[f"fc{i}"] = nn.Linear(inputs if i == 1 else width, width)
         layers[f"sigmoid{i}"] = nn.Sigmoid()
     layers["head"] = nn.Linear(width, 10)
-    return nn.Sequential(layers)
+    net = nn.Sequential(layers)
+    if std is not None:
+        for layer in net.children():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=std)
+                nn.init.zeros_(layer.bias)
+    return net
 
 
 class ConvNet(nn.Module):

@@ -1,0 +1,242 @@
+"""What the scripts of this folder share: options, progress, results as JSON, the verdict.
+
+A script measures (`measure`), draws (`draw`) and judges (`judge`); a `Study` names the three.
+Results are plain dicts, so that `--redraw` draws and judges again what an earlier run measured.
+Importing this file makes the common files of the examples, one folder up, importable too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import nn
+
+import bnfx
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from image_data import DataUnavailableError, load_images
+from networks import sigmoid_mlp
+from training import Images
+
+HERE = Path(__file__).parent
+DATA = ("digits", "mnist", "fashion", "cifar10")
+TITLES = {"digits": "8x8 digits", "mnist": "MNIST", "fashion": "Fashion-MNIST"} | {
+    "cifar10": "CIFAR-10"
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What `measure` works with.
+
+    Attributes:
+        data: The images.
+        name: Name of the data set.
+        quick: Whether to finish within seconds.
+        seeds: The seeds to run.
+        device: Where to train.
+        tick: To be called after each step of training.
+        expect: To be called with the number of steps to come.
+    """
+
+    data: Images
+    name: str
+    quick: bool
+    seeds: tuple[int, ...]
+    device: torch.device
+    tick: Callable[[], None]
+    expect: Callable[[int], None]
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of an image, over all channels."""
+        return self.data.train_images[0].numel()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the verdict: what the paper reports, what came out here, how they compare."""
+
+    quantity: str
+    paper: str
+    ours: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """One claim of the paper, and the three functions that test it.
+
+    Attributes:
+        name: Of the JSON file and the picture.
+        claim: What the paper says, with the place.
+        measure: Bench -> results, JSON's own types only.
+        draw: Draws results into a file.
+        judge: Results -> rows of the verdict.
+        data: The data set of the full form.
+        seeds: Number of seeds of the full form.
+    """
+
+    name: str
+    claim: str
+    measure: Callable[[Bench], dict[str, Any]]
+    draw: Callable[[dict[str, Any], Path], None]
+    judge: Callable[[dict[str, Any]], list[Row]]
+    data: str = "mnist"
+    seeds: int = 3
+    notes: str = field(default="")
+
+
+def main(study: Study, argv: list[str]) -> int:
+    """Run one study from the command line; 0 when it ran, 3 when its images cannot be had."""
+    options = _options(study, argv)
+    torch.set_num_threads(1)  # these networks are small: more threads would be slower
+    console = Console(highlight=False)
+    name = study.name + ("" if options.data in (study.data, "digits") else f"_{options.data}")
+    f = options.out / f"{name}.json"
+    console.rule(study.name)
+    console.print(study.claim, markup=False, style="italic")
+    if not options.redraw:
+        try:
+            results = run(study, options, console)
+        except DataUnavailableError as error:
+            console.print(str(error), markup=False, style="red")
+            return 3
+        options.out.mkdir(parents=True, exist_ok=True)
+        f.write_text(json.dumps(results, indent=1) + "\n")
+    results = json.loads(f.read_text())
+    study.draw(results, f.with_suffix(".png"))
+    rows = study.judge(results)
+    f.write_text(json.dumps(results | {"verdict": [asdict(row) for row in rows]}, indent=1) + "\n")
+    console.print(_table(rows, results))
+    return 0
+
+
+def run(study: Study, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Measure, with a progress bar; the results with the circumstances they came from."""
+    columns = (TextColumn(study.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    data = load_images(options.data, options.cache)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start, cpu = time.perf_counter(), time.process_time()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(study.name, total=None)
+        steps = 0
+
+        def expect(more: int) -> None:
+            nonlocal steps
+            steps += more
+            progress.update(task, total=steps)
+
+        bench = Bench(
+            data=data,
+            name=options.data,
+            quick=options.quick,
+            seeds=tuple(range(1 if options.quick else options.seeds)),
+            device=device,
+            tick=lambda: progress.advance(task),
+            expect=expect,
+        )
+        measured = study.measure(bench)
+    return {
+        "study": study.name,
+        "claim": study.claim,
+        "data": TITLES[options.data],
+        "quick": options.quick,
+        "seeds": list(bench.seeds),
+        "run": {
+            "seconds": round(time.perf_counter() - start, 1),
+            "cpu_seconds": round(time.process_time() - cpu, 1),
+            "device": str(device),
+            **circumstances(),
+        },
+        **measured,
+    }
+
+
+def circumstances() -> dict[str, Any]:
+    """Hardware and versions."""
+    packages = ("bnfx", "torch", "numpy")
+    cpu = next(
+        (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")),
+        platform.machine(),
+    )
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in packages},
+    }
+
+
+def _cpuinfo() -> list[str]:
+    f = Path("/proc/cpuinfo")
+    return f.read_text().splitlines() if f.exists() else []
+
+
+def two_arms(
+    bench: Bench, seed: int, *, width: int = 100, depth: int = 3, std: float | None = 0.1
+) -> dict[str, nn.Module]:
+    """The paper's perceptron of section 4.1, as it is and with BatchNorm inserted by bnfx."""
+    torch.manual_seed(seed)
+    plain = sigmoid_mlp(width, depth, inputs=bench.pixels, std=std)
+    with_bn = bnfx.insert_bn(plain)
+    return {"without": plain, "with": with_bn}
+
+
+def first_step(steps: list[int], accuracy: list[float], target: float) -> int | None:
+    """The first measured step at which `target` is reached."""
+    return next((s for s, a in zip(steps, accuracy, strict=True) if a >= target), None)
+
+
+def mean(values: list[float]) -> float:
+    """The arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """0.9731 -> "97.3 %"."""
+    return f"{100 * value:.{digits}f} %"
+
+
+def _table(rows: list[Row], results: dict[str, Any]) -> Table:
+    where = f"{results['data']}, {len(results['seeds'])} seed(s), {results['run']['device']}"
+    table = Table(title=f"{where}, {results['run']['seconds']:.0f} s", title_justify="left")
+    for column in ("quantity", "paper", "here", "verdict"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(row.quantity, row.paper, row.ours, row.verdict)
+    return table
+
+
+def _options(study: Study, argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=study.claim)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bnfx"
+    parser.add_argument("--quick", action="store_true", help="seconds, on scikit-learn's digits")
+    parser.add_argument("--data", choices=DATA, help=f"default {study.data}; digits with --quick")
+    parser.add_argument("--seeds", type=int, default=study.seeds, help="number of seeds")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for results")
+    parser.add_argument("--cache", type=Path, default=cache, help="folder for downloaded images")
+    parser.add_argument(
+        "--redraw", action="store_true", help="draw and judge the JSON that is there"
+    )
+    options = parser.parse_args(argv)
+    if options.data is None:
+        options.data = "digits" if options.quick else study.data
+    if options.quick and options.out == HERE / "results":
+        options.out = Path("demo") / "paper"
+    return options
