@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnfx import passes
     from bnfx.benchmark import BenchReport, benchmark_onnx
+    from bnfx.editing import Change, Edited, apply_pass
     from bnfx.errors import (
         BnfxError,
         CalibrationError,
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
         FoldError,
         InsertError,
         ProviderError,
+        RecipeError,
         VerificationError,
     )
     from bnfx.export import ExportReport, export_onnx
     from bnfx.folding import fold_bn, plan_fold
     from bnfx.insertion import insert_bn, plan_insert
+    from bnfx.recipes import Hparams, Recipe, recipe
     from bnfx.reports import FoldReport, InsertReport, report
     from bnfx.verify import VerifyReport, verify_onnx
 
@@ -35,15 +38,21 @@ __all__ = [
     "BnfxError",
     "CalibrationError",
     "CaptureError",
+    "Change",
+    "Edited",
     "ExportError",
     "ExportReport",
     "FoldError",
     "FoldReport",
+    "Hparams",
     "InsertError",
     "InsertReport",
     "ProviderError",
+    "Recipe",
+    "RecipeError",
     "VerificationError",
     "VerifyReport",
+    "apply_pass",
     "benchmark_onnx",
     "export_onnx",
     "fold_bn",
@@ -51,6 +60,7 @@ __all__ = [
     "passes",
     "plan_fold",
     "plan_insert",
+    "recipe",
     "report",
     "verify_onnx",
 ]
@@ -61,21 +71,28 @@ _HOME = {
     "BnfxError": "bnfx.errors",
     "CalibrationError": "bnfx.errors",
     "CaptureError": "bnfx.errors",
+    "Change": "bnfx.editing",
+    "Edited": "bnfx.editing",
     "ExportError": "bnfx.errors",
     "ExportReport": "bnfx.export",
     "FoldError": "bnfx.errors",
     "FoldReport": "bnfx.reports",
+    "Hparams": "bnfx.recipes",
     "InsertError": "bnfx.errors",
     "InsertReport": "bnfx.reports",
     "ProviderError": "bnfx.errors",
+    "Recipe": "bnfx.recipes",
+    "RecipeError": "bnfx.errors",
     "VerificationError": "bnfx.errors",
     "VerifyReport": "bnfx.verify",
+    "apply_pass": "bnfx.editing",
     "benchmark_onnx": "bnfx.benchmark",
     "export_onnx": "bnfx.export",
     "fold_bn": "bnfx.folding",
     "insert_bn": "bnfx.insertion",
     "plan_fold": "bnfx.folding",
     "plan_insert": "bnfx.insertion",
+    "recipe": "bnfx.recipes",
     "report": "bnfx.reports",
     "verify_onnx": "bnfx.verify",
 }

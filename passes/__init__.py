@@ -10,5 +10,15 @@ if __name__ != "bnfx.passes":
 from .fold_bn import FoldBatchNorm
 from .insert_bn import Filter as InsertFilter
 from .insert_bn import InsertBatchNorm
+from .remove_dropout import RemoveDropout
+from .remove_lrn import RemoveLocalResponseNorm
+from .zero_init_residual import ZeroInitResidual
 
-__all__ = ["FoldBatchNorm", "InsertBatchNorm", "InsertFilter"]
+__all__ = [
+    "FoldBatchNorm",
+    "InsertBatchNorm",
+    "InsertFilter",
+    "RemoveDropout",
+    "RemoveLocalResponseNorm",
+    "ZeroInitResidual",
+]
