@@ -31,6 +31,33 @@ def sigmoid_mlp(
     return net
 
 
+def classic_convnet(
+    channels: int, side: int, activation: type[nn.Module], width: int = 8
+) -> nn.Module:
+    """A network of the time before BatchNorm, (N, channels, side, side) -> (N, 10).
+
+    Convolutions, local response normalisation, Dropout: what section 4.2.1 of the paper removes.
+    """
+    left = side // 4
+    return nn.Sequential(
+        OrderedDict[str, nn.Module](
+            conv1=nn.Conv2d(channels, width, 5, stride=2, padding=2),
+            act1=activation(),
+            lrn=nn.LocalResponseNorm(5),
+            conv2=nn.Conv2d(width, 2 * width, 3, padding=1),
+            act2=activation(),
+            pool=nn.MaxPool2d(2),
+            conv3=nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            act3=activation(),
+            flatten=nn.Flatten(),
+            fc=nn.Linear(2 * width * left * left, 8 * width),
+            act4=activation(),
+            dropout=nn.Dropout(0.4),
+            head=nn.Linear(8 * width, 10),
+        )
+    )
+
+
 class ConvNet(nn.Module):
     """A residual block, a depthwise and a transposed convolution, (N, 1, 8, 8) -> (N, 10)."""
 

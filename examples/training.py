@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,10 @@ class Images:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+
+    def to(self, device: torch.device) -> Images:
+        """The same on another device."""
+        return Images(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,12 @@ class Bench:
     expect: Callable[[int], None]
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.data.train_images.shape[1:]
+        return channels, height, width
+
+    @property
     def pixels(self) -> int:
         """Pixels of an image, over all channels."""
         return self.data.train_images[0].numel()
@@ -129,8 +135,8 @@ def main(study: Study, argv: list[str]) -> int:
 def run(study: Study, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure, with a progress bar; the results with the circumstances they came from."""
     columns = (TextColumn(study.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    data = load_images(options.data, options.cache)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = load_images(options.data, options.cache).to(device)
     start, cpu = time.perf_counter(), time.process_time()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(study.name, total=None)
@@ -194,8 +200,8 @@ def two_arms(
     """The paper's perceptron of section 4.1, as it is and with BatchNorm inserted by bnfx."""
     torch.manual_seed(seed)
     plain = sigmoid_mlp(width, depth, inputs=bench.pixels, std=std)
-    with_bn = bnfx.insert_bn(plain)
-    return {"without": plain, "with": with_bn}
+    plain.to(bench.device)
+    return {"without": plain, "with": bnfx.insert_bn(plain)}
 
 
 def first_step(steps: list[int], accuracy: list[float], target: float) -> int | None:

@@ -56,7 +56,7 @@ def _record(model: nn.Module, images: Tensor, seen: list[Tensor]) -> None:
     """Append (percentile, unit) of what the last sigmoid gets now."""
     last = [m for m in model.modules() if isinstance(m, nn.Sigmoid)][-1]
     inputs: list[Tensor] = []
-    with last.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach())):
+    with last.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().cpu())):
         predict(model, images)
     seen.append(torch.quantile(torch.cat(inputs), torch.tensor(PERCENTILES), dim=0))
 
