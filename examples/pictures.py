@@ -41,10 +41,11 @@ def entitle(ax: Axes, title: str, subtitle: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def mark_chance(ax: Axes, x: float, *, percent: float = CHANCE) -> None:
-    """A dashed line at the accuracy of guessing, named at `x`."""
-    ax.axhline(percent, color="0.55", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-    ax.text(x, percent + 1.5, "chance", color="0.45", ha="right", fontsize=9)
+def mark_chance(ax: Axes, x: float, *, left: bool = False) -> None:
+    """A dashed line at the accuracy of guessing, named above it up to `x`, or below it from `x`."""
+    ax.axhline(CHANCE, color="0.55", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+    y, side = (CHANCE - 5.5, "left") if left else (CHANCE + 1.5, "right")
+    ax.text(x, y, "chance", color="0.45", ha=side, fontsize=9)
 
 
 def _draw_panel(ax: Axes, title: str, subtitle: str, plain: Run, with_bn: Run) -> None:

@@ -14,7 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ class Bench:
 
     Attributes:
         data: The images.
-        name: Name of the data set.
         quick: Whether to finish within seconds.
         seeds: The seeds to run.
         device: Where to train.
@@ -54,7 +53,6 @@ class Bench:
     """
 
     data: Images
-    name: str
     quick: bool
     seeds: tuple[int, ...]
     device: torch.device
@@ -104,25 +102,27 @@ class Study:
     judge: Callable[[dict[str, Any]], list[Row]]
     data: str = "mnist"
     seeds: int = 3
-    notes: str = field(default="")
 
 
 def main(study: Study, argv: list[str]) -> int:
     """Run one study from the command line; 0 when it ran, 3 when its images cannot be had."""
-    options = _options(study, argv)
+    chosen = options(study.claim, study.data, study.seeds, argv)
+    data = chosen.data or ("digits" if chosen.quick else study.data)
     torch.set_num_threads(1)  # these networks are small: more threads would be slower
     console = Console(highlight=False)
-    name = study.name + ("" if options.data in (study.data, "digits") else f"_{options.data}")
-    f = options.out / f"{name}.json"
+    name = study.name if data == study.data or chosen.quick else f"{study.name}_{data}"
+    f = chosen.out / f"{name}.json"
     console.rule(study.name)
     console.print(study.claim, markup=False, style="italic")
-    if not options.redraw:
+    if not chosen.redraw:
         try:
-            results = run(study, options, console)
+            images = load_images(data, chosen.cache)
+            seeds = tuple(range(1 if chosen.quick else chosen.seeds))
+            results = run(study, data, images, seeds, console, quick=chosen.quick)
         except DataUnavailableError as error:
             console.print(str(error), markup=False, style="red")
             return 3
-        options.out.mkdir(parents=True, exist_ok=True)
+        chosen.out.mkdir(parents=True, exist_ok=True)
         f.write_text(json.dumps(results, indent=1) + "\n")
     results = json.loads(f.read_text())
     study.draw(results, f.with_suffix(".png"))
@@ -132,11 +132,18 @@ def main(study: Study, argv: list[str]) -> int:
     return 0
 
 
-def run(study: Study, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run(
+    study: Study,
+    data: str,
+    images: Images,
+    seeds: tuple[int, ...],
+    console: Console,
+    *,
+    quick: bool,
+) -> dict[str, Any]:
     """Measure, with a progress bar; the results with the circumstances they came from."""
     columns = (TextColumn(study.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = load_images(options.data, options.cache).to(device)
     start, cpu = time.perf_counter(), time.process_time()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(study.name, total=None)
@@ -148,10 +155,9 @@ def run(study: Study, options: argparse.Namespace, console: Console) -> dict[str
             progress.update(task, total=steps)
 
         bench = Bench(
-            data=data,
-            name=options.data,
-            quick=options.quick,
-            seeds=tuple(range(1 if options.quick else options.seeds)),
+            data=images.to(device),
+            quick=quick,
+            seeds=seeds,
             device=device,
             tick=lambda: progress.advance(task),
             expect=expect,
@@ -160,8 +166,8 @@ def run(study: Study, options: argparse.Namespace, console: Console) -> dict[str
     return {
         "study": study.name,
         "claim": study.claim,
-        "data": TITLES[options.data],
-        "quick": options.quick,
+        "data": TITLES[data],
+        "quick": quick,
         "seeds": list(bench.seeds),
         "run": {
             "seconds": round(time.perf_counter() - start, 1),
@@ -229,20 +235,19 @@ def _table(rows: list[Row], results: dict[str, Any]) -> Table:
     return table
 
 
-def _options(study: Study, argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=study.claim)
+def options(claim: str, data: str, seeds: int, argv: list[str]) -> argparse.Namespace:
+    """The options of a study; `data` and `seeds` are those of its full form."""
+    parser = argparse.ArgumentParser(description=claim)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bnfx"
     parser.add_argument("--quick", action="store_true", help="seconds, on scikit-learn's digits")
-    parser.add_argument("--data", choices=DATA, help=f"default {study.data}; digits with --quick")
-    parser.add_argument("--seeds", type=int, default=study.seeds, help="number of seeds")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for results")
-    parser.add_argument("--cache", type=Path, default=cache, help="folder for downloaded images")
+    parser.add_argument("--data", choices=DATA, help=f"default {data}; digits with --quick")
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"number of seeds ({seeds})")
     parser.add_argument(
-        "--redraw", action="store_true", help="draw and judge the JSON that is there"
+        "--out", type=Path, help="folder for results (results/, with --quick demo/)"
     )
-    options = parser.parse_args(argv)
-    if options.data is None:
-        options.data = "digits" if options.quick else study.data
-    if options.quick and options.out == HERE / "results":
-        options.out = Path("demo") / "paper"
-    return options
+    parser.add_argument("--cache", type=Path, default=cache, help="folder for downloaded images")
+    parser.add_argument("--redraw", action="store_true", help="from the results that are there")
+    chosen = parser.parse_args(argv)
+    if chosen.out is None:
+        chosen.out = Path("demo", "paper") if chosen.quick else HERE / "results"
+    return chosen

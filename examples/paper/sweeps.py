@@ -67,12 +67,12 @@ def draw_sweep(
             ax.plot([value] * len(dots), dots, "o", color=color, markersize=4, clip_on=False)
     if log:
         ax.set_xscale("log")
-    mark_chance(ax, results["values"][-1])
+    mark_chance(ax, results["values"][0], left=True)
     entitle(ax, f"{title}, {results['data']}", subtitle)
     ax.set(
         xlabel=xlabel, ylabel=f"Test accuracy after {results['steps']:,} steps (%)", ylim=(0, 100)
     )
-    ax.legend(loc="center left", frameon=False, fontsize=9.5)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
     figure.savefig(path)
 
 
