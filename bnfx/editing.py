@@ -16,10 +16,10 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import fx, nn
 
 from bnfx.capture import Example, assemble, clone, example
+from bnfx.declarations import Preserved, check_preserved
 from bnfx.errors import CaptureError
-from bnfx.evidence import SeenCall, seen_calls
 from bnfx.module_graph import ByMode, ModuleGraph, module_graph
-from bnfx.preserved import Preserved, check_preserved
+from bnfx.sightings import SeenCall, seen_calls
 
 
 @dataclass(frozen=True)

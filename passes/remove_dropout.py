@@ -25,6 +25,7 @@ from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from bnfx.capture import has_hooks
+from bnfx.declarations import Preserved
 from bnfx.editing import (
     Change,
     Draft,
@@ -35,9 +36,8 @@ from bnfx.editing import (
     unseen_calls,
 )
 from bnfx.errors import RecipeError
-from bnfx.evidence import SAME_VALUES
 from bnfx.operators import function_name
-from bnfx.preserved import Preserved
+from bnfx.sightings import SAME_VALUES
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from bnfx.capture import has_hooks
+from bnfx.declarations import Preserved
 from bnfx.editing import Change, Draft, argument, chosen, unseen_calls
-from bnfx.preserved import Preserved
 
 _KINDS = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
 

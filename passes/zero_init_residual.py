@@ -20,9 +20,9 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfx.declarations import Preserved
 from bnfx.editing import Change, Draft, Region, chosen
 from bnfx.operators import Role, affine_of, role_of
-from bnfx.preserved import Preserved
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnfx
+from bnfx.declarations import Preserved
 from bnfx.editing import Draft
 from bnfx.passes import RemoveDropout, RemoveLocalResponseNorm, ZeroInitResidual
-from bnfx.preserved import Preserved
 from tests import zoo
 from tests.laws import assert_same_state
 

@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from training import constant, predict, train
 
 PERCENTILES = (0.15, 0.5, 0.85)
-#: Where the arrow of time starts: the first share of training is left out of the drift, because
-#: every network moves away from its initial weights.
-WARM = 0.1
+#: What is measured of a unit's inputs over training.
+MEASURES = {
+    "drift": "wandering of the median, in spreads",
+    "settled": "the same after the first tenth of training",
+    "growth": "growth of the spread, last over first",
+}
 
 
 def measure(bench: Bench) -> dict[str, Any]:
     """Percentiles of the inputs of the last hidden layer's sigmoids over the test images."""
     steps = 1_500 if bench.quick else 50_000
     bench.expect(2 * steps * len(bench.seeds))
-    drift: dict[str, list[float]] = {"without": [], "with": []}
+    units: dict[str, dict[str, list[float]]] = {"without": {}, "with": {}}
     typical: dict[str, list[list[float]]] = {}
     at: list[int] = []
     for seed in bench.seeds:
@@ -42,14 +45,16 @@ def measure(bench: Bench) -> dict[str, Any]:
             )
             at = run.steps
             over_time = torch.stack(seen)  # (time, percentile, unit)
-            moved = _drift(over_time)
-            drift[arm].append(moved.median().item())
+            moved = _changes(over_time)
+            for name, values in moved.items():
+                units[arm].setdefault(name, []).append(round(values.median().item(), 4))
             if seed == bench.seeds[0]:
-                unit = int(moved.argsort()[len(moved) // 2])
+                order = moved["drift"].argsort()
+                unit = int(order[len(order) // 2])
                 typical[arm] = [
                     [round(x, 4) for x in row] for row in over_time[:, :, unit].tolist()
                 ]
-    return {"steps": at, "typical": typical, "drift": drift}
+    return {"steps": at, "typical": typical, "median_unit": units}
 
 
 def _record(model: nn.Module, images: Tensor, seen: list[Tensor]) -> None:
@@ -61,15 +66,26 @@ def _record(model: nn.Module, images: Tensor, seen: list[Tensor]) -> None:
     seen.append(torch.quantile(torch.cat(inputs), torch.tensor(PERCENTILES), dim=0))
 
 
-def _drift(over_time: Tensor) -> Tensor:
-    """How far each unit's median wanders, in units of the spread between its outer percentiles.
+def _changes(over_time: Tensor) -> dict[str, Tensor]:
+    """How much the inputs of each unit change over training; `MEASURES` by name.
 
-    Largest minus smallest median over training, without its start, over the mean distance of the
-    15th and the 85th percentile: 0 is a distribution that stands still.
+    The start, before the first step, is left out. The spread is the distance of the 15th and the
+    85th percentile. Wandering is the largest minus the smallest median over the mean spread: 0 is a
+    distribution that stands still.
     """
-    settled = over_time[int(WARM * len(over_time)) :]
-    spread = (settled[:, 2] - settled[:, 0]).mean(0)
-    return (settled[:, 1].amax(0) - settled[:, 1].amin(0)) / spread
+    trained = over_time[1:]
+    spread = trained[:, 2] - trained[:, 0]
+    settled = trained[len(trained) // 10 :]
+    return {
+        "drift": _wandering(trained),
+        "settled": _wandering(settled),
+        "growth": spread[-1] / spread[0],
+    }
+
+
+def _wandering(over_time: Tensor) -> Tensor:
+    middle = over_time[:, 1]
+    return (middle.amax(0) - middle.amin(0)) / (over_time[:, 2] - over_time[:, 0]).mean(0)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -82,24 +98,27 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for values, style in ((low, ":"), (middle, "-"), (high, ":")):
             ax.plot(results["steps"], values, color=color, linestyle=style, linewidth=1.5)
         title = f"Figure 1{letter} on {results['data']}: {arm} BatchNorm"
-        moved = mean(results["drift"][arm])
-        entitle(ax, title, f"15th, 50th, 85th percentile; drift of the median {moved:.2f} spreads")
+        moved = mean(results["median_unit"][arm]["drift"])
+        entitle(ax, title, f"15th, 50th, 85th percentile; the median wanders {moved:.2f} spreads")
         ax.set(xlabel="SGD step", xlim=(0, results["steps"][-1]))
     axes[0].set_ylabel("Input of a typical sigmoid, last hidden layer")
     figure.savefig(path)
 
 
 def judge(results: dict[str, Any]) -> list[Row]:
-    """The drift of the median unit, with and without BatchNorm."""
-    plain, with_bn = (results["drift"][arm] for arm in ("without", "with"))
-    return [
-        Row(
-            "drift of the median, in spreads, without and with BN",
-            "more stable with BN (no figure)",
-            f"{mean(plain):.2f} and {mean(with_bn):.2f}",
-            "holds" if max(with_bn) < min(plain) else "does not hold on every seed",
+    """Each measure of the median unit, with and without BatchNorm."""
+    rows = []
+    for name, title in MEASURES.items():
+        plain, with_bn = (results["median_unit"][arm][name] for arm in ("without", "with"))
+        rows.append(
+            Row(
+                f"{title}, without and with BN",
+                "more stable with BN (no figure)",
+                f"{mean(plain):.2f} and {mean(with_bn):.2f}",
+                "holds" if max(with_bn) < min(plain) else "does not hold in every seed",
+            )
         )
-    ]
+    return rows
 
 
 STUDY = Study("figure1bc", (__doc__ or "").strip(), measure, draw, judge)

@@ -49,4 +49,4 @@ def inference_map(
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
     """Largest |a - b|, relative to the largest |a|."""
-    return float((a - b).abs().max() / a.abs().max())
+    return float(((a - b).abs().max() / a.abs().max()).detach())
