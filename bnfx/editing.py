@@ -21,6 +21,9 @@ from bnfx.errors import CaptureError
 from bnfx.module_graph import ByMode, ModuleGraph, module_graph
 from bnfx.sightings import SeenCall, seen_calls
 
+#: Why a functional call is left where the model cannot be traced as a whole.
+OUT_OF_REACH = "a functional call in a model that cannot be traced as a whole; edit it by hand"
+
 
 @dataclass(frozen=True)
 class Change:
@@ -253,6 +256,7 @@ def unseen_calls(
     functions: Collection[str],
     known: Callable[[nn.Module], bool],
     found: Iterable[Any],
+    reason: Callable[[SeenCall], str],
 ) -> list[Change]:
     """Records of functional calls that no graph shows, and of code that was not looked into.
 
@@ -262,6 +266,7 @@ def unseen_calls(
         functions: Names of the functions it is about.
         known: Whether a module that makes such calls is edited as a module.
         found: Sites and records with a `path`, which are not reported again.
+        reason: Why a call that was seen is left.
     """
     done = {entry.path for entry in found}
     records: dict[str, Change] = {}
@@ -270,21 +275,29 @@ def unseen_calls(
         if call.function not in functions or known(caller) or call.path in done:
             continue
         if not draft.in_graph(call.path):
-            reason = "a functional call in a forward that cannot be traced; edit it by hand"
-            records[call.path] = Change(by, call.path, call.function, "kept", reason)
-    if draft.calls is None:
-        for path in draft.untraced:
-            reason = (
-                "its forward cannot be traced, so functional calls in it were not looked for; give "
-                "example_inputs"
-            )
-            kind = type(draft.root.get_submodule(path)).__name__
-            records[path] = Change(by, path, kind, "kept", reason)
-    return list(records.values())
+            records[call.path] = Change(by, call.path, call.function, "kept", reason(call))
+    if draft.calls is not None:
+        return list(records.values())
+    outermost = (p for p in draft.untraced if not any(_inside(p, o) for o in draft.untraced))
+    return [
+        Change(
+            by,
+            path,
+            type(draft.root.get_submodule(path)).__name__,
+            "kept",
+            "functional calls were not looked for in what cannot be traced of it; give "
+            "example_inputs",
+        )
+        for path in outermost
+    ]
 
 
 def _by_mode(region: Region, node: fx.Node) -> bool:
     return isinstance(region.modules.get(str(node.target)), ByMode)
+
+
+def _inside(path: str, top: str) -> bool:
+    return path != top and _below(path, top)
 
 
 def _below(path: str, top: str) -> bool:

@@ -27,6 +27,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from bnfx.capture import has_hooks
 from bnfx.declarations import Preserved
 from bnfx.editing import (
+    OUT_OF_REACH,
     Change,
     Draft,
     Region,
@@ -37,7 +38,7 @@ from bnfx.editing import (
 )
 from bnfx.errors import RecipeError
 from bnfx.operators import function_name
-from bnfx.sightings import SAME_VALUES
+from bnfx.sightings import SAME_VALUES, SeenCall
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ class RemoveDropout:
                 call = self._look_at_call(region, node)
                 if call is not None:
                     found.append(call)
-        return [*found, *unseen_calls(draft, self.name, _NAMES, _is_known, found)]
+        rest = unseen_calls(draft, self.name, _NAMES, _is_known, found, self._why_out_of_reach)
+        return [*found, *rest]
 
     def rewrite(
         self, draft: Draft, found: Sequence[ModuleSite | CallSite | Change]
@@ -133,6 +135,10 @@ class RemoveDropout:
         return tuple(
             entry if isinstance(entry, Change) else self._edit(draft, entry) for entry in found
         )
+
+    def _why_out_of_reach(self, call: SeenCall) -> str:
+        attention = call.after_softmax or call.function == "scaled_dot_product_attention"
+        return _ATTENTION if attention and not self.attention else OUT_OF_REACH
 
     def _kept(self, path: str, kind: str, reason: str) -> Change:
         return Change(self.name, path, kind, "kept", reason)
@@ -174,9 +180,7 @@ class RemoveDropout:
         if attention and not self.attention:
             return self._kept(path, kind, _ATTENTION)
         if region.path:
-            return self._kept(
-                path, kind, "a functional call in a model that cannot be traced whole"
-            )
+            return self._kept(path, kind, OUT_OF_REACH)
         return CallSite(node, path, form, rate[0])
 
     def _edit(self, draft: Draft, site: ModuleSite | CallSite) -> Change:

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from bnfx.capture import has_hooks
 from bnfx.declarations import Preserved
-from bnfx.editing import Change, Draft, argument, chosen, unseen_calls
+from bnfx.editing import OUT_OF_REACH, Change, Draft, argument, chosen, unseen_calls
 
 _KINDS = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
@@ -65,10 +65,13 @@ class RemoveLocalResponseNorm:
                 path = region.caller(node)
                 reason = "chosen by exclude" if chosen(path, self.exclude) else ""
                 if region.path and not reason:
-                    reason = "a functional call in a model that cannot be traced whole"
+                    reason = OUT_OF_REACH
                 kept = self._kept(path, "local_response_norm", reason)
                 found.append(kept if reason else CallSite(node, path))
-        return [*found, *unseen_calls(draft, self.name, {"local_response_norm"}, _is_known, found)]
+        rest = unseen_calls(
+            draft, self.name, {"local_response_norm"}, _is_known, found, lambda _: OUT_OF_REACH
+        )
+        return [*found, *rest]
 
     def rewrite(
         self, draft: Draft, found: Sequence[ModuleSite | CallSite | Change]

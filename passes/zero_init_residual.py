@@ -22,7 +22,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfx.declarations import Preserved
 from bnfx.editing import Change, Draft, Region, chosen
-from bnfx.operators import Role, affine_of, role_of
+from bnfx.operators import Role, affine_of, function_name, role_of
+
+#: Stochastic depth in torchvision and timm: it drops the branch of some examples, or nothing.
+_BRANCH_DROPS = frozenset({"stochastic_depth", "drop_path", "StochasticDepth", "DropPath"})
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,15 @@ def _affine_layers(side: fx.Node, other: fx.Node, region: Region) -> int:
 
 
 def _last(branch: fx.Node, region: Region) -> fx.Node:
-    """The operator that ends the branch, seen through shape-only operators and dropout."""
+    """The operator that ends the branch, seen through shape-only operators and drops."""
     modules = dict(region.modules)
-    while role_of(branch, modules) is Role.MOVE and len(branch.users) == 1:
+
+    def passes(node: fx.Node) -> bool:
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        name = type(module).__name__ if module is not None else function_name(node.target)
+        return role_of(node, modules) is Role.MOVE or name in _BRANCH_DROPS
+
+    while passes(branch) and len(branch.users) == 1:
         branch = branch.all_input_nodes[0]
     return branch
 
@@ -149,6 +158,8 @@ def _not_fresh(norm: _BatchNorm) -> str:
     """Why a BatchNorm is not as it was made; "" if it is."""
     if not norm.affine:
         return "it has no gamma"
+    if norm.weight.is_meta:
+        return "it is on the meta device, which holds no values to tell whether it is fresh"
     if not bool((norm.weight == 1).all()):
         return "its gamma is not 1 any more: trained, or inserted as an identity or calibrated"
     if norm.running_mean is None or norm.running_var is None:

@@ -321,6 +321,20 @@ def test_only_a_fresh_batch_norm_is_zeroed() -> None:
     assert "gamma" in kept(done)["1.b2"]
 
 
+@pytest.mark.zoo
+def test_stochastic_depth_does_not_end_a_branch() -> None:
+    models: Any = zoo.torchvision_models()
+    done = bnfx.apply_pass(ZeroInitResidual(), models.efficientnet_b0())
+    assert len(changed(done)) == 9  # MBConv blocks of stride 1 and equal channels
+    assert all(path.endswith(".1") for path, _ in changed(done))
+
+
+def test_without_values_nothing_is_zeroed() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(Block())
+    assert "meta" in kept(bnfx.apply_pass(ZeroInitResidual(), model))["0.b2"]
+
+
 def test_two_long_sides_are_no_residual_block() -> None:
     class Parallel(nn.Module):
         def __init__(self) -> None:
