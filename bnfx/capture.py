@@ -7,9 +7,12 @@ There are two kinds of graphs, one to train on (`bnfx.module_graph`) and one to 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +27,7 @@ RANKS = "bnfx_ranks"
 #: node.meta key: module path of the BatchNorm module behind a functional call.
 OWNER = "bnfx_owner"
 
-_HOOKS = (
+HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 )
@@ -66,6 +69,17 @@ def clone(model: nn.Module) -> nn.Module:
             "it is given; make copy.deepcopy(model) work (torch.nn.utils.weight_norm in its old "
             "form does not: use torch.nn.utils.parametrizations.weight_norm)"
         ) from error
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put the training flag of every module of `model` back at the end."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 class Tracer(fx.Tracer):
@@ -125,6 +139,20 @@ class Tracer(fx.Tracer):
             or super().is_leaf_module(m, module_qualified_name)
         )
 
+    def create_arg(self, a: Any) -> Any:
+        """Results keep their type: torch.fx turns any subclass of dict into a dict."""
+        kind: Any = type(a)
+        if not issubclass(kind, dict) or kind is dict:
+            return super().create_arg(a)
+        if kind is OrderedDict:
+            return self.create_node("call_function", kind, (self.create_arg([*a.items()]),), {})
+        if dataclasses.is_dataclass(kind):
+            names = [f.name for f in dataclasses.fields(kind)]
+            fields = {name: self.create_arg(getattr(a, name)) for name in names}
+            make: Any = kind
+            return self.create_node("call_function", make, (), fields)
+        raise NotImplementedError(f"a {kind.__name__}, which cannot be made in a graph")
+
     def call_module(
         self,
         m: nn.Module,
@@ -174,7 +202,7 @@ def assemble(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     theirs = dict(root.named_modules(remove_duplicate=False))
     for path, made in module.named_modules(remove_duplicate=False):
         made.training = theirs[path].training
-    for hooks in _HOOKS:
+    for hooks in HOOKS:
         getattr(module, hooks).update(getattr(root, hooks))
     return module
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import Flag, auto
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from bnfx.capture import Example, clone
 from bnfx.errors import RecipeError
+from bnfx.preservation import run
 
 
 class Preserved(Flag):
@@ -79,18 +77,8 @@ def _check_outputs(name: str, before: nn.Module, after: nn.Module, given: Exampl
 
 
 def _outputs(model: nn.Module, given: Example) -> list[Tensor]:
-    """Tensors of the output of a copy in eval mode, with one state of the random generator."""
-    copy = clone(model).eval()
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (given.args, dict(given.kwargs)))
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        leaves: list[Any] = pytree.tree_leaves(_plain(copy(*args, **kwargs)))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _plain(output: Any) -> Any:
-    """Outputs of transformers are mappings of a class that pytree may not know."""
-    return dict(output) if isinstance(output, dict) else output
+    """Floating-point outputs of a copy in eval mode, with one state of the random generator."""
+    return run(clone(model).eval(), given, None)
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

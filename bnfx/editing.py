@@ -15,10 +15,14 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import fx, nn
 
-from bnfx.capture import Example, assemble, clone, example
+from bnfx.capture import Example, clone, example
 from bnfx.declarations import Preserved, check_preserved
-from bnfx.errors import CaptureError
+from bnfx.errors import BnfxError, CaptureError
+from bnfx.inserted import InsertedGraph
 from bnfx.module_graph import ByMode, ModuleGraph, module_graph
+from bnfx.observe import SCOPES, observe
+from bnfx.preservation import agrees
+from bnfx.reports import remember, report
 from bnfx.sightings import SeenCall, seen_calls
 
 #: Why a functional call is left where the model cannot be traced as a whole.
@@ -64,6 +68,8 @@ class Region:
 
     def caller(self, node: fx.Node) -> str:
         """Path in the whole model of the module whose forward made `node`."""
+        if SCOPES in node.meta:
+            return str(next(reversed(node.meta[SCOPES]), ""))
         stack = node.meta.get("nn_module_stack")
         return self.name(str(next(reversed(stack.values()))[0]) if stack else "")
 
@@ -75,30 +81,31 @@ class Draft:
         root: The copy.
         regions: What could be traced of it, the whole or parts.
         untraced: Paths of modules whose forward could not be traced.
-        calls: Calls of dropout and local response normalisation in an eval-mode run on the example;
-            None without an example.
+        observed: The record of a run in eval mode on the example; None without an example.
+        calls: Calls of dropout and local response normalisation in it.
     """
 
     def __init__(self, model: nn.Module, given: Example | None) -> None:
         self.root = clone(model)
         self.regions: list[Region] = []
         self.untraced: list[str] = []
+        self.observed: fx.Graph | None = None
         self.calls: tuple[SeenCall, ...] | None = None
         if given is not None:
-            self.calls = seen_calls(clone(model), given)
+            self.observed = observe(model, given, training=False).graph
+            self.calls = seen_calls(self.observed)
         self._captured: ModuleGraph | None = None
         self._graph_changed = False
-        self._trace("", model, given)
+        self._trace("", clone(model), given)
 
     def _trace(self, path: str, module: nn.Module, given: Example | None) -> None:
-        """Trace `module`, or what can be traced below it."""
-        try:
-            if not path or _has_own_forward(module):
-                self._add(path, module_graph(module, given))
+        """Trace `module`, a part of a private copy, or what can be traced below it."""
+        if _has_own_forward(module):
+            captured = _traced(module, given)
+            if captured is not None:
+                self._add(path, captured)
                 return
-        except CaptureError:
-            if _has_own_forward(module):
-                self.untraced.append(path)
+            self.untraced.append(path)
         for name, child in module.named_children():
             self._trace(f"{path}.{name}" if path else name, child, None)
 
@@ -107,9 +114,10 @@ class Draft:
         self.regions.append(Region(path, captured.graph, modules))
         if not path:
             self._captured = captured
-        for whole in sorted(captured.opaque):
+        for whole in captured.opaque:
             inner = f"{path}.{whole}" if path else whole
-            self.untraced.append(inner)
+            if _has_own_forward(modules[whole]):
+                self.untraced.append(inner)
             for name, child in modules[whole].named_children():
                 self._trace(f"{inner}.{name}", child, None)
 
@@ -165,8 +173,12 @@ class Draft:
         for name, module in self._captured.root.named_children():
             if isinstance(module, ByMode):
                 self.root.add_module(name, module)
-        _keep_state(self.root, self._captured.graph)
-        return assemble(self.root, self._captured.graph)
+        origins = self.root._bnfx_origins if isinstance(self.root, InsertedGraph) else ()
+        made = InsertedGraph.build(self.root, self._captured.graph, origins)
+        try:
+            return remember(made, report(self.root))
+        except BnfxError:  # bnfx has not made the model that this is a copy of
+            return made
 
 
 class Pass(Protocol):
@@ -304,20 +316,17 @@ def _below(path: str, top: str) -> bool:
     return not top or path == top or path.startswith(f"{top}.")
 
 
+def _traced(module: nn.Module, given: Example | None) -> ModuleGraph | None:
+    """The trace of `module`, where there is one and it does what the module does."""
+    try:
+        captured = module_graph(module, given)
+    except CaptureError:
+        return None
+    return captured if given is None or agrees(module, captured, given) else None
+
+
 def _has_own_forward(module: nn.Module) -> bool:
     """Containers without a forward have nothing to trace; layers of torch.nn are known."""
     if type(module).forward is nn.Module.forward:
         return False
     return isinstance(module, nn.Sequential) or not type(module).__module__.startswith("torch.nn")
-
-
-def _keep_state(root: nn.Module, graph: fx.Graph) -> None:
-    """Let `graph` name every parameter and buffer of `root`, used or not, so that none is lost."""
-    covered = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    for name in root.state_dict(keep_vars=True):
-        used = name in covered or any(name.startswith(f"{path}.") for path in covered)
-        if used or name.endswith("_extra_state"):
-            continue
-        with graph.inserting_before(first):
-            graph.get_attr(name)

@@ -6,13 +6,21 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfx.capture import Example, clone, example
+from bnfx.calibration import calibrate
+from bnfx.capture import Example, example, modes_kept
 from bnfx.errors import InsertError
-from bnfx.module_graph import module_graph
-from bnfx.passes import InsertBatchNorm, InsertFilter
-from bnfx.reports import InsertReport, remember, report
+from bnfx.insert_plan import InsertPlan, carry_out, make_plan, report_of
+from bnfx.inserted import Origin
+from bnfx.ledger import attribute
+from bnfx.optimizers import patch_optimizer, require_patchable
+from bnfx.passes import InsertBatchNorm, InsertFilter, InsertPlacement, InsertSite
+from bnfx.preservation import require_reached, require_same_outputs
+from bnfx.reports import InsertReport, remember
+
+Init = Literal["fresh", "identity", "calibrate"]
 
 
 def insert_bn(
@@ -20,91 +28,147 @@ def insert_bn(
     example_inputs: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    init: Literal["fresh", "identity", "calibrate"] = "fresh",
+    init: Init = "fresh",
     calibration_data: Iterable[Any] | None = None,
-    placement: Literal["pre_activation", "post_activation"] = "pre_activation",
+    placement: InsertPlacement = "pre_activation",
     include: InsertFilter = None,
     exclude: InsertFilter = None,
     optimizer: torch.optim.Optimizer | None = None,
-) -> fx.GraphModule:
+) -> nn.Module:
     """A copy of `model` with a BatchNorm behind every affine layer that feeds a nonlinearity.
 
     The rule is that of Ioffe & Szegedy 2015 (arXiv 1502.03167), section 3.2. A layer `<layer>` gets
-    a sibling `<layer>_bn`, a plain `nn.BatchNorm1d/2d/3d`; its bias becomes beta. All other
-    parameters and buffers keep their `state_dict` keys. For linear layers on (N, ..., C) the
-    leading axes are flattened around a BatchNorm1d, so that statistics are per feature.
+    a sibling `<layer>_bn`, a plain `nn.BatchNorm1d/2d/3d`, or, where the code around it cannot be
+    traced, a child `<layer>.bn`; its bias becomes beta. All other parameters and buffers keep their
+    `state_dict` keys, and the result loads checkpoints of the model from before (the BatchNorms are
+    identities then). For linear layers on (N, ..., C) the leading axes are flattened around a
+    BatchNorm1d, so that statistics are per feature. Frozen layers stay frozen, and so do gamma and
+    beta behind them.
 
     Args:
-        model: Any module whose forward can be traced symbolically; any device, any floating dtype.
-        example_inputs: Tuple of positional arguments, or a lone tensor. Optional arguments of the
-            forward that are not given keep their default and are no arguments of the result.
+        model: Any module; any device, any floating dtype.
+        example_inputs: Tuple of positional arguments, or a lone tensor. Without them only what can
+            be traced symbolically is seen; with them the model is run on them once in eval mode
+            and once in train mode, and what it did then decides. Optional arguments of the forward
+            that are not given keep their default, and are no arguments of the result where the
+            whole forward could be traced.
         example_kwargs: Keyword arguments that go with them.
         init: "fresh": gamma 1, beta the layer's old bias, mean 0, var 1; to train from scratch.
             "identity": gamma sqrt(1 + eps), so that outputs in eval mode stay as they were.
-        calibration_data: For init="calibrate", which is not built yet.
-        placement: "pre_activation", as in the paper; the other is not built yet.
+            "calibrate": mean and variance of `calibration_data`, gamma sqrt(var + eps), beta
+            mean + bias. Outputs in eval mode stay, and in train mode the network starts close to
+            what it was; the noise of the batch statistics is new there.
+        calibration_data: Iterable of batches (tensors, tuples with the inputs first, dicts), read
+            once; some hundred samples suffice.
+        placement: "pre_activation", as in the paper, or "post_activation".
         include: Glob or globs over module paths, or a predicate on the `InsertRecord`: the layers
             to consider.
         exclude: Likewise, the layers to leave alone.
-        optimizer: Patching an existing optimizer is not built yet.
+        optimizer: An optimizer of `model`, which becomes one of the result: parameters are
+            exchanged with their state kept, dead biases taken out, gamma and beta added without
+            weight decay.
 
     Returns:
-        A `torch.fx.GraphModule` in the mode of `model`; `bnfx.report(result)` tells what was done.
+        A `torch.fx.GraphModule` where the whole forward can be traced, otherwise a module of the
+        class of `model`; in the mode of `model`. `bnfx.report(result)` tells what was done.
 
     Raises:
-        CaptureError: The forward cannot be traced symbolically.
-        InsertError: The model has no affine layer; an option that is not built yet; eval outputs
-            moved with init="identity".
+        CaptureError: The model cannot be copied, or does not run on the example.
+        CalibrationError: The calibration data is empty, too short, not finite or does not fit.
+        InsertError: No affine layer; unbatched example inputs; contradictory arguments; eval
+            outputs moved with init="identity" or "calibrate".
     """
-    _refuse_unbuilt(init, calibration_data, placement, optimizer)
+    _require_options(init, calibration_data, placement)
+    if optimizer is not None:
+        require_patchable(optimizer, model)
     given = example(example_inputs, example_kwargs)
-    captured = module_graph(model, given)
-    insertion = InsertBatchNorm("identity" if init == "identity" else "fresh", include, exclude)
-    found = insertion.match(captured)
-    if not found:
+    kind: Literal["fresh", "identity"] = "fresh" if init == "fresh" else "identity"
+    insertion = InsertBatchNorm(kind, placement, include, exclude)
+    plan = make_plan(model, given, insertion)
+    inserted, origins = carry_out(plan, insertion)
+    first = given
+    if calibration_data is not None and origins:
+        first = _calibrate(inserted, origins, calibration_data, given)
+    if first is not None and origins:
+        biases = {origin.norm: _bias(model, origin) for origin in origins.values()}
+        require_reached(inserted, _called_in_eval(plan, origins, given), first)
+        if init != "fresh":
+            require_same_outputs(model, inserted, biases, first)
+    if optimizer is not None:
+        norms = {origin.norm: origin.layer for origin in origins.values()}
+        patch_optimizer(optimizer, model, inserted, norms)
+    return remember(inserted, report_of(plan, origins))
+
+
+def plan_insert(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    init: Init = "fresh",
+    calibration_data: Iterable[Any] | None = None,
+    placement: InsertPlacement = "pre_activation",
+    include: InsertFilter = None,
+    exclude: InsertFilter = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> InsertReport:
+    """What `insert_bn` would do with the same arguments; nothing is changed, no data is read."""
+    _require_options(init, calibration_data, placement)
+    if optimizer is not None:
+        require_patchable(optimizer, model)
+    given = example(example_inputs, example_kwargs)
+    insertion = InsertBatchNorm("identity", placement, include, exclude)
+    plan = make_plan(model, given, insertion)
+    return report_of(plan, carry_out(plan, insertion)[1])
+
+
+def _called_in_eval(
+    plan: InsertPlan, origins: Mapping[InsertSite, Origin], given: Example | None
+) -> list[str]:
+    """The BatchNorms that must run when the model runs on the example in eval mode."""
+    if given is None:
+        return []
+    return [o.norm for site, o in origins.items() if site.call.path in plan.called_in_eval]
+
+
+def _calibrate(
+    inserted: nn.Module,
+    origins: Mapping[InsertSite, Origin],
+    batches: Iterable[Any],
+    given: Example | None,
+) -> Example:
+    norms: dict[str, _BatchNorm] = {}
+    for origin in origins.values():
+        norm = inserted.get_submodule(origin.norm)
+        assert isinstance(norm, _BatchNorm)
+        norms[origin.norm] = norm
+    with modes_kept(inserted):
+        return calibrate(inserted.eval(), norms, batches, given)
+
+
+def _bias(model: nn.Module, origin: Origin) -> Tensor | None:
+    """What the BatchNorm of `origin` must add to keep the outputs: the bias that it replaced."""
+    if origin.bias is None:
+        return None
+    bias = attribute(model, origin.bias)
+    assert isinstance(bias, Tensor)
+    return bias.detach()
+
+
+def _require_options(init: str, data: object, placement: str) -> None:
+    choices = {
+        "init": (init, ("fresh", "identity", "calibrate")),
+        "placement": (placement, ("pre_activation", "post_activation")),
+    }
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise InsertError(f"{name}={value!r} is unknown; choose from {', '.join(known)}")
+    if init == "calibrate" and data is None:
         raise InsertError(
-            f"{type(model).__name__} has no affine layer (linear, convolution or transposed "
-            "convolution), so there is nothing to normalise"
+            "init='calibrate' takes its statistics from calibration_data; give an iterable of "
+            "batches, or use init='identity', which needs none"
         )
-    inserted, done = insertion.rewrite(captured, found)
-    if init == "identity" and given is not None:
-        _check_identity(model, inserted, given)
-    return remember(inserted, done)
-
-
-def plan_insert(model: nn.Module, example_inputs: Any = None, **options: Any) -> InsertReport:
-    """What `insert_bn` would do with the same arguments; nothing is changed."""
-    done = report(insert_bn(model, example_inputs, **options))
-    assert isinstance(done, InsertReport)
-    return done
-
-
-def _refuse_unbuilt(init: str, data: object, placement: str, optimizer: object) -> None:
-    choices = {"init": (init, ("fresh", "identity")), "placement": (placement, ("pre_activation",))}
-    for name, (value, built) in choices.items():
-        if value not in built:
-            raise InsertError(f"{name}={value!r} is not available; choose from {', '.join(built)}")
-    for name, given in (("calibration_data", data), ("optimizer", optimizer)):
-        if given is not None:
-            raise InsertError(f"{name} is not available in this version; leave it out")
-
-
-def _check_identity(model: nn.Module, inserted: fx.GraphModule, given: Example) -> None:
-    """Raise if the eval outputs of a copy moved by more than rounding."""
-    before, after = (clone(m).eval() for m in (model, inserted))
-    with torch.no_grad():
-        truth = before(*given.args, **given.kwargs)
-        ours = after(*given.args, **given.kwargs)
-    for a, b in zip(_tensors(truth), _tensors(ours), strict=True):
-        limit = 1e3 * torch.finfo(a.dtype).eps * float(a.abs().max())
-        moved = float((a - b).abs().max())
-        if not moved <= limit:
-            raise InsertError(
-                f"inserting identities into {type(model).__name__} moved an output by {moved:.3g}; "
-                "this must not happen: please report the model"
-            )
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(outputs)
-    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
+    if init != "calibrate" and data is not None:
+        raise InsertError(
+            f"calibration_data is not read with init={init!r}; use init='calibrate' or leave it out"
+        )

@@ -8,9 +8,10 @@ from typing import Any
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from bnfx.capture import Example, Tracer, clone, trace
+from bnfx.capture import Example, Tracer, modes_kept, trace
 from bnfx.errors import CaptureError
 from bnfx.ledger import free_name
+from bnfx.operators import affine_module
 
 
 class _ModuleTracer(Tracer):
@@ -22,20 +23,29 @@ class _ModuleTracer(Tracer):
 
 @dataclass(frozen=True)
 class ModuleGraph:
-    """A graph that trains: `graph` over the modules of `root`, a private copy of the source.
-
-    Attributes:
-        opaque: Paths of modules kept whole, because their forward could not be traced or does
-            something else in train mode than in eval mode.
-    """
+    """A graph that trains: `graph` over the modules of `root`."""
 
     root: nn.Module
     graph: fx.Graph
-    opaque: frozenset[str]
+
+    @property
+    def opaque(self) -> list[str]:
+        """Paths of the modules with parts of their own that the graph calls as a whole.
+
+        Their forward could not be traced, does something else in train mode than in eval mode, has
+        hooks around it, or is torch.nn's own.
+        """
+        called = dict.fromkeys(str(n.target) for n in self.graph.nodes if n.op == "call_module")
+        modules = {path: self.root.get_submodule(path) for path in called}
+        return [
+            path
+            for path, module in modules.items()
+            if affine_module(module) is None and any(True for _ in module.children())
+        ]
 
 
-def module_graph(model: nn.Module, given: Example | None) -> ModuleGraph:
-    """Trace a copy of `model` so that it can still be trained.
+def module_graph(root: nn.Module, given: Example | None) -> ModuleGraph:
+    """Trace `root`, a private copy of the source, so that it can still be trained.
 
     The forward is traced in train mode and in eval mode. Where the two differ in a constant (as in
     `F.dropout(x, p, self.training)`), the graph reads `training` when it runs; where they differ in
@@ -44,10 +54,8 @@ def module_graph(model: nn.Module, given: Example | None) -> ModuleGraph:
     Raises:
         CaptureError: The root's own forward cannot be traced, or depends on the mode in structure.
     """
-    root = clone(model)
-    flags = [(module, module.training) for module in root.modules()]
     opaque: frozenset[str] = frozenset()
-    try:
+    with modes_kept(root):
         while True:
             root.train()
             graph, opaque = trace(_ModuleTracer, root, opaque, given)
@@ -58,16 +66,13 @@ def module_graph(model: nn.Module, given: Example | None) -> ModuleGraph:
                 continue
             culprit = _merge_modes(root, graph, in_eval)
             if culprit is None:
-                return ModuleGraph(root, graph, opaque)
+                return ModuleGraph(root, graph)
             if culprit == "":
                 raise CaptureError(
-                    f"the forward of {type(model).__name__} does different things in train mode "
+                    f"the forward of {type(root).__name__} does different things in train mode "
                     "and in eval mode, so that no single graph can be both"
                 )
             opaque |= {culprit}
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 class ByMode(nn.Module):

@@ -7,7 +7,7 @@ method, ATen overload); a row names them all. A new operator is one row.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -89,6 +89,26 @@ AFFINE: tuple[Affine, ...] = (
 
 _AFFINE_BY_FUNCTION = {function: row for row in AFFINE for function in row.functions}
 
+#: Matrix products that are a linear layer where the second factor is a parameter, (in, out).
+_PRODUCTS = {
+    "addmm": Affine(
+        "addmm",
+        nn.Module,
+        (torch.addmm, _aten.addmm.default),
+        None,
+        True,
+        ("bias", "input", "weight"),
+    ),
+    "matmul": Affine(
+        "matmul",
+        nn.Module,
+        (torch.matmul, operator.matmul, _aten.matmul.default),
+        None,
+        True,
+        ("input", "weight"),
+    ),
+}
+
 #: Spellings of batch normalisation and the order of their arguments.
 BATCH_NORM: dict[Callable[..., Any], tuple[str, ...]] = {
     F.batch_norm: (
@@ -122,9 +142,10 @@ class Role(Enum):
     AFFINE = auto()
     NORM = auto()
     NONLINEARITY = auto()
-    SQUASHING = auto()  # a bounded nonlinearity: at the end of a network it belongs to the head
+    SQUASHING = auto()  # at the end of a network it belongs to the head: sigmoid, tanh, exp
     MOVE = auto()  # shape-only, dropout, pooling: statistics per channel keep their meaning
     ADD = auto()
+    SCALE = auto()  # a product: with a constant, statistics per channel keep their meaning
     OTHER = auto()
 
 
@@ -135,8 +156,8 @@ _MODULES: dict[Role, tuple[type[nn.Module], ...]] = {
     ),
     Role.NONLINEARITY: (
         *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU),
-        *(nn.SiLU, nn.Mish, nn.Softplus, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
-        *(nn.Threshold, nn.Hardswish),
+        *(nn.SiLU, nn.Mish, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
+        *(nn.Threshold, nn.Hardswish, nn.GLU),
     ),
     Role.SQUASHING: (
         *(nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardtanh, nn.LogSigmoid, nn.Softsign),
@@ -159,16 +180,18 @@ def _words(text: str) -> frozenset[str]:
 
 _NAMES: dict[Role, frozenset[str]] = {
     Role.NORM: _words(
-        "batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm"
+        "batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize "
+        "native_layer_norm native_group_norm var std var_mean std_mean norm linalg_norm "
+        "linalg_vector_norm"
     ),
     Role.NONLINEARITY: _words(
         "relu relu_ relu6 leaky_relu leaky_relu_ prelu rrelu rrelu_ elu elu_ selu selu_ celu "
-        "celu_ gelu silu mish softplus softshrink hardshrink tanhshrink threshold threshold_ "
-        "hardswish clamp clamp_ clamp_min clip abs exp maximum square pow sin cos"
+        "celu_ gelu silu mish softshrink hardshrink tanhshrink threshold threshold_ "
+        "hardswish clamp_min abs maximum minimum square pow sin cos glu"
     ),
     Role.SQUASHING: _words(
         "sigmoid sigmoid_ tanh tanh_ hardsigmoid hardtanh hardtanh_ logsigmoid softsign "
-        "log_sigmoid erf"
+        "log_sigmoid erf exp softplus clamp clamp_ clip"
     ),
     Role.MOVE: _words(
         "view reshape flatten unflatten permute transpose movedim swapaxes contiguous squeeze "
@@ -179,9 +202,12 @@ _NAMES: dict[Role, frozenset[str]] = {
         "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d "
         "adaptive_max_pool2d adaptive_max_pool3d _max_pool1d _max_pool2d _max_pool3d "
         "_adaptive_max_pool1d _adaptive_max_pool2d _adaptive_max_pool3d lp_pool2d interpolate "
-        "upsample pad mean"
+        "upsample pad mean __getitem__ T mT detach alias type half double bfloat16 repeat swapdims "
+        "moveaxis flip unfold fold masked_fill dropout_ native_dropout feature_alpha_dropout "
+        "max_pool2d_with_indices zero_pad2d reflection_pad2d narrow_copy tensor_split unbind"
     ),
-    Role.ADD: _words("add iadd sub isub add_ sub_ __add__ __radd__"),
+    Role.ADD: _words("add iadd sub isub add_ sub_ __add__ __radd__ rsub subtract"),
+    Role.SCALE: _words("mul imul mul_ multiply div idiv itruediv truediv div_ true_divide"),
 }
 
 _ROLE_BY_NAME = {name: role for role, names in _NAMES.items() for name in names}
@@ -195,13 +221,20 @@ TRANSPARENT_MODULES: frozenset[type[nn.Module]] = frozenset(
 )
 
 
-def affine_of(node: fx.Node, modules: dict[str, nn.Module]) -> Affine | None:
+def affine_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Affine | None:
     """The row of an affine layer, called as a function or as one of `modules`; None for others."""
     if node.op == "call_function":
         return _AFFINE_BY_FUNCTION.get(node.target)  # type: ignore[arg-type]  # lookup by any key
     if node.op != "call_module" or str(node.target) not in modules:
         return None
     return affine_module(modules[str(node.target)])
+
+
+def product_of(node: fx.Node) -> Affine | None:
+    """The row of a matrix product; it is an affine layer if its weight is a parameter of rank 2."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    return _PRODUCTS.get(function_name(node.target))
 
 
 def affine_module(module: nn.Module) -> Affine | None:
@@ -212,7 +245,7 @@ def affine_module(module: nn.Module) -> Affine | None:
     return None
 
 
-def role_of(node: fx.Node, modules: dict[str, nn.Module]) -> Role:
+def role_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Role:
     """What the operator of `node` means to the rule of insertion."""
     if affine_of(node, modules) is not None:
         return Role.AFFINE

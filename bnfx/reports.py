@@ -11,18 +11,20 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from bnfx.errors import BnfxError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from torch import fx, nn
+    from torch import nn
 
 #: Width of a printed report; tables wrap inside it.
 _WIDTH = 118
 
 _REPORT = "bnfx"
+
+_Model = TypeVar("_Model", bound="nn.Module")
 
 
 class Report(ABC):
@@ -174,8 +176,10 @@ def report(model: nn.Module) -> InsertReport | FoldReport:
     return done
 
 
-def remember(module: fx.GraphModule, done: InsertReport | FoldReport) -> fx.GraphModule:
+def remember(module: _Model, done: InsertReport | FoldReport) -> _Model:
     """`module`, which from now on tells `done` when asked by `report`."""
-    module.meta[_REPORT] = done
-    module.__dict__["_bnfx_report"] = done  # a copy keeps `meta`, a pickle keeps attributes
+    meta = getattr(module, "meta", None)
+    if isinstance(meta, dict):
+        meta[_REPORT] = done
+    module.__dict__["_bnfx_report"] = done  # a GraphModule's copy keeps `meta`, its pickle this
     return module

@@ -1,26 +1,16 @@
-"""What a model does when it runs: evidence where no graph can be had.
-
-A model whose forward cannot be traced is run once on the example, in eval mode, and the calls of
-dropout and local response normalisation are noted, each with the module that made it.
-"""
+"""Calls of dropout and local response normalisation in the record of a run (`bnfx.observe`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import fx
 
-from bnfx.capture import Example
-from bnfx.errors import CaptureError
+from bnfx.observe import SCOPES
 from bnfx.operators import function_name
 
 #: Operators that are noted.
-NOTED = frozenset(
+_NOTED = frozenset(
     (
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"),
         *("alpha_dropout", "feature_alpha_dropout"),
@@ -28,7 +18,7 @@ NOTED = frozenset(
     )
 )
 #: Operators behind which a softmax's result is still that.
-SAME_VALUES = frozenset(
+_SAME_VALUES = frozenset(
     (
         *("to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone"),
         *("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand"),
@@ -51,70 +41,24 @@ class SeenCall:
     after_softmax: bool
 
 
-def seen_calls(model: nn.Module, given: Example) -> tuple[SeenCall, ...]:
-    """Run `model`, a private copy, in eval mode; the noted calls in the order of execution.
-
-    Raises:
-        CaptureError: The model fails on the example.
-    """
-    model.eval()
-    stack = [""]
-    with torch.no_grad(), _follow(model, stack), _Notes(stack) as notes:
-        try:
-            model(*given.args, **given.kwargs)
-        except Exception as error:  # a user's forward raises anything
-            raise CaptureError(
-                f"{type(model).__name__} fails on the example inputs, in "
-                f"{stack[-1] or 'its root'}: {type(error).__name__}: {error}"
-            ) from error
-    return tuple(notes.seen)
+def seen_calls(graph: fx.Graph) -> tuple[SeenCall, ...]:
+    """The noted calls in an observed graph, in the order of execution."""
+    return tuple(
+        SeenCall(name, path, call_name(source_of(node)) == "softmax")
+        for node in graph.nodes
+        if (name := call_name(node)) in _NOTED
+        for path in [next(reversed(node.meta[SCOPES]), "")]
+    )
 
 
-@contextmanager
-def _follow(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the path of the module that runs on top of `stack`."""
-
-    def enter(path: str) -> Callable[..., None]:
-        return lambda _module, _args: stack.append(path)
-
-    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-        stack.pop()
-
-    hooks = []
-    for path, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(enter(path), prepend=True))
-        hooks.append(module.register_forward_hook(leave))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def source_of(node: fx.Node) -> fx.Node:
+    """What made the first input of `node`, seen through casts and views."""
+    source = node.all_input_nodes[0]
+    while call_name(source) in _SAME_VALUES and source.all_input_nodes:
+        source = source.all_input_nodes[0]
+    return source
 
 
-class _Notes(TorchFunctionMode):
-    """Notes calls; what runs inside a noted function is not looked at."""
-
-    def __init__(self, stack: list[str]) -> None:
-        super().__init__()
-        self.stack = stack
-        self.seen: list[SeenCall] = []
-        self.softmaxes: list[Tensor] = []  # kept alive, so that `is` tells them apart
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        name = function_name(func)
-        given = (*args, *(kwargs or {}).values())
-        after = any(known is value for value in given[:1] for known in self.softmaxes)
-        if name in NOTED:
-            self.seen.append(SeenCall(name, self.stack[-1], after))
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and (
-            name in ("softmax", "_softmax") or (after and name in SAME_VALUES)
-        ):
-            self.softmaxes.append(result)
-        return result
+def call_name(node: fx.Node) -> str:
+    """Name of the function or method that `node` calls; of anything else, its target's."""
+    return str(node.target) if node.op == "call_method" else function_name(node.target)

@@ -9,7 +9,9 @@ if __name__ != "bnfx.passes":
 
 from .fold_bn import FoldBatchNorm
 from .insert_bn import Filter as InsertFilter
-from .insert_bn import InsertBatchNorm
+from .insert_bn import InsertBatchNorm, never_called
+from .insert_bn import Placement as InsertPlacement
+from .insert_bn import Site as InsertSite
 from .remove_dropout import RemoveDropout
 from .remove_lrn import RemoveLocalResponseNorm
 from .zero_init_residual import ZeroInitResidual
@@ -18,7 +20,10 @@ __all__ = [
     "FoldBatchNorm",
     "InsertBatchNorm",
     "InsertFilter",
+    "InsertPlacement",
+    "InsertSite",
     "RemoveDropout",
     "RemoveLocalResponseNorm",
     "ZeroInitResidual",
+    "never_called",
 ]

@@ -3,20 +3,25 @@
 The rule is that of Ioffe & Szegedy 2015, section 3.2: BN stands between an affine map and the
 elementwise nonlinearity; every consumer of the layer's output takes BN's output instead (Algorithm
 2); the layer's bias is subsumed by beta and dropped. From the layer, the nonlinearity is looked for
-through shape-only operators, dropout, pooling and residual adds. Left alone, with the reason, are
+through shape-only operators, dropout, pooling, residual adds and products with constants. Left
+alone, with the reason, are
 
-1. the output head, and a layer whose bounded nonlinearity is the model's output;
+1. the output head, and a layer whose sigmoid, tanh, ... is the model's output;
 2. a layer whose output is normalised already;
 3. a layer that reaches no elementwise nonlinearity, such as query, key and value projections;
 4. a layer whose weight is tied to another operator;
-5. a layer inside a module that is kept whole, or that the forward never calls.
+5. a layer whose output does not depend on the model's input, so that there is no batch;
+6. a layer that the forward never calls.
+
+With placement "post_activation" the BatchNorm stands behind the nonlinearity instead, and the bias
+stays. It must be the only nonlinearity that the layer feeds, with the channels still on their axis.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,24 +29,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfx.capture import assemble, owner_of
+from bnfx.errors import InsertError
+from bnfx.evidence import AffineCall, Evidence, affine_modules, channels_of, join, traced
+from bnfx.inserted import Origin
 from bnfx.ledger import attribute, free_name
 from bnfx.module_graph import ModuleGraph
-from bnfx.operators import (
-    Affine,
-    Role,
-    affine_module,
-    affine_of,
-    arguments,
-    reads_shape_only,
-    role_of,
-)
-from bnfx.reports import InsertRecord, InsertReport
+from bnfx.operators import Role, arguments, role_of
+from bnfx.reach import Ends, depends_on_input, describe, ends_of, reaches
+from bnfx.reports import InsertRecord
 
 Init = Literal["fresh", "identity"]
+Placement = Literal["pre_activation", "post_activation"]
 Filter = str | Sequence[str] | Callable[[InsertRecord], bool] | None
 
-_BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_BATCH_NORMS = {None: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,16 @@ class Site:
     """An affine call that gets a BatchNorm.
 
     Attributes:
-        node: The call.
-        row: What kind of affine layer it is.
-        path: Module path of the layer.
-        weight: Name of its weight.
-        bias: Name of its bias, None without one.
-        nonlinearity: What its output reaches.
+        call: The call.
+        channels: Number of channels to normalise.
+        nonlinearity: The call that its output reaches.
+        drops_bias: Whether beta takes the place of the layer's bias.
     """
 
-    node: fx.Node
-    row: Affine
-    path: str
-    weight: str
-    bias: str | None
-    nonlinearity: str
+    call: AffineCall
+    channels: int
+    nonlinearity: fx.Node
+    drops_bias: bool
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,7 @@ class InsertBatchNorm:
 
     Attributes:
         init: "fresh" (gamma 1) or "identity" (gamma sqrt(1 + eps), so that eval outputs stay).
+        placement: "pre_activation" or "post_activation".
         include: Glob or globs over module paths, or a predicate on the record; None for all.
         exclude: Likewise, for layers to leave alone.
         eps: Added to the variance.
@@ -78,223 +76,200 @@ class InsertBatchNorm:
     """
 
     init: Init = "fresh"
+    placement: Placement = "pre_activation"
     include: Filter = None
     exclude: Filter = None
     eps: float = 1e-5
     momentum: float = 0.1
 
-    def match(self, captured: ModuleGraph) -> list[Site | InsertRecord]:
-        """One entry for each affine call, in execution order, then what is never called."""
-        modules = dict(captured.root.named_modules(remove_duplicate=False))
-        found = [
-            self._look(captured, modules, node, row)
-            for node in captured.graph.nodes
-            if (row := affine_of(node, modules)) is not None
+    def match(self, evidence: Evidence) -> list[Site | InsertRecord]:
+        """One entry for each affine call, in execution order. Changes nothing.
+
+        Raises:
+            InsertError: A layer that is to be normalised was given unbatched input.
+        """
+        modules = evidence.modules
+        taken: dict[fx.Node, AffineCall] = {}
+        chosen: list[tuple[AffineCall, fx.Node | str]] = []
+        for call in evidence.calls:
+            found = self._look(evidence, modules, call)
+            if isinstance(found, fx.Node) and self.placement == "post_activation":
+                first = taken.setdefault(found, call)
+                if first is not call:
+                    found = f"{describe(found)!r} has the BatchNorm of {first.path!r} already"
+            chosen.append((call, found))
+        served = {call.node for call, found in chosen if isinstance(found, fx.Node)}
+        subsumed = served if self.placement == "pre_activation" else set()
+        return [
+            Site(call, call.channels, found, _may_drop(evidence, call, subsumed))
+            if isinstance(found, fx.Node) and call.channels is not None
+            else skipped(call, str(found))
+            for call, found in chosen
         ]
-        called = {entry.path for entry in found}
-        return [*found, *_never_called(captured, modules, called)]
 
     def rewrite(
-        self, captured: ModuleGraph, found: Iterable[Site | InsertRecord]
-    ) -> tuple[fx.GraphModule, InsertReport]:
-        """Carry out what `match` found, on the private copy that `captured` holds."""
-        entries = list(found)
-        sites = [entry for entry in entries if isinstance(entry, Site)]
-        records = [
-            entry if isinstance(entry, InsertRecord) else self._insert(captured, entry, sites)
-            for entry in entries
-        ]
-        for name in {site.bias for site in sites if site.bias is not None}:
-            if _may_go(captured, name, sites):
-                _drop_bias(captured, name, sites)
-        return _assemble(captured), InsertReport(tuple(records))
+        self, captured: ModuleGraph, sites: Iterable[Site], prefix: str
+    ) -> dict[Site, Origin]:
+        """Put the BatchNorms of `sites` into the graph of the module at `prefix`.
+
+        The names in the result start from that module.
+        """
+        here = {(call.path, call.index): call for call in traced(captured, prefix).calls}
+        wanted = [(site, here[site.call.path, site.call.index]) for site in sites]
+        made = {site: self._insert(captured, site, call, prefix) for site, call in wanted}
+        for bias in {origin.bias: None for origin in made.values() if origin.bias is not None}:
+            readers = [call for site, call in wanted if made[site].bias == bias]
+            _drop_bias(captured, bias, readers)
+        return made
 
     def _look(
-        self, captured: ModuleGraph, modules: dict[str, nn.Module], node: fx.Node, row: Affine
-    ) -> Site | InsertRecord:
-        path, weight, bias, channels = _parameters(captured.root, node, row)
-        record = InsertRecord(path or node.name, row.kind, channels, "skipped", None, "")
-
-        def skipped(reason: str) -> InsertRecord:
-            return InsertRecord(record.path, row.kind, channels, "skipped", None, reason)
-
-        if weight is None or path is None:
-            return skipped("its weight is computed in the forward, not a parameter")
+        self, evidence: Evidence, modules: dict[str, nn.Module], call: AffineCall
+    ) -> fx.Node | str:
+        """The nonlinearity that gives `call` a BatchNorm, or why it gets none."""
+        record = skipped(call, "")
         if self.include is not None and not _chosen(self.include, record):
-            return skipped("not chosen by include")
+            return "not chosen by include"
         if self.exclude is not None and _chosen(self.exclude, record):
-            return skipped("chosen by exclude")
-        tied = _other_readers(captured, modules, weight, path)
-        if tied:
-            return skipped(f"its weight is tied: {tied} reads it too")
-        ends = _ends(node, modules)
-        reason = _why_not(ends, node, modules)
+            return "chosen by exclude"
+        if call.channels is None:
+            return "its weight is computed in the forward; pass example_inputs to tell its channels"
+        if call.weight is not None:
+            tied = _other_readers(evidence, modules, call)
+            if tied:
+                return f"its weight is tied: {tied} reads it too"
+        ends = ends_of(call.node, modules)
+        reason = _why_not(evidence, ends, call, modules)
+        if not reason and self.placement == "post_activation":
+            reason = _why_not_behind(ends, modules)
         if reason:
-            return skipped(reason)
-        return Site(node, row, path, weight, bias, ends.nonlinearities[0].name)
+            return reason
+        _require_batch(call)
+        return ends.nonlinearities[0]
 
-    def _insert(self, captured: ModuleGraph, site: Site, sites: list[Site]) -> InsertRecord:
-        root, graph, node = captured.root, captured.graph, site.node
-        keeps_bias = site.bias is not None and not _may_go(captured, site.bias, sites)
-        norm = self._norm(root, site, keeps_bias=keeps_bias)
-        norm.training = root.training
-        name = free_name(root, f"{site.path}_bn")
+    def _insert(self, captured: ModuleGraph, site: Site, call: AffineCall, prefix: str) -> Origin:
+        root = captured.root
+        layer = call.path[len(prefix) :].removeprefix(".")
+        norm = self._norm(root, site, call)
+        norm.train(root.training)
+        name = free_name(root, f"{layer}_bn" if layer else "bn")
         parent, _, leaf = name.rpartition(".")
         root.get_submodule(parent).add_module(leaf, norm)
-        users = list(node.users)
-        with graph.inserting_after(node):
-            flat = (
-                graph.call_function(torch.flatten, (node, 0, -2))
-                if site.row.spatial is None
-                else node
-            )
-        with graph.inserting_after(flat):
-            out = graph.call_module(name, (flat,))
-        if flat is not node:
-            with graph.inserting_after(out):
-                out = graph.call_method("view_as", (out, node))
-        for user in users:
-            user.replace_input_with(node, out)
-        reason = f"feeds {site.nonlinearity!r}"
-        return InsertRecord(site.path, site.row.kind, norm.num_features, "inserted", name, reason)
+        modules = dict(root.named_modules(remove_duplicate=False))
+        behind = (
+            call.node
+            if self.placement == "pre_activation"
+            else ends_of(call.node, modules).nonlinearities[0]
+        )
+        _put_behind(captured.graph, behind, name, per_row=call.row.spatial is None)
+        return Origin(layer, call.bias if site.drops_bias else None, name)
 
-    def _norm(self, root: nn.Module, site: Site, *, keeps_bias: bool) -> _BatchNorm:
-        weight = attribute(root, site.weight)
-        assert isinstance(weight, Tensor)
-        # Statistics of half-precision models are kept in float32: sums of squares overflow sooner.
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        kind = _BATCH_NORMS[site.row.spatial or 1]
-        norm = kind(
-            _channels(site.row, weight, _groups(root, site)),
+    def _norm(self, root: nn.Module, site: Site, call: AffineCall) -> _BatchNorm:
+        stored = [attribute(root, name) for name in (call.weight, call.bias) if name is not None]
+        tensors = [tensor for tensor in stored if isinstance(tensor, Tensor)]
+        like = tensors[0] if tensors else next(root.parameters())
+        norm = _BATCH_NORMS[call.row.spatial](
+            site.channels,
             eps=self.eps,
             momentum=self.momentum,
-            device=weight.device,
-            dtype=dtype,
+            device=like.device,
+            # Statistics of half-precision models are float32: sums of squares overflow sooner.
+            dtype=torch.promote_types(like.dtype, torch.float32),
         )
-        assert norm.running_mean is not None
+        norm.weight.requires_grad_(like.requires_grad)
+        norm.bias.requires_grad_(tensors[-1].requires_grad if tensors else like.requires_grad)
         with torch.no_grad():
             if self.init == "identity":
                 norm.weight.fill_(math.sqrt(1 + self.eps))
-            if site.bias is None:
-                return norm
-            bias = attribute(root, site.bias)
-            assert isinstance(bias, Tensor)
-            norm.bias.copy_(bias)
-            if keeps_bias:  # a bias that stays is taken off again by the mean
-                norm.running_mean.copy_(bias)
+            if site.drops_bias and call.bias is not None:
+                norm.bias.copy_(tensors[-1])
         return norm
 
 
-@dataclass(frozen=True)
-class _Ends:
-    """Where the output of a layer goes, first things first."""
-
-    nonlinearities: list[fx.Node]
-    norms: list[fx.Node]
-    past_add: set[fx.Node]
-    others: list[fx.Node]
+def skipped(call: AffineCall, reason: str) -> InsertRecord:
+    """The record of a call that gets no BatchNorm."""
+    return InsertRecord(call.path, call.row.kind, call.channels or 0, "skipped", None, reason)
 
 
-def _ends(node: fx.Node, modules: dict[str, nn.Module]) -> _Ends:
-    ends = _Ends([], [], set(), [])
-    seen: set[fx.Node] = set()
-    queue = [(node, user, False) for user in node.users]
-    while queue:
-        value, user, past_add = queue.pop(0)
-        if user in seen:
+def never_called(
+    root: nn.Module, called: set[str], why: Callable[[str], str]
+) -> Iterator[InsertRecord]:
+    """Records of the affine modules that no affine call came from; `why` gives the reason."""
+    own = {id(root.get_submodule(path)) for path in called if path in dict(root.named_modules())}
+    for path, module, row in affine_modules(root):
+        if path in called or id(module) in own:
             continue
-        seen.add(user)
-        role = role_of(user, modules)
-        if past_add:
-            ends.past_add.add(user)
-        if role in (Role.NONLINEARITY, Role.SQUASHING):
-            ends.nonlinearities.append(user)
-        elif role is Role.NORM:
-            ends.norms.append(user)
-        elif role in (Role.MOVE, Role.ADD):
-            queue.extend((user, after, past_add or role is Role.ADD) for after in user.users)
-        elif not reads_shape_only(user, value):
-            ends.others.append(user)
-    return ends
+        weight, groups = module.weight, module.groups if row.spatial is not None else 1
+        assert isinstance(weight, Tensor)
+        assert isinstance(groups, int)
+        channels = channels_of(row, weight, groups)
+        yield InsertRecord(path, row.kind, channels, "skipped", None, why(path))
 
 
-def _why_not(ends: _Ends, node: fx.Node, modules: dict[str, nn.Module]) -> str:
+def _put_behind(graph: fx.Graph, node: fx.Node, name: str, *, per_row: bool) -> None:
+    """Make every consumer of `node` take the output of the BatchNorm `name` instead."""
+    users = list(node.users)
+    with graph.inserting_after(node):
+        flat = graph.call_function(torch.flatten, (node, 0, -2)) if per_row else node
+    with graph.inserting_after(flat):
+        out = graph.call_module(name, (flat,))
+    if per_row:
+        with graph.inserting_after(out):
+            out = graph.call_method("view_as", (out, node))
+    for user in users:
+        user.replace_input_with(node, out)
+
+
+def _why_not(
+    evidence: Evidence, ends: Ends, call: AffineCall, modules: dict[str, nn.Module]
+) -> str:
+    """Which part of the rule leaves this call alone; "" for none."""
     direct = [norm for norm in ends.norms if norm not in ends.past_add]
     if direct:
-        return f"its output is normalised already, by {_call(direct[0])}"
+        return f"its output is normalised already, by {describe(direct[0])}"
     if not ends.nonlinearities and ends.norms:
-        return f"its output is normalised already, behind an add, by {_call(ends.norms[0])}"
+        return f"its output is normalised already, behind an add, by {describe(ends.norms[0])}"
     if not ends.nonlinearities:
         if any(end.op == "output" for end in ends.others):
+            if evidence.prefix:
+                return (
+                    f"its output leaves {evidence.prefix!r}, and what reads it there cannot be "
+                    "traced; pass example_inputs"
+                )
             return "output head: its output is the model's output"
-        reached = _call(ends.others[0]) if ends.others else "nothing"
+        reached = describe(ends.others[0]) if ends.others else "nothing"
         return f"it feeds no elementwise nonlinearity but {reached}"
     squashed = all(role_of(n, modules) is Role.SQUASHING for n in ends.nonlinearities)
-    if squashed and not _affine_after(node, modules):
-        return f"output head: its {_call(ends.nonlinearities[0])} is the model's output"
+    others = [other.node for other in evidence.calls]
+    if squashed and not evidence.prefix and not reaches(call.node, others, modules):
+        return f"output head: its {describe(ends.nonlinearities[0])} is the model's output"
+    if not depends_on_input(call.node):
+        return "its input does not depend on the model's input, so there is no batch to normalise"
     return ""
 
 
-def _call(node: fx.Node) -> str:
-    return f"{node.target!s}" if node.op in ("call_module", "call_method") else node.name
+def _why_not_behind(ends: Ends, modules: dict[str, nn.Module]) -> str:
+    """Why there can be no BatchNorm behind the nonlinearity; "" if there can be."""
+    if len(ends.nonlinearities) > 1 or ends.others:
+        return "its output is read by more than one nonlinearity, so behind them is no one place"
+    nonlinearity = ends.nonlinearities[0]
+    if nonlinearity in ends.past_move:
+        return f"between it and {describe(nonlinearity)} the channels move to another axis"
+    norms = ends_of(nonlinearity, modules).norms
+    if norms:
+        return f"behind {describe(nonlinearity)} it is normalised already, by {describe(norms[0])}"
+    return ""
 
 
-def _affine_after(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether the output of `node` reaches another affine layer, or a module kept whole."""
-    seen: set[fx.Node] = set()
-    queue = list(node.users)
-    while queue:
-        user = queue.pop()
-        if user in seen:
-            continue
-        seen.add(user)
-        if affine_of(user, modules) is not None:
-            return True
-        if user.op == "call_module" and any(modules[str(user.target)].parameters()):
-            return True
-        queue.extend(user.users)
-    return False
-
-
-def _parameters(
-    root: nn.Module, node: fx.Node, row: Affine
-) -> tuple[str | None, str | None, str | None, int]:
-    """Path, weight name, bias name and channels of an affine call."""
-    if node.op == "call_module":
-        path = str(node.target)
-        module = root.get_submodule(path)
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        bias = f"{path}.bias" if module.bias is not None else None
-        return (
-            path,
-            f"{path}.weight",
-            bias,
-            _channels(row, weight, int(getattr(module, "groups", 1))),
+def _require_batch(call: AffineCall) -> None:
+    if call.rank is None:
+        return
+    spatial = call.row.spatial
+    if call.rank == 1 or (spatial is not None and call.rank != spatial + 2):
+        raise InsertError(
+            f"{call.row.kind} {call.path!r} got an unbatched input in the example: its output has "
+            f"{call.rank} axes. BatchNorm takes statistics over a batch; give example_inputs with "
+            "a leading batch axis"
         )
-    call = arguments(node, row.signature)
-    names = [
-        str(call[part].target)
-        if isinstance(call[part], fx.Node) and call[part].op == "get_attr"
-        else None
-        for part in ("weight", "bias")
-    ]
-    if names[0] is None or (call["bias"] is not None and names[1] is None):
-        return None, None, None, 0
-    stored = attribute(root, names[0])
-    assert isinstance(stored, Tensor)
-    channels = _channels(row, stored, call["groups"])
-    return owner_of(names[0]), names[0], names[1], channels
-
-
-def _channels(row: Affine, weight: Tensor, groups: int) -> int:
-    return weight.shape[1] * groups if row.transposed else weight.shape[0]
-
-
-def _groups(root: nn.Module, site: Site) -> int:
-    if site.node.op == "call_module":
-        return int(getattr(root.get_submodule(site.path), "groups", 1))
-    return int(arguments(site.node, site.row.signature)["groups"])
 
 
 def _chosen(which: Filter, record: InsertRecord) -> bool:
@@ -307,96 +282,79 @@ def _chosen(which: Filter, record: InsertRecord) -> bool:
     return bool(which(record))
 
 
-def _other_readers(
-    captured: ModuleGraph, modules: dict[str, nn.Module], name: str, path: str
-) -> str:
-    """Who else reads the parameter `name`: another module that holds it, or a functional call."""
-    parameter = attribute(captured.root, name)
-    own = modules.get(path)
-    for other_path, module in modules.items():
-        if module is own or not other_path:
-            continue
-        if any(p is parameter for p in module._parameters.values()):
-            return f"module {other_path!r}"
-    for node in captured.graph.nodes:
-        if node.op != "get_attr" or attribute(captured.root, str(node.target)) is not parameter:
+def _other_readers(evidence: Evidence, modules: dict[str, nn.Module], call: AffineCall) -> str:
+    """Who else reads the call's weight: another module that holds it, or another operator."""
+    assert call.weight is not None
+    parameter = attribute(evidence.root, call.weight)
+    own = modules.get(call.path[len(evidence.prefix) :].removeprefix("."))
+    for path, module in modules.items():
+        if module is not own and path and parameter in _held(module):
+            return f"module {join(evidence.prefix, path)!r}"
+    weights = {
+        arguments(other.node, other.row.signature)["weight"]
+        for other in evidence.calls
+        if other.node.op != "call_module"
+    }
+    for node in evidence.graph.nodes:
+        if node.op != "get_attr" or attribute(evidence.root, str(node.target)) is not parameter:
             continue
         for user in node.users:
-            row = affine_of(user, modules)
-            if row is None or arguments(user, row.signature)["weight"] is not node:
+            calls = [other for other in evidence.calls if other.node is user]
+            if node not in weights or not calls or calls[0].path != call.path:
                 return f"operator {user.name!r}"
     return ""
 
 
-def _may_go(captured: ModuleGraph, bias: str, sites: list[Site]) -> bool:
-    """Whether every reader of this bias gets a BatchNorm, so that the bias can go."""
-    served = {site.node for site in sites if site.bias == bias}
-    path = owner_of(bias)
-    parameter = attribute(captured.root, bias)
-    names = [n for n, p in captured.root.named_parameters(remove_duplicate=False) if p is parameter]
-    if len(names) != 1:
+class _held:
+    """The parameters of a module itself, compared by identity."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters = module._parameters.values()
+
+    def __contains__(self, parameter: object) -> bool:
+        return any(parameter is own for own in self.parameters)
+
+
+def _may_drop(evidence: Evidence, call: AffineCall, served: set[fx.Node]) -> bool:
+    """Whether every reader of the call's bias gets a BatchNorm, so that beta can replace it."""
+    if call.bias is None or call.node not in served:
         return False
-    for node in captured.graph.nodes:
-        if (
-            node.op == "call_module"
-            and path
-            and f"{node.target}." == f"{path}."
-            and node not in served
-        ):
-            return False
-        if node.op == "call_module" and path.startswith(f"{node.target}."):
-            return False
-        if node.op == "get_attr" and str(node.target) == bias and not set(node.users) <= served:
-            return False
-    return True
+    root, parameter = evidence.root, attribute(evidence.root, call.bias)
+    names = [n for n, p in root.named_parameters(remove_duplicate=False) if p is parameter]
+    if names != [call.bias]:
+        return False
+    same = [other for other in evidence.calls if other.path == call.path]
+    if any(other.node not in served for other in same):
+        return False
+    readers = {
+        user
+        for node in evidence.graph.nodes
+        if node.op == "get_attr" and str(node.target) == call.bias
+        for user in node.users
+    }
+    whole = [str(n.target) for n in evidence.graph.nodes if n.op == "call_module"]
+    inside = any(call.bias.startswith(f"{path}.") for path in whole if path != call.path)
+    return readers <= served and (call.node.op == "call_module" or not inside)
 
 
-def _drop_bias(captured: ModuleGraph, bias: str, sites: list[Site]) -> None:
+def _drop_bias(captured: ModuleGraph, bias: str, readers: Iterable[AffineCall]) -> None:
     path, _, leaf = bias.rpartition(".")
     captured.root.get_submodule(path).register_parameter(leaf, None)
-    for site in sites:
-        if site.bias != bias or site.node.op == "call_module":
+    for call in readers:
+        if call.node.op == "call_module":
             continue
-        call = arguments(site.node, site.row.signature)
-        old = call["bias"]
-        site.node.args = tuple(None if arg is old else arg for arg in site.node.args)
-        site.node.kwargs = {k: None if arg is old else arg for k, arg in site.node.kwargs.items()}
+        old = arguments(call.node, call.row.signature)["bias"]
+        if call.row.signature[0] == "bias":  # addmm has no form without one
+            _without_addend(call)
+        else:
+            call.node.args = tuple(None if arg is old else arg for arg in call.node.args)
+            kwargs = {k: None if arg is old else arg for k, arg in call.node.kwargs.items()}
+            call.node.kwargs = kwargs
         if not old.users:
             captured.graph.erase_node(old)
 
 
-def _never_called(
-    captured: ModuleGraph, modules: dict[str, nn.Module], called: set[str]
-) -> Iterable[InsertRecord]:
-    whole = {str(n.target) for n in captured.graph.nodes if n.op == "call_module"}
-    seen = {id(modules[path]) for path in called if path in modules}
-    for path, module in modules.items():
-        row = affine_module(module)
-        if row is None or id(module) in seen:
-            continue
-        seen.add(id(module))
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        outer = next((w for w in whole if path.startswith(f"{w}.")), None)
-        reason = "the forward never calls it"
-        if outer is not None:
-            reason = (
-                f"it lies inside {outer!r} ({type(modules[outer]).__name__}), which is kept whole"
-            )
-        channels = _channels(row, weight, int(getattr(module, "groups", 1)))
-        yield InsertRecord(path, row.kind, channels, "skipped", None, reason)
-
-
-def _assemble(captured: ModuleGraph) -> fx.GraphModule:
-    """The GraphModule, with every parameter and buffer of the source, used or not."""
-    root, graph = captured.root, captured.graph
-    covered = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    for name in root.state_dict(keep_vars=True):
-        if name in covered or any(name.startswith(f"{path}.") for path in covered):
-            continue
-        if name.endswith("_extra_state"):
-            continue
-        with graph.inserting_before(first):  # a name that the graph reads survives copy and pickle
-            graph.get_attr(name)
-    return assemble(root, graph)
+def _without_addend(call: AffineCall) -> None:
+    given = arguments(call.node, call.row.signature)
+    call.node.target = torch.mm
+    call.node.args, call.node.kwargs = (given["input"], given["weight"]), {}

@@ -38,7 +38,7 @@ from bnfx.editing import (
 )
 from bnfx.errors import RecipeError
 from bnfx.operators import function_name
-from bnfx.sightings import SAME_VALUES, SeenCall
+from bnfx.sightings import SeenCall, call_name, source_of
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class _Seen:
         for region in draft.regions:
             for node in region.graph.nodes:
                 module = region.modules.get(str(node.target)) if node.op == "call_module" else None
-                if isinstance(module, _DropoutNd) and _source(node).op != "placeholder":
+                if isinstance(module, _DropoutNd) and source_of(node).op != "placeholder":
                     behind = _behind_softmax(node, region.modules)
                     self._note(region.name(str(node.target)), behind=behind)
         for call in draft.calls or ():
@@ -249,23 +249,11 @@ def _rates(
     return rate, constant_by_mode(argument(node, 2, form.training, form.default_training), modules)
 
 
-def _source(node: fx.Node) -> fx.Node:
-    """What the first argument of `node` holds, seen through casts and views."""
-    source: fx.Node = argument(node, 0, "input", None)
-    while _name(source) in SAME_VALUES and source.all_input_nodes:
-        source = source.all_input_nodes[0]
-    return source
-
-
 def _behind_softmax(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    source = _source(node)
+    source = source_of(node)
     if source.op == "call_module":
         return isinstance(modules.get(str(source.target)), nn.Softmax)
-    return _name(source) in ("softmax", "_softmax")
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else function_name(node.target)
+    return call_name(source) == "softmax"
 
 
 def _identity() -> nn.Module:

@@ -20,9 +20,10 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfx.capture import batch_norm_path
 from bnfx.declarations import Preserved
 from bnfx.editing import Change, Draft, Region, chosen
-from bnfx.operators import Role, affine_of, function_name, role_of
+from bnfx.operators import BATCH_NORM, Role, affine_of, function_name, role_of
 
 #: Stochastic depth in torchvision and timm: it drops the branch of some examples, or nothing.
 _BRANCH_DROPS = frozenset({"stochastic_depth", "drop_path", "StochasticDepth", "DropPath"})
@@ -51,7 +52,7 @@ class ZeroInitResidual:
     def match(self, draft: Draft) -> list[Site | Change]:
         """One entry for each residual add in what can be traced, in execution order."""
         found: list[Site | Change] = []
-        for region in draft.regions:
+        for region in _evidence(draft):
             for node in region.graph.nodes:
                 sides = _sides(node, region)
                 if sides is not None:
@@ -74,7 +75,9 @@ class ZeroInitResidual:
         def kept(reason: str) -> Change:
             return Change(self.name, path, kind, "kept", reason)
 
-        if end.op != "call_module":
+        if end.target in BATCH_NORM:
+            path = batch_norm_path(end)
+        elif end.op != "call_module":
             path = region.caller(end)
             kind = end.name
             return kept("the residual branch ends with an operator, not with a BatchNorm")
@@ -99,9 +102,14 @@ class ZeroInitResidual:
         return Change(self.name, site.path, type(module).__name__, "changed", reason)
 
 
+def _evidence(draft: Draft) -> list[Region]:
+    """What was seen in a run, as one region without modules; without a run, what can be traced."""
+    return draft.regions if draft.observed is None else [Region("", draft.observed, {})]
+
+
 def _sides(node: fx.Node, region: Region) -> tuple[fx.Node, fx.Node] | None:
     """Branch and shortcut of a residual add; None where `node` is none."""
-    if role_of(node, dict(region.modules)) is not Role.ADD or len(node.all_input_nodes) != 2:
+    if role_of(node, region.modules) is not Role.ADD or len(node.all_input_nodes) != 2:
         return None
     a, b = node.all_input_nodes
     if not _ancestors(a) & _ancestors(b):
@@ -128,13 +136,13 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 def _affine_layers(side: fx.Node, other: fx.Node, region: Region) -> int:
     """How many affine layers lie on `side` since it parted from `other`."""
     own = _ancestors(side) - _ancestors(other)
-    modules = dict(region.modules)
+    modules = region.modules
     return sum(affine_of(node, modules) is not None for node in own)
 
 
 def _last(branch: fx.Node, region: Region) -> fx.Node:
     """The operator that ends the branch, seen through shape-only operators and drops."""
-    modules = dict(region.modules)
+    modules = region.modules
 
     def passes(node: fx.Node) -> bool:
         module = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -147,7 +155,10 @@ def _last(branch: fx.Node, region: Region) -> fx.Node:
 
 
 def _calls(region: Region, node: fx.Node) -> int:
-    return sum(n.op == "call_module" and n.target == node.target for n in region.graph.nodes)
+    if node.op == "call_module":
+        return sum(n.op == "call_module" and n.target == node.target for n in region.graph.nodes)
+    path = batch_norm_path(node)
+    return sum(n.target in BATCH_NORM and batch_norm_path(n) == path for n in region.graph.nodes)
 
 
 def _slots(draft: Draft, module: nn.Module) -> int:

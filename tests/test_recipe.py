@@ -284,7 +284,7 @@ def test_declarations_are_checked() -> None:
 
 
 def test_example_that_does_not_fit() -> None:
-    with pytest.raises(bnfx.CaptureError, match="fails on the example inputs"):
+    with pytest.raises(bnfx.CaptureError, match="does not run on the example inputs"):
         bnfx.apply_pass(RemoveDropout(), Branchy(), torch.randn(4, 3))
 
 
@@ -424,3 +424,42 @@ def test_dropout_of_torchvisions_networks(name: str) -> None:
     done = bnfx.apply_pass(RemoveDropout(), model)
     assert {path for path, _ in changed(done)} == set(theirs)
     assert type(done.model) is type(model)
+
+
+class UntracedResidual(nn.Module):
+    """A residual block inside code that cannot be traced: only a run shows the add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.b1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b1(self.c1(x))
+        if x.shape[0] > int(x.abs().max()) * 0:
+            y += x
+        return F.relu(y)
+
+
+def test_residual_add_seen_in_a_run() -> None:
+    x = torch.randn(2, 4, 5, 5)
+    assert not changed(bnfx.apply_pass(ZeroInitResidual(), UntracedResidual()))
+    done = bnfx.apply_pass(ZeroInitResidual(), UntracedResidual(), x)
+    assert changed(done) == {("b1", "BatchNorm2d")}
+    assert torch.equal(done.model.eval()(x), F.relu(x))
+
+
+def test_functional_dropout_of_an_inserted_model() -> None:
+    inserted = bnfx.insert_bn(Functional(), X, init="identity")
+    done = bnfx.apply_pass(RemoveDropout(), inserted, X)
+    assert len(changed(done)) == 1
+    assert acts_the_same_twice(done.model, X)
+    assert bnfx.report(done.model) == bnfx.report(inserted)
+    done.model.load_state_dict(Functional().state_dict())  # from before the insertion, strictly
+
+
+def test_recipe_of_a_model_that_cannot_be_traced() -> None:
+    model, x = Branchy(), torch.randn(16, 8)
+    done = bnfx.recipe(model, lr=0.1, weight_decay=1e-4, example_inputs=x)
+    assert type(done.model) is Branchy
+    assert sum(isinstance(m, nn.BatchNorm1d) for m in done.model.modules()) == 1
+    done.model.train()(x).sum().backward()
