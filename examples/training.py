@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,14 @@ class Images:
     test_images: Tensor
     test_labels: Tensor
 
-    def to(self, device: torch.device) -> Images:
-        """The same on another device."""
-        return Images(*(getattr(self, f.name).to(device) for f in fields(self)))
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Images:
+        """The same on another device, the pixels in another type."""
+        return Images(
+            self.train_images.to(device, dtype),
+            self.train_labels.to(device),
+            self.test_images.to(device, dtype),
+            self.test_labels.to(device),
+        )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 import bnfx
@@ -225,13 +226,19 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
+def within(difference: float) -> str:
+    """1.3e-15 -> "within 1e-15"."""
+    return f"within {difference:.0e}" if difference else "exactly"
+
+
 def _table(rows: list[Row], results: dict[str, Any]) -> Table:
     where = f"{results['data']}, {len(results['seeds'])} seed(s), {results['run']['device']}"
     table = Table(title=f"{where}, {results['run']['seconds']:.0f} s", title_justify="left")
     for column in ("quantity", "paper", "here", "verdict"):
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(row.quantity, row.paper, row.ours, row.verdict)
+        cells = (row.quantity, row.paper, row.ours, row.verdict)
+        table.add_row(*(Text(cell) for cell in cells))  # brackets are no markup
     return table
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from claims import Bench, Row, Study, main
+from claims import Bench, Row, Study, main, within
 from formulas import batch_norm_backward, largest_difference
 from networks import sigmoid_mlp
 from pictures import WITH_BN, WITHOUT_BN, entitle, panel_row
@@ -103,14 +103,14 @@ def judge(results: dict[str, Any]) -> list[Row]:
     worst = max(results["backward"].values())
     names = ("output", "Jacobian with respect to u", "gradient with respect to aW, times a")
     rows = [
-        Row(f"{name}, no eps", "equal", f"within {value:.0e}", _holds(value, limit))
+        Row(f"{name}, no eps", "equal", within(value), _holds(value, limit))
         for name, value in zip(names, exact, strict=True)
     ]
     rows.append(
         Row(
             "all three with eps 1e-5, a from 0.5 up",
             "equal (eps is not mentioned)",
-            f"within {disturbed:.0e}",
+            within(disturbed),
             "holds up to eps; for small a, eps outweighs the variance and it does not",
         )
     )
@@ -118,7 +118,7 @@ def judge(results: dict[str, Any]) -> list[Row]:
         Row(
             "backward formulas against autograd, float64",
             "derived",
-            f"within {worst:.0e}",
+            within(worst),
             _holds(worst, limit),
         )
     )

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import sys
 
-import claims  # makes the common files of the examples importable, so it comes first
+import algorithm2
+import claims
 import depth
 import figure1a
 import figure1bc
@@ -33,6 +34,7 @@ STUDIES: tuple[tuple[claims.Study, tuple[str, ...]], ...] = (
     (depth.STUDY, ()),
     (without_dropout.STUDY, ()),
     (identities.STUDY, ()),
+    (algorithm2.STUDY, ()),
     (inception_table.STUDY, ("fashion", "cifar10")),
 )
 
