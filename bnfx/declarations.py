@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import Flag, auto
 
 from torch import Tensor, nn
@@ -16,12 +16,17 @@ class Preserved(Flag):
     """What stays, compared with the model before the pass."""
 
     STATE_KEYS = auto()  # names, shapes and types in the state_dict, in any order
-    STATE_VALUES = auto()  # and the values, to the bit
+    STATE_VALUES = auto()  # the values, to the bit, but for those that a record names
     EVAL_OUTPUTS = auto()  # outputs in eval mode, to the bit
 
 
 def check_preserved(
-    name: str, declared: Preserved, before: nn.Module, after: nn.Module, given: Example | None
+    name: str,
+    declared: Preserved,
+    before: nn.Module,
+    after: nn.Module,
+    given: Example | None,
+    named: Collection[str] = (),
 ) -> None:
     """Compare two models with what the pass `name` declares to preserve.
 
@@ -31,6 +36,7 @@ def check_preserved(
         before: The model given.
         after: What the pass made of it.
         given: Inputs for the comparison of outputs, which is left out without them.
+        named: Names in the state_dict whose values the pass says it has changed.
 
     Raises:
         RecipeError: Something that should have stayed did not.
@@ -38,7 +44,7 @@ def check_preserved(
     if Preserved.STATE_KEYS in declared:
         _check_keys(name, before, after)
     if Preserved.STATE_VALUES in declared:
-        _check_values(name, before, after)
+        _check_values(name, before, after, named)
     if Preserved.EVAL_OUTPUTS in declared and given is not None:
         _check_outputs(name, before, after, given)
 
@@ -53,12 +59,12 @@ def _check_keys(name: str, before: nn.Module, after: nn.Module) -> None:
         )
 
 
-def _check_values(name: str, before: nn.Module, after: nn.Module) -> None:
-    theirs = dict(_state(after))
+def _check_values(name: str, before: nn.Module, after: nn.Module, named: Collection[str]) -> None:
+    theirs = {k: v for k, v in _state(after) if k not in named}
     moved = [k for k, v in _state(before) if k in theirs and not _same(v, theirs[k])]
     if moved:
         raise RecipeError(
-            f"{name} must keep every parameter and buffer, but changed the values of {moved[0]!r}"
+            f"{name} must keep parameters and buffers, but changed the values of {moved[0]!r}"
             f"{_more(moved)} in {type(before).__name__}; please report the model"
         )
 

@@ -39,6 +39,7 @@ class Change:
         kind: What stood there, such as "Dropout" or "local_response_norm".
         action: "changed" or "kept".
         reason: What was done, or why nothing was, in words a user can act on.
+        values: Names in the state_dict whose values were changed.
     """
 
     by: str
@@ -46,6 +47,7 @@ class Change:
     kind: str
     action: Literal["changed", "kept"]
     reason: str
+    values: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,8 @@ def apply_pass(
     draft = Draft(model, given)
     changes = edit.rewrite(draft, edit.match(draft))
     edited = draft.finish()
-    check_preserved(edit.name, edit.preserves, model, edited, given)
+    named = {name for change in changes for name in change.values}
+    check_preserved(edit.name, edit.preserves, model, edited, given, named)
     return Edited(edited, changes)
 
 

@@ -146,7 +146,10 @@ def recipe(
     )
     changes: list[Change] = []
     edited = model
-    for edit in (RemoveLocalResponseNorm(), RemoveDropout(dropout, attention_dropout)):
+    for edit in (
+        RemoveLocalResponseNorm(),
+        RemoveDropout(rate=dropout, attention=attention_dropout),
+    ):
         done = apply_pass(edit, edited, example_inputs, example_kwargs=example_kwargs)
         edited = done.model
         changes += done.changes

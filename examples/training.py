@@ -67,7 +67,7 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     with torch.no_grad():
-        labels = torch.cat([model(part).argmax(1) for part in images.split(2000)])
+        labels = torch.cat([model(part).argmax(1) for part in images.split(500)])
     for module, flag in flags:
         module.training = flag
     return labels

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfx.capture import batch_norm_path
@@ -45,7 +45,7 @@ class ZeroInitResidual:
     """
 
     name: ClassVar[str] = "zero_init_residual"
-    preserves: ClassVar[Preserved] = Preserved.STATE_KEYS
+    preserves: ClassVar[Preserved] = Preserved.STATE_KEYS | Preserved.STATE_VALUES
 
     exclude: str | Sequence[str] = ()
 
@@ -89,8 +89,8 @@ class ZeroInitResidual:
             return kept("chosen by exclude")
         if _affine_layers(shortcut, branch, region) > 1:
             return kept("both sides of the add hold several affine layers: neither is a shortcut")
-        if len(end.users) > 1 or _slots(draft, module) > 1 or _calls(region, end) > 1:
-            return kept("its output, or the module itself, is used elsewhere too")
+        if len(end.users) > 1 or _holders(draft, module) > 1 or _calls(region, end) > 1:
+            return kept("its output, its gamma or the module itself is used elsewhere too")
         return kept(reason) if (reason := _not_fresh(module)) else Site(path)
 
     def _edit(self, draft: Draft, site: Site) -> Change:
@@ -99,7 +99,8 @@ class ZeroInitResidual:
         with torch.no_grad():
             module.weight.zero_()
         reason = "gamma 0: it ends a residual branch"
-        return Change(self.name, site.path, type(module).__name__, "changed", reason)
+        kind = type(module).__name__
+        return Change(self.name, site.path, kind, "changed", reason, (f"{site.path}.weight",))
 
 
 def _evidence(draft: Draft) -> list[Region]:
@@ -161,8 +162,10 @@ def _calls(region: Region, node: fx.Node) -> int:
     return sum(n.target in BATCH_NORM and batch_norm_path(n) == path for n in region.graph.nodes)
 
 
-def _slots(draft: Draft, module: nn.Module) -> int:
-    return sum(other is module for _, other in draft.modules())
+def _holders(draft: Draft, norm: _BatchNorm) -> int:
+    """How many slots hold the module, or another module with the same gamma."""
+    gammas = (other._parameters.get("weight") for _, other in draft.modules())
+    return sum(gamma is norm.weight for gamma in gammas if gamma is not None)
 
 
 def _not_fresh(norm: _BatchNorm) -> str:

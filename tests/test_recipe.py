@@ -335,6 +335,24 @@ def test_without_values_nothing_is_zeroed() -> None:
     assert "meta" in kept(bnfx.apply_pass(ZeroInitResidual(), model))["0.b2"]
 
 
+def test_a_gamma_that_is_shared_stays() -> None:
+    model = nn.Sequential(Block(), Block())
+    model.get_submodule("1.b2").weight = model.get_parameter("0.b2.weight")
+    done = bnfx.apply_pass(ZeroInitResidual(), model)
+    assert not changed(done)
+    assert "used elsewhere" in kept(done)["0.b2"]
+
+
+def test_transformer_layers_keep_their_fast_path() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 4, 8)
+    done = bnfx.apply_pass(RemoveDropout(), model, x)
+    assert len(changed(done)) == 6
+    assert {path.rpartition(".")[2] for path in kept(done)} == {"self_attn"}
+    everything = bnfx.apply_pass(RemoveDropout(attention=True), model, x)
+    assert acts_the_same_twice(everything.model, x)
+
+
 def test_two_long_sides_are_no_residual_block() -> None:
     class Parallel(nn.Module):
         def __init__(self) -> None:
