@@ -422,12 +422,14 @@ def test_zero_init_equals_torchvisions_own(name: str) -> None:
     models: Any = zoo.torchvision_models()
     plain, theirs = getattr(models, name)(), getattr(models, name)(zero_init_residual=True)
     ours = bnfx.apply_pass(ZeroInitResidual(), plain).model
+    x = torch.randn(1, 3, 32, 32)
+    as_seen = bnfx.apply_pass(ZeroInitResidual(), plain, x).model
 
     def zeros(model: nn.Module) -> set[str]:
         norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
         return {name for name, m in norms.items() if bool((m.weight == 0).all())}
 
-    assert zeros(ours) == zeros(theirs)
+    assert zeros(ours) == zeros(as_seen) == zeros(theirs)
     assert zeros(ours)
 
 
