@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnfx import passes
     from bnfx.benchmark import BenchReport, benchmark_onnx
+    from bnfx.calibration import recalibrate_bn
     from bnfx.editing import Change, Edited, apply_pass
     from bnfx.errors import (
         BnfxError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from bnfx.export import ExportReport, export_onnx
     from bnfx.folding import fold_bn, plan_fold
     from bnfx.insertion import insert_bn, plan_insert
+    from bnfx.optimizers import param_groups
     from bnfx.recipes import Hparams, Recipe, recipe
     from bnfx.reports import FoldReport, InsertReport, report
     from bnfx.verify import VerifyReport, verify_onnx
@@ -57,9 +59,11 @@ __all__ = [
     "export_onnx",
     "fold_bn",
     "insert_bn",
+    "param_groups",
     "passes",
     "plan_fold",
     "plan_insert",
+    "recalibrate_bn",
     "recipe",
     "report",
     "verify_onnx",
@@ -90,8 +94,10 @@ _HOME = {
     "export_onnx": "bnfx.export",
     "fold_bn": "bnfx.folding",
     "insert_bn": "bnfx.insertion",
+    "param_groups": "bnfx.optimizers",
     "plan_fold": "bnfx.folding",
     "plan_insert": "bnfx.insertion",
+    "recalibrate_bn": "bnfx.calibration",
     "recipe": "bnfx.recipes",
     "report": "bnfx.reports",
     "verify_onnx": "bnfx.verify",

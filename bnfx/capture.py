@@ -82,6 +82,19 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares the parameters; buffers are its own."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    try:
+        return copy.deepcopy(model, dict(shared))
+    except (RuntimeError, TypeError) as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied: {error}. bnfx never changes the model that "
+            "it is given; make copy.deepcopy(model) work (torch.nn.utils.weight_norm in its old "
+            "form does not: use torch.nn.utils.parametrizations.weight_norm)"
+        ) from error
+
+
 class Tracer(fx.Tracer):
     """Symbolic tracing with chosen leaves, and with optional arguments at their defaults.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from bnfx.capture import Example, assemble, example
+from bnfx.aliasing import barred, freshen, restore
+from bnfx.capture import assemble, example
 from bnfx.inference_graph import inference_graph
-from bnfx.operators import affine_of
+from bnfx.operators import name_inplace_flag
 from bnfx.passes import FoldBatchNorm
 from bnfx.reports import FoldReport, remember, report
 
@@ -42,9 +42,14 @@ def fold_bn(
         CaptureError: The model cannot be captured; the message says what to do.
     """
     given = example(example_inputs, example_kwargs)
-    graph = inference_graph(model, given)
-    folding = FoldBatchNorm(_ranks(graph, given))
+    captured = inference_graph(model, given)
+    graph = captured.module
+    for node in graph.graph.nodes:
+        name_inplace_flag(node)
+    old = freshen(graph.graph, barred(graph.graph))
+    folding = FoldBatchNorm(captured.inputs)
     done = folding.rewrite(graph, folding.match(graph))
+    restore(graph.graph, old)
     return remember(assemble(graph, graph.graph), done)
 
 
@@ -58,25 +63,3 @@ def plan_fold(
     done = report(fold_bn(model, example_inputs, example_kwargs=example_kwargs))
     assert isinstance(done, FoldReport)
     return done
-
-
-def _ranks(graph: fx.GraphModule, given: Example | None) -> dict[str, int]:
-    """Rank of the output of every affine call on the example inputs, by node name."""
-    if given is None:
-        return {}
-    ranks: dict[str, int] = {}
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            out = super().run_node(n)
-            if isinstance(out, Tensor) and affine_of(n, {}) is not None and n.op == "call_function":
-                ranks[n.name] = out.dim()
-            return out
-
-    placeholders = [str(n.target) for n in graph.graph.nodes if n.op == "placeholder"]
-    flat = [*given.args, *given.kwargs.values()]
-    if len(flat) != len(placeholders):
-        return {}
-    with torch.no_grad():
-        Recorder(graph).run(*flat)
-    return ranks

@@ -60,9 +60,11 @@ class InsertedGraph(fx.GraphModule):
         for path, made in module.named_modules(remove_duplicate=False):
             made.training = theirs[path].training
         _take_hooks(module, root)
-        for name, value in vars(like).items() if like is not None else ():
-            if not name.startswith("_") and name not in module.__dict__:
-                setattr(module, name, value)
+        if like is not None:
+            _take_absent(module, like)
+            for name, value in vars(like).items():
+                if not name.startswith("_") and name not in module.__dict__:
+                    setattr(module, name, value)
         return module
 
     def _load_from_state_dict(
@@ -77,6 +79,7 @@ class InsertedGraph(fx.GraphModule):
         for name, value in self.__dict__.items():
             if name not in made.__dict__:
                 made.__dict__[name] = copy.deepcopy(value, memo)
+        _take_absent(made, self)
         _take_modes(made, self)
         _take_hooks(made, self)
         return made
@@ -105,6 +108,9 @@ def _rebuilt(rebuild: Callable[..., fx.GraphModule], arguments: tuple[Any, ...])
     for name, value in plain.__dict__.items():
         made.__dict__.setdefault(name, value)
     body = arguments[0]
+    for name, parameter in body["_parameters"].items():
+        if parameter is None:
+            made.register_parameter(name, None)
     for hooks in HOOKS:
         getattr(made, hooks).update(body.get(hooks, {}))
     _take_modes(made, plain)
@@ -116,6 +122,13 @@ def _take_modes(made: nn.Module, source: nn.Module) -> None:
     theirs = dict(source.named_modules(remove_duplicate=False))
     for path, module in made.named_modules(remove_duplicate=False):
         module.training = theirs[path].training
+
+
+def _take_absent(made: nn.Module, source: nn.Module) -> None:
+    """A parameter that is None, such as a bias that is gone, stays an attribute."""
+    for name, parameter in source._parameters.items():
+        if parameter is None and name not in made._parameters:
+            made.register_parameter(name, None)
 
 
 def _take_hooks(made: nn.Module, source: nn.Module) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx, nn
 
-from bnfx.operators import AFFINE, BATCH_NORM, affine_of, writes
+from bnfx.operators import AFFINE, BATCH_NORM, writes
 
 _FRESH = {function for row in AFFINE for function in row.functions} | set(BATCH_NORM)
 
@@ -86,8 +85,10 @@ def attribute(module: nn.Module, name: str) -> object:
     return value
 
 
-def set_parameter(module: nn.Module, name: str, value: Tensor, *, trained: bool) -> None:
-    """Put a parameter at `name`, making the modules on the way; an old one is replaced."""
+def set_tensor(
+    module: nn.Module, name: str, value: Tensor, *, trained: bool, buffer: bool = False
+) -> None:
+    """Put a parameter or buffer at `name`, making the modules on the way; an old one goes."""
     path, _, leaf = name.rpartition(".")
     owner = module
     for part in path.split(".") if path else ():
@@ -98,9 +99,13 @@ def set_parameter(module: nn.Module, name: str, value: Tensor, *, trained: bool)
             owner.add_module(part, child)
         owner = child
     owner._buffers.pop(leaf, None)
+    owner._parameters.pop(leaf, None)
     if leaf in owner.__dict__:
         delattr(owner, leaf)
-    owner.register_parameter(leaf, nn.Parameter(value, requires_grad=trained))
+    if buffer:
+        owner.register_buffer(leaf, value)
+    else:
+        owner.register_parameter(leaf, nn.Parameter(value, requires_grad=trained))
 
 
 def free_name(module: nn.Module, wanted: str) -> str:
@@ -119,22 +124,3 @@ def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
     for node in nodes:
         if not node.users and node.graph is graph:
             graph.erase_node(node)
-
-
-def affine_ranks(module: fx.GraphModule, node: fx.Node) -> int | None:
-    """The rank of the output of `node` where the graph alone proves it; None otherwise."""
-    row = affine_of(node, {})
-    if row is not None:
-        inner = node.args[0] if node.args else node.kwargs.get("input")
-        return affine_ranks(module, inner) if isinstance(inner, fx.Node) else None
-    if node.target is torch.flatten:
-        bounds = (*node.args[1:], *node.kwargs.values())
-        return 2 if bounds in ((1,), (0, -2), (1, -1)) else None
-    if node.op == "call_method" and node.target == "flatten":
-        return 2 if node.args[1:] in ((1,), (0, -2), (1, -1)) and not node.kwargs else None
-    if node.op == "call_method" and node.target in ("view", "reshape"):
-        sizes = node.args[1:]
-        if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
-            return len(sizes[0])
-        return len(sizes) if len(sizes) > 1 else None
-    return None

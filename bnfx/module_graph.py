@@ -67,7 +67,7 @@ def module_graph(root: nn.Module, given: Example | None) -> ModuleGraph:
             culprit = _merge_modes(root, graph, in_eval)
             if culprit is None:
                 return ModuleGraph(root, graph)
-            if culprit == "":
+            if culprit == "" or culprit in opaque:
                 raise CaptureError(
                     f"the forward of {type(root).__name__} does different things in train mode "
                     "and in eval mode, so that no single graph can be both"
@@ -137,5 +137,7 @@ def _choose_at_run_time(
 
 def _owner(node: fx.Node) -> str:
     """Path of the module whose forward made `node`; "" for the root."""
-    stack = node.meta.get("nn_module_stack")
-    return str(next(reversed(stack.values()))[0]) if stack else ""
+    paths = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    if node.op == "call_module" and paths[-1:] == [node.target]:
+        paths.pop()  # the call of a module is made by the forward around it
+    return paths[-1] if paths else ""

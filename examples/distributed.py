@@ -33,7 +33,6 @@ from torch.nn.parallel import DistributedDataParallel
 from training import BATCH, Images, load, predict, share
 
 import bnfx
-from bnfx.calibration import recalibrate_bn
 
 
 @contextlib.contextmanager
@@ -111,7 +110,7 @@ def main(argv: list[str]) -> int:
         data = load(seed=0).to(device, dtype)
         net = build(device).to(dtype)
         train(net, data, steps=options.steps, shards=options.shards)
-        recalibrate_bn(net, share_of_images(data), progress=False)
+        bnfx.recalibrate_bn(net, share_of_images(data), progress=False)
         folded = bnfx.fold_bn(net.eval())
         if rank == 0:
             _report(net, folded, data, options.out, world)

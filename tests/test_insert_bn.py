@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import bnfx
 from bnfx.reports import InsertReport
 from tests import zoo
-from tests.laws import assert_same_state
+from tests.laws import assert_same_state, randomise
 
 
 def report(model: nn.Module) -> InsertReport:
@@ -152,7 +152,7 @@ def test_bias_that_another_call_needs_stays() -> None:
 def test_bad_input() -> None:
     with pytest.raises(bnfx.InsertError, match="no affine layer"):
         bnfx.insert_bn(nn.Sequential(nn.ReLU()))
-    with pytest.raises(bnfx.InsertError, match="not available"):
+    with pytest.raises(bnfx.InsertError, match="calibration_data"):
         bnfx.insert_bn(nn.Linear(2, 2), init="calibrate")
     with pytest.raises(bnfx.BnfxError, match="not returned by bnfx"):
         bnfx.report(nn.Linear(2, 2))
@@ -168,3 +168,30 @@ def test_vgg_equals_torchvisions_own(name: str) -> None:
     ours = [m.num_features for m in done.modules() if isinstance(m, nn.BatchNorm2d)]
     assert ours == [m.num_features for m in theirs.modules() if isinstance(m, nn.BatchNorm2d)]
     assert sum(s.action == "inserted" for s in report(done).sites) == len(ours)
+
+
+@pytest.mark.zoo
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16", "vgg19"])
+def test_vgg_computes_what_torchvisions_own_does(name: str) -> None:
+    models: Any = zoo.torchvision_models()
+    plain = getattr(models, name)(num_classes=10).features.double()
+    theirs = randomise(getattr(models, f"{name}_bn")(num_classes=10).features.double())
+    done = bnfx.insert_bn(plain).eval()
+    state = theirs.state_dict()
+    # theirs: conv, bn, relu counted in one Sequential, with biases; ours: conv, relu and <conv>_bn
+    convs = [path for path, m in theirs.named_modules() if isinstance(m, nn.Conv2d)]
+    mapped: dict[str, Tensor] = {}
+    for site, conv in zip([s for s in report(done).sites if s.bn_path], convs, strict=True):
+        norm = str(int(conv) + 1)
+        mapped[f"{site.path}.weight"] = state[f"{conv}.weight"]
+        mapped |= {f"{site.bn_path}.{part}": state[f"{norm}.{part}"] for part in NORM_STATE}
+        mapped[f"{site.bn_path}.running_mean"] = (
+            state[f"{norm}.running_mean"] - state[f"{conv}.bias"]
+        )
+    done.load_state_dict(mapped, strict=True)
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(done(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

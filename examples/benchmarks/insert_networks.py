@@ -17,7 +17,7 @@ _SIZES = (
     *("test", "050", "atto", "femto", "pico", "nano", "xxs", "xxt", "xt", "tiny", "_t", "xs", "s0"),
     *("m0", "_s", "small", "18", "19", "26", "b0", "b1", "128", "10", "n12"),
 )
-_CANDIDATES = 12
+_CANDIDATES = 5
 
 
 @dataclass(frozen=True)

@@ -49,14 +49,8 @@ _QUICK = ("squeezenet1_1", "mobilenet_v3_small", "lcnetv2", "BertForSeq", "GPT2"
 
 def measure(network: Network) -> dict[str, Any]:
     """One row of the table."""
-    with torch.device("meta"):
-        size = (
-            sum(p.numel() for p in network.build().parameters()) if network.suite[0] == "t" else 0
-        )
-    device = torch.device("meta" if size > _LARGE else "cpu")
-    with device:
-        model = network.build()
-    args, kwargs = _fitting(network, model, device)
+    model, args, kwargs = _ready(network)
+    device = next(model.parameters()).device
     start = time.perf_counter()
     _step(model, args, kwargs)
     forward_backward = time.perf_counter() - start
@@ -93,6 +87,17 @@ def measure(network: Network) -> dict[str, Any]:
         "ratio": seconds / forward,
         "reasons": dict(Counter(_kind(s.reason) for s in report.sites if s.action == "skipped")),
     }
+
+
+def _ready(network: Network) -> tuple[nn.Module, Any, Any]:
+    """The network with inputs that fit, on the meta device if it is large and runs there."""
+    model = network.build()
+    if sum(p.numel() for p in model.parameters()) > _LARGE:
+        try:
+            return (large := model.to("meta"), *_fitting(network, large, torch.device("meta")))
+        except (NotImplementedError, RuntimeError):  # it computes with values
+            model = network.build()
+    return (model, *_fitting(network, model, torch.device("cpu")))
 
 
 def _fitting(network: Network, model: nn.Module, device: torch.device) -> tuple[Any, Any]:
@@ -143,8 +148,9 @@ def _kind(reason: str) -> str:
     return reason.partition(" by ")[0].partition(", ")[0].partition(": ")[0].split("'")[0].strip()
 
 
-def _rows(networks: Iterable[Network], console: Console) -> list[dict[str, Any]]:
-    rows = []
+def _rows(networks: Iterable[Network], out: Path, console: Console) -> list[dict[str, Any]]:
+    """All rows; the files are written after each, so that a long run can be looked at."""
+    rows: list[dict[str, Any]] = []
     for network in track([*networks], "inserting", console=console):
         row = {"suite": network.suite, "network": network.name}
         try:
@@ -153,6 +159,7 @@ def _rows(networks: Iterable[Network], console: Console) -> list[dict[str, Any]]
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
             rows.append({**row, "status": "failed", "error": text})
             console.print(f"{network.name}: {text}", markup=False)
+        write(rows, out)
     return rows
 
 
@@ -185,8 +192,8 @@ def main(argv: list[str]) -> int:
     only = _QUICK if options.quick else options.only
     found = itertools.chain.from_iterable(_SUITES[suite]() for suite in options.suites)
     console = Console(stderr=True)
-    rows = _rows((n for n in found if any(part in n.name for part in only)), console)
-    write(rows, options.out)
+    wanted = (network for network in found if any(part in network.name for part in only))
+    rows = _rows(wanted, options.out, console)
     good = [row for row in rows if row["status"] == "ok"]
     console = Console()
     console.print(f"{len(good)} of {len(rows)} networks, in {options.out}/insert_zoo.csv")

@@ -16,7 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from training import constant, train
 
 import bnfx
-from bnfx.calibration import recalibrate_bn
 
 BATCH = 60
 
@@ -30,8 +29,8 @@ def measure(bench: Bench) -> dict[str, Any]:
     net, images = net.double().cpu(), bench.data.train_images.double().cpu()
     batches = list(images.split(BATCH))[: len(images) // BATCH]
     by_hand = _by_hand(net, batches)
-    paper = recalibrate_bn(copy.deepcopy(net), batches, estimator="paper", progress=False)
-    exact = recalibrate_bn(copy.deepcopy(net), batches, estimator="exact", progress=False)
+    paper = bnfx.recalibrate_bn(copy.deepcopy(net), batches, estimator="paper", progress=False)
+    exact = bnfx.recalibrate_bn(copy.deepcopy(net), batches, estimator="exact", progress=False)
     test = bench.data.test_images.double().cpu()
     names = [name for name, m in net.named_modules() if isinstance(m, _BatchNorm)]
     return {

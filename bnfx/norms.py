@@ -1,0 +1,76 @@
+"""BatchNorm as an affine map: y = s x + t for each channel, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx
+
+from bnfx.evaluation import Values
+from bnfx.linear_system import Floats
+from bnfx.operators import BATCH_NORM, INSTANCE_NORM, arguments
+
+#: The tensors of a BatchNorm call.
+STATE = ("running_mean", "running_var", "weight", "bias")
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """y = s x + t, and what is known of x. All (channels,), float64.
+
+    Attributes:
+        s: gamma / sqrt(var + eps).
+        t: beta - mean s.
+        mean: Running mean of x.
+        std: sqrt(var + eps).
+    """
+
+    s: Floats
+    t: Floats
+    mean: Floats
+    std: Floats
+
+
+def norm_call(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a batch or instance norm by name; `training` tells for both."""
+    target: Callable[..., Any] = node.target  # type: ignore[assignment]  # callers pass norms
+    if target in BATCH_NORM:
+        return arguments(node, BATCH_NORM[target])
+    call = arguments(node, INSTANCE_NORM[target])
+    return call | {"training": call["use_input_stats"]}
+
+
+def affine_map_of(node: fx.Node, values: Values) -> AffineMap | str:
+    """The map, or why this norm is none."""
+    call = norm_call(node)
+    if call["training"] is not False:
+        return "it normalises with batch statistics (train mode); call model.eval() first"
+    if call["running_mean"] is None or call["running_var"] is None:
+        return "it has no running statistics, so its scale depends on the batch"
+    state: dict[str, Floats | None] = {}
+    for name in STATE:
+        value = values.of(call[name])
+        if call[name] is not None and value is None:
+            return f"its {name} is computed, or written while the network runs"
+        state[name] = None if value is None else _float64(value)
+    if not isinstance(call["eps"], float | int):
+        return "its eps is computed while the network runs"
+    mean, var = state["running_mean"], state["running_var"]
+    assert mean is not None
+    assert var is not None
+    gamma, beta = state["weight"], state["bias"]
+    with np.errstate(all="ignore"):
+        std = np.sqrt(var + call["eps"])
+        s = 1.0 / std if gamma is None else gamma / std
+        t = -mean * s if beta is None else beta - mean * s
+    bad = np.flatnonzero(~(np.isfinite(s) & np.isfinite(t)))
+    if len(bad):
+        return f"its map is not finite on channels {bad.tolist()[:8]}"
+    return AffineMap(s, t, mean, std)
+
+
+def _float64(value: Tensor) -> Floats:
+    return np.asarray(value.detach().double().cpu().numpy())

@@ -1,0 +1,190 @@
+"""Write gauges into weights: everything in float64, rounded once to the stored dtype.
+
+With x' = a (x + d) on inputs (i) and outputs (o):
+
+    y = W * x + b       W' = a_o W / a_i            b' = a_o (b + d_o - sum W d_i)
+    layer, group norm   w' = a_o w                  b' = a_o (b + d_o)
+    BatchNorm, kept     gamma' = gamma a_o / a_i    beta' = a_o (beta + d_o)
+                        mean' = a_i (mean + d_i)
+    y = k x             k' = a_o k / a_i
+    y = x + k           k' = a_o (k + d_o - d_i)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnfx.constraints import Kind, Site
+from bnfx.evaluation import Values
+from bnfx.gauges import Gauges
+from bnfx.linear_system import Floats
+from bnfx.norms import STATE, norm_call
+from bnfx.operators import Affine, affine_of, argument, arguments
+
+#: Gauges closer to trivial than this leave their weights untouched.
+_TRIVIAL = 1e-13
+
+
+@dataclass(frozen=True)
+class Change:
+    """New parameters of one call.
+
+    Attributes:
+        site: The call.
+        tensors: Argument name -> new value in float64.
+        sources: Names of the parameters and buffers that the values were computed from.
+    """
+
+    site: Site
+    tensors: Mapping[str, Tensor]
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Gauges of one site, float64."""
+
+    a_i: Floats
+    d_i: Floats
+    a_o: Floats
+    d_o: Floats
+
+    @staticmethod
+    def of(site: Site, gauges: Gauges) -> Ends:
+        """The gauges at the labels of `site`."""
+        return Ends(
+            gauges.scale[site.x], gauges.shift[site.x], gauges.scale[site.y], gauges.shift[site.y]
+        )
+
+    def trivial(self) -> bool:
+        """Whether nothing changes."""
+        ones = np.abs(np.concatenate([self.a_i, self.a_o]) - 1.0)
+        zeros = np.abs(np.concatenate([self.d_i, self.d_o]))
+        return bool((ones <= _TRIVIAL).all() and (zeros == 0).all())
+
+
+def change_of(
+    site: Site, gauges: Gauges, values: Values, dead: Mapping[int, float]
+) -> Change | None:
+    """The new parameters of a site that stays in the graph; None if they are the old ones.
+
+    Args:
+        site: An affine layer, a norm or a constant.
+        gauges: The solution.
+        values: Values of the constants.
+        dead: Output channels of an affine layer that become constant -> that constant.
+    """
+    ends = Ends.of(site, gauges)
+    if ends.trivial() and not dead:
+        return None
+    if site.kind is Kind.AFFINE:
+        return _affine(site, ends, values, dead)
+    if site.kind is Kind.NORM:
+        return _norm(site, ends, values)
+    if site.kind is Kind.BATCH_NORM:
+        return _batch_norm(site, ends, values)
+    return _constant(site, ends)
+
+
+def _affine(site: Site, ends: Ends, values: Values, dead: Mapping[int, float]) -> Change:
+    row = affine_of(site.node, {})
+    assert row is not None
+    call = arguments(site.node, row.signature)
+    weight, bias = values.of(call["weight"]), values.of(call["bias"])
+    assert weight is not None
+    groups = int(call["groups"])
+    a_i, d_i, a_o, d_o = map(_tensor, (ends.a_i, ends.d_i, ends.a_o, ends.d_o))
+    wide = weight.detach().cpu().double()
+    old = torch.zeros_like(a_o) if bias is None else bias.detach().cpu().double()
+    inner = _times_input(wide, d_i, row, groups)
+    moved = _summed(inner, row, groups) if bool((d_i != 0).any()) else 0.0
+    new = _times_output(_times_input(wide, 1.0 / a_i, row, groups), a_o, row, groups)
+    new_bias = a_o * (old + d_o - moved)
+    for channel, value in dead.items():
+        kill = torch.ones_like(a_o)
+        kill[channel] = 0.0
+        new = _times_output(new, kill, row, groups)
+        new_bias[channel] = value
+    tensors = {"weight": new}
+    if bias is not None or bool((new_bias != 0).any()):
+        tensors["bias"] = new_bias
+    return Change(site, tensors, _sources(values, call["weight"], call["bias"]))
+
+
+def _norm(site: Site, ends: Ends, values: Values) -> Change:
+    w, b = argument(site.node, 2, "weight"), argument(site.node, 3, "bias")
+    weight, bias = values.of(w), values.of(b)
+    assert weight is not None
+    a_o, d_o = _tensor(ends.a_o), _tensor(ends.d_o)
+    wide = weight.detach().cpu().double()
+    old = torch.zeros_like(wide) if bias is None else bias.detach().cpu().double()
+    a_o, d_o = a_o.reshape(wide.shape), d_o.reshape(wide.shape)
+    return Change(site, {"weight": a_o * wide, "bias": a_o * (old + d_o)}, _sources(values, w, b))
+
+
+def _batch_norm(site: Site, ends: Ends, values: Values) -> Change:
+    call = norm_call(site.node)
+    mean, gamma, beta = (values.of(call[k]) for k in ("running_mean", "weight", "bias"))
+    assert mean is not None
+    a_i, d_i, a_o, d_o = map(_tensor, (ends.a_i, ends.d_i, ends.a_o, ends.d_o))
+    center = mean.detach().cpu().double()
+    g = torch.ones_like(a_o) if gamma is None else gamma.detach().cpu().double()
+    b = torch.zeros_like(a_o) if beta is None else beta.detach().cpu().double()
+    tensors = {
+        "running_mean": a_i * (center + d_i),
+        "weight": g * a_o / a_i,
+        "bias": a_o * (b + d_o),
+    }
+    return Change(site, tensors, _sources(values, *(call[k] for k in STATE)))
+
+
+def _constant(site: Site, ends: Ends) -> Change:
+    assert site.constant is not None
+    assert site.where is not None
+    index = site.where
+    a_i, d_i, a_o, d_o = (_tensor(part)[index] for part in (ends.a_i, ends.d_i, ends.a_o, ends.d_o))
+    if site.kind is Kind.SCALE:
+        return Change(site, {"constant": a_o * site.constant / a_i}, ())
+    return Change(site, {"constant": a_o * (site.constant + d_o - d_i)}, ())
+
+
+def _times_output(weight: Tensor, factor: Tensor, row: Affine, groups: int) -> Tensor:
+    tail = [1] * (weight.dim() - (1 if not row.transposed else 2))
+    if not row.transposed:
+        return weight * factor.reshape(-1, *tail)
+    grouped = weight.unflatten(0, (groups, -1))
+    scaled: Tensor = (grouped * factor.reshape(groups, 1, -1, *tail)).flatten(0, 1)
+    return scaled
+
+
+def _times_input(weight: Tensor, factor: Tensor, row: Affine, groups: int) -> Tensor:
+    if row.transposed:
+        return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    tail = [1] * (weight.dim() - 2)
+    grouped = weight.unflatten(0, (groups, -1))
+    scaled: Tensor = (grouped * factor.reshape(groups, 1, -1, *tail)).flatten(0, 1)
+    return scaled
+
+
+def _summed(weight: Tensor, row: Affine, groups: int) -> Tensor:
+    """Sum over inputs and kernel, for each output channel."""
+    space = list(range(2, weight.dim()))
+    if not row.transposed:
+        return weight.sum(dim=[1, *space])
+    grouped = weight.unflatten(0, (groups, -1)).sum(dim=[1, *(axis + 1 for axis in space)])
+    total: Tensor = grouped.flatten()
+    return total
+
+
+def _tensor(values: Floats) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _sources(values: Values, *nodes: Any) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for node in nodes for name in values.sources(node)))

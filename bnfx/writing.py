@@ -1,0 +1,229 @@
+"""Put new parameters into a graph and take eliminated calls out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bnfx.capture import owner_of
+from bnfx.constraints import Kind, Site
+from bnfx.ledger import Constants, constants, erase_dead, free_name, set_tensor
+from bnfx.norms import norm_call
+from bnfx.operators import (
+    BATCH_NORM,
+    INSTANCE_NORM,
+    Passage,
+    affine_of,
+    argument,
+    arguments,
+    passage_of,
+)
+from bnfx.rewriting import Change
+from bnfx.words import path_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """One new tensor of one call.
+
+    Attributes:
+        site: The call.
+        argument: Name of the argument.
+        old: What the argument was: a node, a number, or None.
+        value: In the stored dtype.
+        sources: What it was computed from.
+    """
+
+    site: Site
+    argument: str
+    old: object
+    value: Tensor
+    sources: tuple[str, ...]
+
+
+def write(
+    module: fx.GraphModule, changes: Sequence[Change], eliminated: Sequence[Site]
+) -> dict[str, tuple[str, ...]]:
+    """Carry out changes on `module`. New parameter -> the source's that it was computed from."""
+    known = constants(module)
+    parts = [part for change in changes for part in _parts(change)]
+    gone = {site.node for site in eliminated}
+    agreed = _agreed(parts, known, gone)
+    before = [value for part in parts for value in part.site.node.all_input_nodes]
+    before += [value for site in eliminated for value in site.node.all_input_nodes]
+    provenance: dict[str, tuple[str, ...]] = {}
+    renamed: dict[fx.Node, dict[str, fx.Node]] = {}
+    for part in parts:
+        name = _place(module, part, known, agreed)
+        provenance[name] = part.sources
+        with module.graph.inserting_before(part.site.node):
+            renamed.setdefault(part.site.node, {})[part.argument] = module.graph.get_attr(name)
+    for site in {part.site.node: part.site for part in parts}.values():
+        _rename(site, renamed[site.node])
+    instead: dict[fx.Node, fx.Node] = {}
+    for site in eliminated:
+        source = site.source
+        while source in instead:
+            source = instead[source]
+        assert source is not None
+        instead[site.node] = source
+        _take_out(module.graph, site.node, source)
+    _erase(module.graph, before)
+    return provenance
+
+
+def _call(site: Site) -> dict[str, Any]:
+    """The arguments of a site by name."""
+    node = site.node
+    if site.kind is Kind.AFFINE:
+        row = affine_of(node, {})
+        assert row is not None
+        return arguments(node, row.signature)
+    if site.kind is Kind.BATCH_NORM:
+        return norm_call(node)
+    if site.kind is Kind.NORM:
+        return {"weight": argument(node, 2, "weight"), "bias": argument(node, 3, "bias")}
+    return {"input": argument(node, 0, "input"), "other": argument(node, 1, "other")}
+
+
+def _parts(change: Change) -> list[Part]:
+    site, call = change.site, _call(change.site)
+    assert site.like is not None
+    found = []
+    for name, value in change.tensors.items():
+        if name == "constant":
+            name = site.operand  # its name in the call
+            if passage_of(site.node) is Passage.SUBTRACT:
+                value = -value  # the call goes on subtracting
+            if passage_of(site.node) is Passage.DIVIDE:
+                value = value.reciprocal()  # or dividing
+        stored = value.to(site.like.dtype).to(site.like.device)
+        found.append(Part(site, name, call[name], stored, change.sources))
+    return found
+
+
+def _agreed(parts: Sequence[Part], known: Constants, gone: set[fx.Node]) -> set[str]:
+    """Names whose readers all want the same new value."""
+    wanted: dict[str, dict[fx.Node, Part]] = {}
+    for part in parts:
+        if isinstance(part.old, fx.Node) and part.old.op == "get_attr":
+            wanted.setdefault(str(part.old.target), {})[part.site.node] = part
+    agreed = set()
+    for name, by_node in wanted.items():
+        readers = set(known.readers.get(name, ())) - gone
+        values = [part.value for part in by_node.values()]
+        same = all(torch.equal(values[0], other) for other in values[1:])
+        if same and readers <= set(by_node) and _once(name, by_node):
+            agreed.add(name)
+    return agreed
+
+
+def _once(name: str, by_node: dict[fx.Node, Part]) -> bool:
+    """Whether each call reads the name for one argument only."""
+    return all(
+        sum(isinstance(n, fx.Node) and str(n.target) == name for n in _call(p.site).values()) == 1
+        for p in by_node.values()
+    )
+
+
+def _place(module: fx.GraphModule, part: Part, known: Constants, agreed: set[str]) -> str:
+    """Store the new tensor and give its name."""
+    name = _name(module, part, known, agreed)
+    old = known.value(part.old)
+    if old is None:
+        weight = _call(part.site).get("weight")
+        old = known.value(weight)
+    trained = old is not None and old.requires_grad
+    buffer = old is not None and not isinstance(old, torch.nn.Parameter)
+    set_tensor(module, name, part.value, trained=trained, buffer=buffer)
+    return name
+
+
+def _name(module: fx.GraphModule, part: Part, known: Constants, agreed: set[str]) -> str:
+    node, old = part.site.node, part.old
+    if isinstance(old, fx.Node) and old.op == "get_attr":
+        name = str(old.target)
+        leaf = name.rpartition(".")[2]
+        own = owner_of(name)
+        return name if name in agreed else free_name(module, f"{own}.{leaf}_of_{node.name}")
+    weight = _call(part.site).get("weight")
+    if part.argument == "bias" and isinstance(weight, fx.Node) and weight.op == "get_attr":
+        name = _bias_name(str(weight.target))
+        if name not in known.readers:
+            return free_name(module, name) if _taken(module, name) else name
+        return free_name(module, f"{owner_of(name)}.bias_of_{node.name}")
+    path = path_of(node)
+    if path == node.name:
+        return free_name(module, f"{node.name}_{part.argument}")
+    return free_name(module, f"{path}.{part.argument}")
+
+
+def _taken(module: fx.GraphModule, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    owner = dict(module.named_modules(remove_duplicate=False)).get(path)
+    return owner is not None and getattr(owner, leaf, None) is not None
+
+
+def _bias_name(weight: str) -> str:
+    path, _, leaf = weight.rpartition(".")
+    bias = leaf.removesuffix("weight") + "bias" if leaf.endswith("weight") else f"{leaf}_bias"
+    return f"{path}.{bias}" if path else bias
+
+
+def _rename(site: Site, new: dict[str, fx.Node]) -> None:
+    """Make the call read its new parameters."""
+    node = site.node
+    if site.kind in (Kind.AFFINE, Kind.BATCH_NORM):
+        signature = _signature(site)
+        named = dict(zip(signature, node.args, strict=False)) | dict(node.kwargs) | new
+        node.args = (named.pop("input"),)
+        node.kwargs = named
+        return
+    positions = {"weight": 2, "bias": 3, "input": 0, "other": 1}
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for name, value in new.items():
+        at = positions[name]
+        if at < len(args):
+            args[at] = value
+        elif name == "input" and "self" in kwargs:
+            kwargs["self"] = value
+        else:
+            kwargs[name] = value
+    node.args, node.kwargs = tuple(args), kwargs
+
+
+def _signature(site: Site) -> tuple[str, ...]:
+    row = affine_of(site.node, {})
+    if row is not None:
+        return row.signature
+    target: Any = site.node.target
+    return BATCH_NORM[target] if target in BATCH_NORM else INSTANCE_NORM[target]
+
+
+def _take_out(graph: fx.Graph, node: fx.Node, source: fx.Node) -> None:
+    for user in list(node.users):
+        # x.flatten(0, -2) -> BatchNorm -> view_as(x): nothing is left of the two
+        flat = argument(source, 0, "input") if passage_of(source) is Passage.MOVE else None
+        if isinstance(flat, fx.Node) and user.target == "view_as" and (user.args == (node, flat)):
+            user.replace_all_uses_with(flat)
+            graph.erase_node(user)
+    node.replace_all_uses_with(source)
+    graph.erase_node(node)
+
+
+def _erase(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Erase what only the old parameters fed."""
+    queue = list(dict.fromkeys(nodes))
+    while queue:
+        node = queue.pop()
+        if node.users or node.graph is not graph or node.op in ("placeholder", "output"):
+            continue
+        if node._erased:
+            continue
+        inputs = node.all_input_nodes
+        erase_dead(graph, [node])
+        queue.extend(inputs)
