@@ -25,7 +25,7 @@ help:  ## list the targets
 demo: $(READY)  ## train with BatchNorm, fold, export to ONNX, verify (results in demo/)
 	@$(VENV)/bin/python examples/digits.py --out demo
 
-paper: $(READY)  ## the paper's claims on MNIST, half an hour or more (results in examples/)
+paper: $(READY)  ## the paper's claims on MNIST, three quarters of an hour (results in examples/)
 	@$(VENV)/bin/python examples/paper/run_all.py
 
 test: $(READY_TEST)  ## format, lint, types, tests, wheel
