@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 from training import Run
 
 WITH_BN = "#0072B2"  # blue and vermilion of the Okabe-Ito palette, told apart by everyone
@@ -31,6 +33,14 @@ def panel_row(
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.05)
     figure = Figure(figsize=(width * count, 3.9), dpi=dpi, layout=layout)
     return figure, list(figure.subplots(1, count, sharey=share_y, squeeze=False)[0])
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG with a palette of 64 colours, a third of the size of one without."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def entitle(ax: Axes, title: str, subtitle: str) -> None:

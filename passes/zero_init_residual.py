@@ -174,6 +174,8 @@ def _not_fresh(norm: _BatchNorm) -> str:
         return "it has no gamma"
     if norm.weight.is_meta:
         return "it is on the meta device, which holds no values to tell whether it is fresh"
+    if bool((norm.weight == 0).all()):
+        return "its gamma is 0 already"
     if not bool((norm.weight == 1).all()):
         return "its gamma is not 1 any more: trained, or inserted as an identity or calibrated"
     if norm.running_mean is None or norm.running_var is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from claims import Bench, Row, Study, main, two_arms, within
 from formulas import inference_map, largest_difference, population_statistics
-from pictures import WITH_BN, WITHOUT_BN, entitle, panel_row
+from pictures import WITH_BN, WITHOUT_BN, entitle, panel_row, save
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from training import constant, train
@@ -102,7 +102,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     ax.set(yscale="log", ylim=(1e-17, 1), ylabel="Relative difference to Algorithm 2")
     entitle(ax, f"Population statistics, {results['data']}", f"{results['batches']} batches of 60")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def judge(results: dict[str, Any]) -> list[Row]:

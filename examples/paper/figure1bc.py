@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from claims import Bench, Row, Study, main, mean, two_arms
-from pictures import WITH_BN, WITHOUT_BN, entitle, panel_row
+from pictures import WITH_BN, WITHOUT_BN, entitle, panel_row, save
 from torch import Tensor, nn
 from training import constant, predict, train
 
@@ -102,7 +102,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         entitle(ax, title, f"15th, 50th, 85th percentile; the median wanders {moved:.2f} spreads")
         ax.set(xlabel="SGD step", xlim=(0, results["steps"][-1]))
     axes[0].set_ylabel("Input of a typical sigmoid, last hidden layer")
-    figure.savefig(path)
+    save(figure, path)
 
 
 def judge(results: dict[str, Any]) -> list[Row]:

@@ -10,7 +10,7 @@ import torch
 from claims import Bench, Row, Study, main, within
 from formulas import batch_norm_backward, largest_difference
 from networks import sigmoid_mlp
-from pictures import WITH_BN, WITHOUT_BN, entitle, panel_row
+from pictures import WITH_BN, WITHOUT_BN, entitle, panel_row, save
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -91,7 +91,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     subtitle = "output, Jacobian, a times the gradient; without eps exactly equal at powers of two"
     entitle(ax, "BN((aW)u) = BN(Wu), and its gradients", subtitle)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def judge(results: dict[str, Any]) -> list[Row]:

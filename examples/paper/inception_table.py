@@ -11,7 +11,7 @@ from typing import Any
 
 from claims import Bench, Row, Study, first_step, main, mean, percent
 from networks import classic_convnet
-from pictures import WITH_BN, WITHOUT_BN, entitle, mark_chance, panel_row
+from pictures import WITH_BN, WITHOUT_BN, entitle, mark_chance, panel_row, save
 from torch import manual_seed, nn
 from training import Images, Run, train
 
@@ -157,7 +157,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     target = 100 * max(mean(list(v)) for v in zip(*_curves(results, "baseline"), strict=True))
     axes[1].set(ylim=(target - 5, min(100, target + 1.5)))
     axes[0].legend(loc="center right", frameon=False, fontsize=8.5)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def judge(results: dict[str, Any]) -> list[Row]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import Bench, mean
-from pictures import WITH_BN, WITHOUT_BN, entitle, mark_chance, panel_row
+from pictures import WITH_BN, WITHOUT_BN, entitle, mark_chance, panel_row, save
 from torch import nn
 from training import constant, train
 
@@ -73,7 +73,7 @@ def draw_sweep(
         xlabel=xlabel, ylabel=f"Test accuracy after {results['steps']:,} steps (%)", ylim=(0, 100)
     )
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def trained_values(results: dict[str, Any], arm: str) -> list[float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import Bench, Row, Study, main, mean, percent
-from pictures import WITH_BN, WITHOUT_BN, entitle, panel_row
+from pictures import WITH_BN, WITHOUT_BN, entitle, panel_row, save
 from torch import manual_seed, nn
 from training import Images, predict, share, train
 
@@ -71,7 +71,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     ax.set(ylabel="Test accuracy (%)", xlim=(-0.5, len(ARMS) - 0.3))
     subtitle = f"{results['train_images']:,} training images, {results['steps']:,} SGD steps"
     entitle(ax, f"Dropout and BatchNorm, {results['data']}", subtitle)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def judge(results: dict[str, Any]) -> list[Row]:
