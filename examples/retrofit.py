@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import nn
-from training import BATCH, Digits, Run, load, predict, share, train
+from training import BATCH, Images, Run, load, predict, share, train
 
 import bnfx
 
@@ -63,13 +63,13 @@ class Outcome:
         }
 
 
-def calibrated(model: nn.Module, data: Digits) -> nn.Module:
+def calibrated(model: nn.Module, data: Images) -> nn.Module:
     """The network with BatchNorms that have seen training images; it computes what it did."""
     batches = data.train_images[:CALIBRATION_IMAGES].split(BATCH)
     return bnfx.insert_bn(model, init="calibrate", calibration_data=batches)
 
 
-FORMS: dict[str, Callable[[nn.Module, Digits], nn.Module]] = {
+FORMS: dict[str, Callable[[nn.Module, Images], nn.Module]] = {
     "without BatchNorm": lambda model, _: bnfx.insert_bn(model, exclude="*"),
     "inserted naively": lambda model, _: bnfx.insert_bn(model),
     "calibrated": calibrated,
