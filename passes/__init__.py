@@ -27,3 +27,6 @@ __all__ = [
     "ZeroInitResidual",
     "never_called",
 ]
+from .merge_branches import MergeBranches, Merged
+
+__all__ = ["FoldBatchNorm", "InsertBatchNorm", "InsertFilter", "MergeBranches", "Merged"]
