@@ -390,6 +390,8 @@ def test_pt2_files_go_all_the_way_with_their_own_inputs(
     assert main(["fold", "nets:small", "a.pt2", *X, "--dynamic-batch"]) == 0
     assert main(["deploy", "a.pt2", "a.onnx", "--json", "r.json"]) == 0, capsys.readouterr().err
     report = strict((here / "r.json").read_text())
+    places = {report[part]["path"] for part in ("export", "verify")} | {report["path"]}
+    assert places == {"a.onnx"}, "not the temporary files of the checks"
     assert report["export"]["inputs"] == {"x": "float32[batch,3,16,16]"}
     assert set(report["verify"]["batch_sizes"]) == {1, 2, 7}
 
@@ -461,6 +463,21 @@ def test_doctor_runs_without_torch(here: Path) -> None:
         [sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=False
     )
     assert "onnxruntime" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="terminals as POSIX has them")
+def test_progress_is_shown_on_a_terminal(here: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "bnfx", "fold", "nets:small", "--json", "-"]
+    done = subprocess.run(command, cwd=here, stdout=subprocess.PIPE, stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "folding" in shown
+    assert strict(done.stdout.decode())["exit_code"] == 0
+    assert "folding" not in run_cli("fold", "nets:small", cwd=here).stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
