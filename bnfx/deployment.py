@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 import time
@@ -11,12 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 
 from bnfx.benchmark import BenchReport, benchmark_onnx
 from bnfx.bundle import write_bundle
-from bnfx.errors import VerificationError
-from bnfx.export import ExportReport, export_onnx
+from bnfx.capture import clone
+from bnfx.errors import CaptureError, VerificationError
+from bnfx.export import ExportReport, export_onnx, training_modules
 from bnfx.folding import fold_bn
 from bnfx.graph_pictures import fold_pictures
 from bnfx.placing import move_into_place, real_target
@@ -24,6 +27,7 @@ from bnfx.references import Precision
 from bnfx.report_files import check_report_path, write_report
 from bnfx.reports import FoldReport, Report
 from bnfx.reports import report as report_of
+from bnfx.sampling import as_sample
 from bnfx.stages import StageReport, ledger_of
 from bnfx.verdicts import VerifyReport
 from bnfx.verify import verify_onnx
@@ -125,6 +129,7 @@ def deploy(
     if report is not None:
         check_report_path(Path(report))
     with _timed(seconds, "fold"):
+        _try_example(model, args, kwargs)
         folded = fold_bn(model, args, example_kwargs=kwargs)
         plan = report_of(folded)
     assert isinstance(plan, FoldReport)
@@ -193,6 +198,21 @@ def _renamed(measured: BenchReport, names: Mapping[str, str]) -> BenchReport:
     """The report with the file's place instead of where it was measured; what is gone has none."""
     arms = (replace(arm, path=names.get(arm.path, "-")) for arm in measured.arms)
     return replace(measured, arms=tuple(arms))
+
+
+def _try_example(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> None:
+    """The model must run on the example before anything is made of it."""
+    if training_modules(model):
+        return  # the exporter says which
+    example = as_sample(args, kwargs)
+    try:
+        with torch.no_grad():
+            clone(model)(*copy.deepcopy(example.args), **copy.deepcopy(dict(example.kwargs)))
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        raise CaptureError(
+            f"{type(model).__name__} fails on the example: {error}. Give args and kwargs that it "
+            "runs on"
+        ) from error
 
 
 @contextmanager

@@ -208,7 +208,7 @@ class TorchReference:
             )
         try:
             return trace_layers(graph, tuple(values), changed)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise VerificationError(f"the folded {self.name} fails in float64: {error}") from error
 
 

@@ -21,9 +21,10 @@ from torch import nn
 from bnfx.errors import VerificationError
 from bnfx.inspection import BatchNormNode, inspect_onnx
 from bnfx.isolated import load_apart
-from bnfx.onnx_files import all_nodes
+from bnfx.onnx_files import all_nodes, read_onnx
 from bnfx.providers import load_onnxruntime, runtime_errors
 from bnfx.reports import FoldRecord, FoldReport, Report, table, tally
+from bnfx.staging import stage
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -162,10 +163,10 @@ def _follow(
 def _runtime_stage(
     node: BatchNormNode, stages: Mapping[str, frozenset[str]]
 ) -> tuple[str | None, str]:
-    for stage, names in stages.items():
+    for level, names in stages.items():
         if node.output not in names:
-            blocked = stage == "onnxruntime full"
-            return stage, "it runs as a blocked depthwise convolution" if blocked else ""
+            blocked = level == "onnxruntime full"
+            return level, "it runs as a blocked depthwise convolution" if blocked else ""
     return None, "" if stages else "onnxruntime is not installed"
 
 
@@ -177,11 +178,13 @@ def runtime_batch_norms(f: Path) -> dict[str, frozenset[str]]:
     Raises:
         VerificationError: onnxruntime cannot load the file.
     """
-    load_apart(f)
     ort = load_onnxruntime()
     found = {}
     with tempfile.TemporaryDirectory(prefix="bnfx-") as folder:
-        for stage, level in LEVELS.items():
+        # A copy in float32 stands for a file in bfloat16, which the CPU cannot load.
+        model = stage(read_onnx(f), f, Path(folder), provider="cpu", values=False).model
+        load_apart(Path(model))
+        for name, level in LEVELS.items():
             written = Path(folder) / f"{level}.onnx"
             options = ort.SessionOptions()
             options.log_severity_level = 4
@@ -192,10 +195,10 @@ def runtime_batch_norms(f: Path) -> dict[str, frozenset[str]]:
                 "session.optimized_model_external_initializers_file_name", f"{level}.data"
             )
             try:
-                ort.InferenceSession(str(f), options, providers=["CPUExecutionProvider"])
+                ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
             except runtime_errors() as error:
                 raise VerificationError(f"onnxruntime cannot load {f}: {error}") from error
-            found[stage] = _names(onnx.load(str(written), load_external_data=False))
+            found[name] = _names(onnx.load(str(written), load_external_data=False))
     return found
 
 
