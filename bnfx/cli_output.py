@@ -58,6 +58,11 @@ def step(what: str) -> Iterator[None]:
         yield
 
 
+def tell(line: str) -> None:
+    """A line on standard error."""
+    sys.stderr.write(f"bnfx: {line}\n")
+
+
 def write(text: str, target: str, out: IO[str]) -> None:
     """Write to a file, in one step, or to `out` where the name is "-"."""
     if target == "-":

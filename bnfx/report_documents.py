@@ -94,8 +94,9 @@ def _(report: InspectReport) -> tuple[Status, str, Facts]:
         ("elements in weights", f"{report.parameters:,}"),
         ("written by", f"bnfx {report.by_bnfx}" if report.by_bnfx else report.producer or "-"),
     )
-    count = len(report.batch_norms)
-    return "neutral", f"{report.path} holds {count} BatchNormalization nodes.", facts
+    count = len(report.batch_norms) or "no"
+    nodes = "node" if count == 1 else "nodes"
+    return "neutral", f"{report.path} holds {count} BatchNormalization {nodes}.", facts
 
 
 @headline.register
