@@ -17,13 +17,16 @@ READY := $(VENV)/.ready-demo
 READY_TEST := $(VENV)/.ready-test
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu clean distclean
+.PHONY: help demo paper test test-gpu clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile | awk -F: '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
 demo: $(READY)  ## train with BatchNorm, fold, export to ONNX, verify (results in demo/)
 	@$(VENV)/bin/python examples/digits.py --out demo
+
+paper: $(READY)  ## the paper's claims on MNIST, three quarters of an hour (results in examples/)
+	@$(VENV)/bin/python examples/paper/run_all.py
 
 test: $(READY_TEST)  ## format, lint, types, tests, wheel
 	$(RUN) ruff format --check .

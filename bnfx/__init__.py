@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bnfx.benchmark import BenchReport, benchmark_onnx
     from bnfx.calibration import recalibrate_bn
     from bnfx.deployment import DeployReport, deploy
+    from bnfx.editing import Change, Edited, apply_pass
     from bnfx.environment import EnvReport, doctor
     from bnfx.errors import (
         BnfxError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         FoldError,
         InsertError,
         ProviderError,
+        RecipeError,
         VerificationError,
     )
     from bnfx.export import ExportReport, export_onnx
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from bnfx.insertion import insert_bn, plan_insert
     from bnfx.inspection import InspectReport, inspect_onnx
     from bnfx.optimizers import param_groups
+    from bnfx.recipes import Hparams, Recipe, recipe
     from bnfx.reports import FoldReport, InsertReport, report
     from bnfx.stages import StageReport, removal_ledger
     from bnfx.verdicts import VerifyReport
@@ -42,19 +45,25 @@ __all__ = [
     "BnfxError",
     "CalibrationError",
     "CaptureError",
+    "Change",
     "DeployReport",
+    "Edited",
     "EnvReport",
     "ExportError",
     "ExportReport",
     "FoldError",
     "FoldReport",
+    "Hparams",
     "InsertError",
     "InsertReport",
     "InspectReport",
     "ProviderError",
+    "Recipe",
+    "RecipeError",
     "StageReport",
     "VerificationError",
     "VerifyReport",
+    "apply_pass",
     "benchmark_onnx",
     "deploy",
     "doctor",
@@ -67,6 +76,7 @@ __all__ = [
     "plan_fold",
     "plan_insert",
     "recalibrate_bn",
+    "recipe",
     "removal_ledger",
     "report",
     "verify_onnx",
@@ -78,19 +88,25 @@ _HOME = {
     "BnfxError": "bnfx.errors",
     "CalibrationError": "bnfx.errors",
     "CaptureError": "bnfx.errors",
+    "Change": "bnfx.editing",
     "DeployReport": "bnfx.deployment",
+    "Edited": "bnfx.editing",
     "EnvReport": "bnfx.environment",
     "ExportError": "bnfx.errors",
     "ExportReport": "bnfx.export",
     "FoldError": "bnfx.errors",
     "FoldReport": "bnfx.reports",
+    "Hparams": "bnfx.recipes",
     "InsertError": "bnfx.errors",
     "InsertReport": "bnfx.reports",
     "InspectReport": "bnfx.inspection",
     "ProviderError": "bnfx.errors",
+    "Recipe": "bnfx.recipes",
+    "RecipeError": "bnfx.errors",
     "StageReport": "bnfx.stages",
     "VerificationError": "bnfx.errors",
     "VerifyReport": "bnfx.verdicts",
+    "apply_pass": "bnfx.editing",
     "benchmark_onnx": "bnfx.benchmark",
     "deploy": "bnfx.deployment",
     "doctor": "bnfx.environment",
@@ -102,6 +118,7 @@ _HOME = {
     "plan_fold": "bnfx.folding",
     "plan_insert": "bnfx.insertion",
     "recalibrate_bn": "bnfx.calibration",
+    "recipe": "bnfx.recipes",
     "removal_ledger": "bnfx.stages",
     "report": "bnfx.reports",
     "verify_onnx": "bnfx.verify",

@@ -24,6 +24,10 @@ class FoldError(BnfxError):
     """Folding could not be carried out, or the folded model is not what it must be."""
 
 
+class RecipeError(BnfxError):
+    """A pass of the recipe did not preserve what it declares, or an option makes no sense."""
+
+
 class CalibrationError(BnfxError):
     """The data given for statistics is empty, too short, not finite or of the wrong shape."""
 

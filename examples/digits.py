@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
-from training import BATCH, Digits, Run, load, predict, share, train
+from training import BATCH, Images, Run, load, predict, share, train
 
 import bnfx
 from bnfx.reports import Report
@@ -95,7 +95,7 @@ class Deployed:
         }
 
 
-def train_both(job: Job, data: Digits, steps: int, console: Console) -> tuple[Run, Run]:
+def train_both(job: Job, data: Images, steps: int, console: Console) -> tuple[Run, Run]:
     """The network as it is, and with BatchNorm inserted."""
     plain = job.build()
     with_bn = bnfx.insert_bn(plain, data.train_images[:BATCH])
@@ -144,7 +144,7 @@ def verify(
     return "cpu", bnfx.verify_onnx(model, f, args, provider="cpu")
 
 
-def deploy(job: Job, runs: tuple[Run, Run], data: Digits, out: Path, console: Console) -> Deployed:
+def deploy(job: Job, runs: tuple[Run, Run], data: Images, out: Path, console: Console) -> Deployed:
     """Fold, export, verify against the unfolded network, and measure."""
     plain, trained = (run.model for run in runs)
     folded = bnfx.fold_bn(trained)

@@ -1,4 +1,4 @@
-"""The two networks of the digits example, written without BatchNorm: bnfx inserts it."""
+"""Networks of the examples, written without BatchNorm: bnfx inserts it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def sigmoid_mlp(width: int = 64, depth: int = 6) -> nn.Module:
-    """A deep perceptron of sigmoids, (N, 1, 8, 8) -> (N, 10): hard to train without BatchNorm."""
+def sigmoid_mlp(
+    width: int = 64, depth: int = 6, *, inputs: int = 64, std: float | None = None
+) -> nn.Module:
+    """A perceptron of sigmoids, (N, ...) with `inputs` pixels -> (N, 10).
+
+    Deep ones are hard to train without BatchNorm. With `std`, weights are drawn from a normal
+    distribution of that standard deviation and biases are zero; else they are torch's.
+    """
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for i in range(1, depth + 1):
-        layers[f"fc{i}"] = nn.Linear(64 if i == 1 else width, width)
+        layers[f"fc{i}"] = nn.Linear(inputs if i == 1 else width, width)
         layers[f"sigmoid{i}"] = nn.Sigmoid()
     layers["head"] = nn.Linear(width, 10)
-    return nn.Sequential(layers)
+    net = nn.Sequential(layers)
+    if std is not None:
+        for layer in net.children():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=std)
+                nn.init.zeros_(layer.bias)
+    return net
+
+
+def classic_convnet(
+    channels: int, side: int, activation: type[nn.Module], width: int = 8
+) -> nn.Module:
+    """A network of the time before BatchNorm, (N, channels, side, side) -> (N, 10).
+
+    Convolutions, local response normalisation, Dropout: what section 4.2.1 of the paper removes.
+    """
+    left = side // 4
+    return nn.Sequential(
+        OrderedDict[str, nn.Module](
+            conv1=nn.Conv2d(channels, width, 5, stride=2, padding=2),
+            act1=activation(),
+            lrn=nn.LocalResponseNorm(5),
+            conv2=nn.Conv2d(width, 2 * width, 3, padding=1),
+            act2=activation(),
+            pool=nn.MaxPool2d(2),
+            conv3=nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            act3=activation(),
+            flatten=nn.Flatten(),
+            fc=nn.Linear(2 * width * left * left, 8 * width),
+            act4=activation(),
+            dropout=nn.Dropout(0.4),
+            head=nn.Linear(8 * width, 10),
+        )
+    )
 
 
 class ConvNet(nn.Module):

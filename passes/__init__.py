@@ -12,6 +12,9 @@ from .insert_bn import Filter as InsertFilter
 from .insert_bn import InsertBatchNorm, never_called
 from .insert_bn import Placement as InsertPlacement
 from .insert_bn import Site as InsertSite
+from .remove_dropout import RemoveDropout
+from .remove_lrn import RemoveLocalResponseNorm
+from .zero_init_residual import ZeroInitResidual
 
 __all__ = [
     "FoldBatchNorm",
@@ -19,5 +22,8 @@ __all__ = [
     "InsertFilter",
     "InsertPlacement",
     "InsertSite",
+    "RemoveDropout",
+    "RemoveLocalResponseNorm",
+    "ZeroInitResidual",
     "never_called",
 ]

@@ -1,0 +1,335 @@
+"""The driver of passes that edit a model: a private copy, what was seen of it, what was changed.
+
+A pass looks with `match` and acts with `rewrite`, through the methods of `Draft`. Modules are
+edited in their slots, which works for any model and keeps the class of the root. Functional calls
+are edited in the graph of the root, which must be traceable for that; the result is then a
+GraphModule.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import fx, nn
+
+from bnfx.capture import Example, clone, example
+from bnfx.declarations import Preserved, check_preserved
+from bnfx.errors import BnfxError, CaptureError
+from bnfx.inserted import InsertedGraph
+from bnfx.module_graph import ByMode, ModuleGraph, module_graph
+from bnfx.observe import SCOPES, observe
+from bnfx.preservation import agrees
+from bnfx.reports import remember, report
+from bnfx.sightings import SeenCall, seen_calls
+
+#: Why a functional call is left where the model cannot be traced as a whole.
+OUT_OF_REACH = "a functional call in a model that cannot be traced as a whole; edit it by hand"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a pass did, or left, at one place of a model.
+
+    Attributes:
+        by: Name of the pass.
+        path: Module path; of the calling module for a functional call, "" for the root.
+        kind: What stood there, such as "Dropout" or "local_response_norm".
+        action: "changed" or "kept".
+        reason: What was done, or why nothing was, in words a user can act on.
+        values: Names in the state_dict whose values were changed.
+    """
+
+    by: str
+    path: str
+    kind: str
+    action: Literal["changed", "kept"]
+    reason: str
+    values: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of the model that can be traced symbolically, and its graph.
+
+    Attributes:
+        path: Where it lies; "" for the whole model.
+        graph: Over the modules below `path`; for all but the root it is evidence only.
+        modules: The modules of the region, by the names the graph uses.
+    """
+
+    path: str
+    graph: fx.Graph
+    modules: Mapping[str, nn.Module]
+
+    def name(self, target: str) -> str:
+        """Path in the whole model of what the graph calls `target`."""
+        return ".".join(part for part in (self.path, target) if part)
+
+    def caller(self, node: fx.Node) -> str:
+        """Path in the whole model of the module whose forward made `node`."""
+        if SCOPES in node.meta:
+            return str(next(reversed(node.meta[SCOPES]), ""))
+        stack = node.meta.get("nn_module_stack")
+        return self.name(str(next(reversed(stack.values()))[0]) if stack else "")
+
+
+class Draft:
+    """A private copy of a model, under edit.
+
+    Attributes:
+        root: The copy.
+        regions: What could be traced of it, the whole or parts.
+        untraced: Paths of modules whose forward could not be traced.
+        observed: The record of a run in eval mode on the example; None without an example.
+        calls: Calls of dropout and local response normalisation in it.
+    """
+
+    def __init__(self, model: nn.Module, given: Example | None) -> None:
+        self.root = clone(model)
+        self.regions: list[Region] = []
+        self.untraced: list[str] = []
+        self.observed: fx.Graph | None = None
+        self.calls: tuple[SeenCall, ...] | None = None
+        if given is not None:
+            self.observed = observe(model, given, training=False).graph
+            self.calls = seen_calls(self.observed)
+        self._captured: ModuleGraph | None = None
+        self._graph_changed = False
+        self._trace("", clone(model), given)
+
+    def _trace(self, path: str, module: nn.Module, given: Example | None) -> None:
+        """Trace `module`, a part of a private copy, or what can be traced below it."""
+        if _has_own_forward(module):
+            captured = _traced(module, given)
+            if captured is not None:
+                self._add(path, captured)
+                return
+            self.untraced.append(path)
+        for name, child in module.named_children():
+            self._trace(f"{path}.{name}" if path else name, child, None)
+
+    def _add(self, path: str, captured: ModuleGraph) -> None:
+        modules = dict(captured.root.named_modules(remove_duplicate=False))
+        self.regions.append(Region(path, captured.graph, modules))
+        if not path:
+            self._captured = captured
+        for whole in captured.opaque:
+            inner = f"{path}.{whole}" if path else whole
+            if _has_own_forward(modules[whole]):
+                self.untraced.append(inner)
+            for name, child in modules[whole].named_children():
+                self._trace(f"{inner}.{name}", child, None)
+
+    def modules(self) -> list[tuple[str, nn.Module]]:
+        """Every slot of the copy; a module in several slots comes several times."""
+        return list(self.root.named_modules(remove_duplicate=False))
+
+    def replace(self, path: str, module: nn.Module) -> None:
+        """Put `module` into a slot, in the mode of what was there."""
+        parent, _, leaf = path.rpartition(".")
+        owner = self.root.get_submodule(parent)
+        module.train(self.root.get_submodule(path).training)
+        owner._modules[leaf] = module
+
+    def bypass(self, node: fx.Node, value: fx.Node) -> None:
+        """Let `value` pass where the result of `node` went, and drop `node`; root region only."""
+        node.replace_all_uses_with(value)
+        inputs = node.all_input_nodes
+        node.graph.erase_node(node)
+        for source in inputs:
+            if not source.users and source.op == "call_module" and _by_mode(self._root(), source):
+                source.graph.erase_node(source)
+        self._graph_changed = True
+
+    def set_in_train(self, node: fx.Node, position: int, keyword: str, value: Any) -> None:
+        """Give a constant argument of a call another value in train mode; root region only."""
+        old = argument(node, position, keyword, None)
+        if isinstance(old, fx.Node):  # the graph reads it from a module of its own
+            module = self._root().modules[str(old.target)]
+            assert isinstance(module, ByMode)
+            module.in_train = value
+        elif len(node.args) > position:
+            node.update_arg(position, value)
+        else:
+            node.update_kwarg(keyword, value)
+        self._graph_changed = True
+
+    def in_graph(self, path: str) -> bool:
+        """Whether the forward of the module at `path` is part of a graph."""
+        traced = [r.path for r in self.regions if _below(path, r.path)]
+        untraced = [p for p in self.untraced if _below(path, p)]
+        longest = max((len(p) for p in untraced), default=-1)
+        return any(len(p) > longest for p in traced)
+
+    def _root(self) -> Region:
+        return next(region for region in self.regions if not region.path)
+
+    def finish(self) -> nn.Module:
+        """The edited model: of the same class as long as no functional call was edited."""
+        if not self._graph_changed:
+            return self.root
+        assert self._captured is not None
+        for name, module in self._captured.root.named_children():
+            if isinstance(module, ByMode):
+                self.root.add_module(name, module)
+        origins = self.root._bnfx_origins if isinstance(self.root, InsertedGraph) else ()
+        made = InsertedGraph.build(self.root, self._captured.graph, origins)
+        try:
+            return remember(made, report(self.root))
+        except BnfxError:  # bnfx has not made the model that this is a copy of
+            return made
+
+
+class Pass(Protocol):
+    """A frozen dataclass whose fields are its options.
+
+    Attributes:
+        name: In records and messages.
+        preserves: What the driver checks after `rewrite`.
+    """
+
+    name: ClassVar[str]
+    preserves: ClassVar[Preserved]
+
+    def match(self, draft: Draft) -> Sequence[Any]:
+        """Sites to change, and a `Change` with a reason for what is left; changes nothing."""
+        ...
+
+    def rewrite(self, draft: Draft, found: Sequence[Any]) -> tuple[Change, ...]:
+        """Carry out what `match` found, without asking again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A new model, and what was done to get it."""
+
+    model: nn.Module
+    changes: tuple[Change, ...]
+
+
+def apply_pass(
+    edit: Pass,
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Edited:
+    """A copy of `model` with `edit` applied; what the pass declares to preserve is checked.
+
+    Args:
+        edit: A pass of `bnfx.passes`, such as `RemoveDropout()`.
+        model: Any module; it stays as it is. Functional calls are found and edited where the
+            whole model can be traced symbolically.
+        example_inputs: Tuple of positional arguments, or a lone tensor. With them the eval outputs
+            are compared where the pass declares to preserve them, and functional calls out of
+            reach are reported.
+        example_kwargs: Keyword arguments that go with them.
+
+    Returns:
+        The model, in the mode of the source and of its class, or a `torch.fx.GraphModule` where a
+        functional call was edited; and one record for each place.
+
+    Raises:
+        CaptureError: The model cannot be copied, or fails on the example inputs.
+        RecipeError: The pass did not preserve what it declares.
+    """
+    given = example(example_inputs, example_kwargs)
+    draft = Draft(model, given)
+    changes = edit.rewrite(draft, edit.match(draft))
+    edited = draft.finish()
+    named = {name for change in changes for name in change.values}
+    check_preserved(edit.name, edit.preserves, model, edited, given, named)
+    return Edited(edited, changes)
+
+
+def constant_by_mode(argument: Any, modules: Mapping[str, nn.Module]) -> tuple[Any, Any] | None:
+    """An argument's value in train mode and in eval mode; None if only a run can tell."""
+    if not isinstance(argument, fx.Node):
+        return argument, argument
+    module = modules.get(str(argument.target)) if argument.op == "call_module" else None
+    return (module.in_train, module.in_eval) if isinstance(module, ByMode) else None
+
+
+def argument(node: fx.Node, position: int, keyword: str, default: Any) -> Any:
+    """An argument of a call, given by position or by keyword."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(keyword, default)
+
+
+def chosen(path: str, globs: str | Sequence[str]) -> bool:
+    """Whether a module path is meant by a glob, or by one of several."""
+    patterns = (globs,) if isinstance(globs, str) else globs
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def unseen_calls(
+    draft: Draft,
+    by: str,
+    functions: Collection[str],
+    known: Callable[[nn.Module], bool],
+    found: Iterable[Any],
+    reason: Callable[[SeenCall], str],
+) -> list[Change]:
+    """Records of functional calls that no graph shows, and of code that was not looked into.
+
+    Args:
+        draft: The model.
+        by: Name of the pass.
+        functions: Names of the functions it is about.
+        known: Whether a module that makes such calls is edited as a module.
+        found: Sites and records with a `path`, which are not reported again.
+        reason: Why a call that was seen is left.
+    """
+    done = {entry.path for entry in found}
+    records: dict[str, Change] = {}
+    for call in draft.calls or ():
+        caller = draft.root.get_submodule(call.path)
+        if call.function not in functions or known(caller) or call.path in done:
+            continue
+        if not draft.in_graph(call.path):
+            records[call.path] = Change(by, call.path, call.function, "kept", reason(call))
+    if draft.calls is not None:
+        return list(records.values())
+    outermost = (p for p in draft.untraced if not any(_inside(p, o) for o in draft.untraced))
+    return [
+        Change(
+            by,
+            path,
+            type(draft.root.get_submodule(path)).__name__,
+            "kept",
+            "functional calls were not looked for in what cannot be traced of it; give "
+            "example_inputs",
+        )
+        for path in outermost
+    ]
+
+
+def _by_mode(region: Region, node: fx.Node) -> bool:
+    return isinstance(region.modules.get(str(node.target)), ByMode)
+
+
+def _inside(path: str, top: str) -> bool:
+    return path != top and _below(path, top)
+
+
+def _below(path: str, top: str) -> bool:
+    return not top or path == top or path.startswith(f"{top}.")
+
+
+def _traced(module: nn.Module, given: Example | None) -> ModuleGraph | None:
+    """The trace of `module`, where there is one and it does what the module does."""
+    try:
+        captured = module_graph(module, given)
+    except CaptureError:
+        return None
+    return captured if given is None or agrees(module, captured, given) else None
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Containers without a forward have nothing to trace; layers of torch.nn are known."""
+    if type(module).forward is nn.Module.forward:
+        return False
+    return isinstance(module, nn.Sequential) or not type(module).__module__.startswith("torch.nn")
