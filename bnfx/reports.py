@@ -52,10 +52,9 @@ class Report(ABC):
 
     def to_markdown(self) -> str:
         """The report as Markdown."""
-        from bnfx.report_documents import document_of
-        from bnfx.report_text import to_markdown
+        from bnfx.report_files import to_markdown
 
-        return to_markdown(document_of(self))
+        return to_markdown(self)
 
     def to_html(self) -> str:
         """The report as one HTML file that loads nothing, with pictures where there are numbers."""
