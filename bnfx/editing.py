@@ -2,13 +2,14 @@
 
 A pass looks with `match` and acts with `rewrite`, through the methods of `Draft`. Modules are
 edited in their slots, which works for any model and keeps the class of the root. Functional calls
-are edited in the graph of the root, which must be traceable for that; the result is then a
-GraphModule.
+are edited in the graph of the largest part around them that can be traced, the root at best; that
+part becomes a GraphModule.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -25,8 +26,12 @@ from bnfx.preservation import agrees
 from bnfx.reports import remember, report
 from bnfx.sightings import SeenCall, seen_calls
 
-#: Why a functional call is left where the model cannot be traced as a whole.
-OUT_OF_REACH = "a functional call in a model that cannot be traced as a whole; edit it by hand"
+#: Why a functional call is left.
+OUT_OF_REACH = "a functional call in code that cannot be traced; edit it by hand"
+OPTIONAL = (
+    "a functional call in a module with optional arguments, inside code that cannot be traced, so "
+    "that it is not known which arguments it gets; edit it by hand"
+)
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,15 @@ class Region:
 
     Attributes:
         path: Where it lies; "" for the whole model.
-        graph: Over the modules below `path`; for all but the root it is evidence only.
+        graph: Over the modules below `path`.
         modules: The modules of the region, by the names the graph uses.
+        fixed: Whether the graph takes just the arguments that the module takes.
     """
 
     path: str
     graph: fx.Graph
     modules: Mapping[str, nn.Module]
+    fixed: bool = True
 
     def name(self, target: str) -> str:
         """Path in the whole model of what the graph calls `target`."""
@@ -96,8 +103,7 @@ class Draft:
         if given is not None:
             self.observed = observe(model, given, training=False).graph
             self.calls = seen_calls(self.observed)
-        self._captured: ModuleGraph | None = None
-        self._graph_changed = False
+        self._changed: set[str] = set()
         self._trace("", clone(model), given)
 
     def _trace(self, path: str, module: nn.Module, given: Example | None) -> None:
@@ -113,9 +119,8 @@ class Draft:
 
     def _add(self, path: str, captured: ModuleGraph) -> None:
         modules = dict(captured.root.named_modules(remove_duplicate=False))
-        self.regions.append(Region(path, captured.graph, modules))
-        if not path:
-            self._captured = captured
+        fixed = not path or _takes_just_what_it_must(captured.root)
+        self.regions.append(Region(path, captured.graph, modules, fixed))
         for whole in captured.opaque:
             inner = f"{path}.{whole}" if path else whole
             if _has_own_forward(modules[whole]):
@@ -128,34 +133,33 @@ class Draft:
         return list(self.root.named_modules(remove_duplicate=False))
 
     def replace(self, path: str, module: nn.Module) -> None:
-        """Put `module` into a slot, in the mode of what was there."""
+        """Put `module` into a slot."""
         parent, _, leaf = path.rpartition(".")
         owner = self.root.get_submodule(parent)
-        module.train(self.root.get_submodule(path).training)
         owner._modules[leaf] = module
 
     def bypass(self, node: fx.Node, value: fx.Node) -> None:
-        """Let `value` pass where the result of `node` went, and drop `node`; root region only."""
+        """Let `value` pass where the result of `node` went, and drop `node`."""
+        region = self._edited_region(node)
         node.replace_all_uses_with(value)
         inputs = node.all_input_nodes
         node.graph.erase_node(node)
         for source in inputs:
-            if not source.users and source.op == "call_module" and _by_mode(self._root(), source):
+            if not source.users and source.op == "call_module" and _by_mode(region, source):
                 source.graph.erase_node(source)
-        self._graph_changed = True
 
     def set_in_train(self, node: fx.Node, position: int, keyword: str, value: Any) -> None:
-        """Give a constant argument of a call another value in train mode; root region only."""
+        """Give a constant argument of a call another value in train mode."""
+        region = self._edited_region(node)
         old = argument(node, position, keyword, None)
         if isinstance(old, fx.Node):  # the graph reads it from a module of its own
-            module = self._root().modules[str(old.target)]
+            module = region.modules[str(old.target)]
             assert isinstance(module, ByMode)
             module.in_train = value
         elif len(node.args) > position:
             node.update_arg(position, value)
         else:
             node.update_kwarg(keyword, value)
-        self._graph_changed = True
 
     def in_graph(self, path: str) -> bool:
         """Whether the forward of the module at `path` is part of a graph."""
@@ -164,23 +168,23 @@ class Draft:
         longest = max((len(p) for p in untraced), default=-1)
         return any(len(p) > longest for p in traced)
 
-    def _root(self) -> Region:
-        return next(region for region in self.regions if not region.path)
+    def _edited_region(self, node: fx.Node) -> Region:
+        region = next(region for region in self.regions if region.graph is node.graph)
+        self._changed.add(region.path)
+        return region
 
     def finish(self) -> nn.Module:
-        """The edited model: of the same class as long as no functional call was edited."""
-        if not self._graph_changed:
-            return self.root
-        assert self._captured is not None
-        for name, module in self._captured.root.named_children():
-            if isinstance(module, ByMode):
-                self.root.add_module(name, module)
-        origins = self.root._bnfx_origins if isinstance(self.root, InsertedGraph) else ()
-        made = InsertedGraph.build(self.root, self._captured.graph, origins)
-        try:
-            return remember(made, report(self.root))
-        except BnfxError:  # bnfx has not made the model that this is a copy of
-            return made
+        """The edited model: of the same class unless a functional call of the root was edited."""
+        changed = [region for region in self.regions if region.path in self._changed]
+        for region in sorted(changed, key=lambda region: -len(region.path)):
+            old = self.root.get_submodule(region.path)
+            made = _as_graph(old, region)
+            if not region.path:
+                return made
+            for path, module in self.modules():
+                if module is old:
+                    self.replace(path, made)
+        return self.root
 
 
 class Pass(Protocol):
@@ -222,11 +226,11 @@ def apply_pass(
 
     Args:
         edit: A pass of `bnfx.passes`, such as `RemoveDropout()`.
-        model: Any module; it stays as it is. Functional calls are found and edited where the
-            whole model can be traced symbolically.
+        model: Any module; it stays as it is. Functional calls are edited where the model, or the
+            part around them, can be traced symbolically.
         example_inputs: Tuple of positional arguments, or a lone tensor. With them the eval outputs
             are compared where the pass declares to preserve them, and functional calls out of
-            reach are reported.
+            reach are named.
         example_kwargs: Keyword arguments that go with them.
 
     Returns:
@@ -317,6 +321,27 @@ def _inside(path: str, top: str) -> bool:
 
 def _below(path: str, top: str) -> bool:
     return not top or path == top or path.startswith(f"{top}.")
+
+
+def _as_graph(module: nn.Module, region: Region) -> nn.Module:
+    """`module` as its edited graph, with the report of it that there may be."""
+    for name, child in region.modules.items():
+        if isinstance(child, ByMode):
+            module.add_module(name, child)
+    origins = module._bnfx_origins if isinstance(module, InsertedGraph) else ()
+    like = module if region.path else None
+    made = InsertedGraph.build(module, region.graph, origins, like)
+    try:
+        return remember(made, report(module))
+    except BnfxError:  # bnfx has not made the model that this is a part of
+        return made
+
+
+def _takes_just_what_it_must(module: nn.Module) -> bool:
+    """Whether every argument of the forward is required, so that every caller gives all."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    return all(p.kind in plain and p.default is p.empty for p in parameters)
 
 
 def _traced(module: nn.Module, given: Example | None) -> ModuleGraph | None:
