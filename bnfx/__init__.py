@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from bnfx import passes
     from bnfx.benchmark import BenchReport, benchmark_onnx
     from bnfx.calibration import recalibrate_bn
+    from bnfx.deployment import DeployReport, deploy
     from bnfx.editing import Change, Edited, apply_pass
+    from bnfx.environment import EnvReport, doctor
     from bnfx.errors import (
         BnfxError,
         CalibrationError,
@@ -28,10 +30,13 @@ if TYPE_CHECKING:
     from bnfx.export import ExportReport, export_onnx
     from bnfx.folding import fold_bn, plan_fold
     from bnfx.insertion import insert_bn, plan_insert
+    from bnfx.inspection import InspectReport, inspect_onnx
     from bnfx.optimizers import param_groups
     from bnfx.recipes import Hparams, Recipe, recipe
     from bnfx.reports import FoldReport, InsertReport, report
-    from bnfx.verify import VerifyReport, verify_onnx
+    from bnfx.stages import StageReport, removal_ledger
+    from bnfx.verdicts import VerifyReport
+    from bnfx.verify import verify_onnx
 
 __version__ = "0.1.0"
 
@@ -41,7 +46,9 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "Change",
+    "DeployReport",
     "Edited",
+    "EnvReport",
     "ExportError",
     "ExportReport",
     "FoldError",
@@ -49,22 +56,28 @@ __all__ = [
     "Hparams",
     "InsertError",
     "InsertReport",
+    "InspectReport",
     "ProviderError",
     "Recipe",
     "RecipeError",
+    "StageReport",
     "VerificationError",
     "VerifyReport",
     "apply_pass",
     "benchmark_onnx",
+    "deploy",
+    "doctor",
     "export_onnx",
     "fold_bn",
     "insert_bn",
+    "inspect_onnx",
     "param_groups",
     "passes",
     "plan_fold",
     "plan_insert",
     "recalibrate_bn",
     "recipe",
+    "removal_ledger",
     "report",
     "verify_onnx",
 ]
@@ -76,7 +89,9 @@ _HOME = {
     "CalibrationError": "bnfx.errors",
     "CaptureError": "bnfx.errors",
     "Change": "bnfx.editing",
+    "DeployReport": "bnfx.deployment",
     "Edited": "bnfx.editing",
+    "EnvReport": "bnfx.environment",
     "ExportError": "bnfx.errors",
     "ExportReport": "bnfx.export",
     "FoldError": "bnfx.errors",
@@ -84,21 +99,27 @@ _HOME = {
     "Hparams": "bnfx.recipes",
     "InsertError": "bnfx.errors",
     "InsertReport": "bnfx.reports",
+    "InspectReport": "bnfx.inspection",
     "ProviderError": "bnfx.errors",
     "Recipe": "bnfx.recipes",
     "RecipeError": "bnfx.errors",
+    "StageReport": "bnfx.stages",
     "VerificationError": "bnfx.errors",
-    "VerifyReport": "bnfx.verify",
+    "VerifyReport": "bnfx.verdicts",
     "apply_pass": "bnfx.editing",
     "benchmark_onnx": "bnfx.benchmark",
+    "deploy": "bnfx.deployment",
+    "doctor": "bnfx.environment",
     "export_onnx": "bnfx.export",
     "fold_bn": "bnfx.folding",
     "insert_bn": "bnfx.insertion",
+    "inspect_onnx": "bnfx.inspection",
     "param_groups": "bnfx.optimizers",
     "plan_fold": "bnfx.folding",
     "plan_insert": "bnfx.insertion",
     "recalibrate_bn": "bnfx.calibration",
     "recipe": "bnfx.recipes",
+    "removal_ledger": "bnfx.stages",
     "report": "bnfx.reports",
     "verify_onnx": "bnfx.verify",
 }

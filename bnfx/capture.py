@@ -61,13 +61,29 @@ def example(inputs: Any, kwargs: Mapping[str, Any] | None) -> Example | None:
 
 def clone(model: nn.Module) -> nn.Module:
     """A deep copy; what it shares inside, such as tied weights, it goes on sharing."""
+    return _copied(model, {})
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares the parameters; buffers are its own."""
+    return _copied(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
+    """A deep copy; tensors that a module keeps from its last forward are copied without gradient.
+
+    The weight of torch.nn.utils.weight_norm (the old form) is one: a deep copy alone refuses it.
+    """
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, dict[int, Any](memo))
     except (RuntimeError, TypeError) as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {error}. bnfx never changes the model that "
-            "it is given; make copy.deepcopy(model) work (torch.nn.utils.weight_norm in its old "
-            "form does not: use torch.nn.utils.parametrizations.weight_norm)"
+            "it is given; make copy.deepcopy(model) work"
         ) from error
 
 
@@ -80,19 +96,6 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
-
-
-def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares the parameters; buffers are its own."""
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    try:
-        return copy.deepcopy(model, dict(shared))
-    except (RuntimeError, TypeError) as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be copied: {error}. bnfx never changes the model that "
-            "it is given; make copy.deepcopy(model) work (torch.nn.utils.weight_norm in its old "
-            "form does not: use torch.nn.utils.parametrizations.weight_norm)"
-        ) from error
 
 
 class Tracer(fx.Tracer):

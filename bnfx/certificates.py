@@ -22,6 +22,7 @@ from bnfx.words import channels, describe, path_of
 #: Forced values closer than this, relatively, are not taken for a contradiction.
 _APART = 1e-9
 _VISITS = 5000
+_HOPS = 4
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,29 @@ class Explanation:
         """Layers whose weights carry the site now: those next to it that were rewritten."""
         of = self.gauges.systems.of
         labels = np.unique(of[np.append(site.x, site.y)])
-        labels = labels[labels > 0]
-        names = [
-            owner(changed)
-            for changed in self.changed
-            if np.isin(of[np.append(changed.x, changed.y)], labels).any()
-        ]
-        return tuple(dict.fromkeys(names))
+        bridges = [s for s in self.gauges.eliminated if s is not site]
+        for _ in range(len(self.gauges.eliminated) + _HOPS):
+            names = [
+                owner(changed)
+                for changed in self.changed
+                if np.isin(of[np.append(changed.x, changed.y)], labels[labels > 0]).any()
+            ]
+            if names:
+                return tuple(dict.fromkeys(names))
+            more = [b for b in bridges if np.isin(of[np.append(b.x, b.y)], labels).any()]
+            bridges = [b for b in bridges if b not in more]
+            ends = [of[np.append(b.x, b.y)] for b in more] or self._beside(labels)
+            labels = np.unique(np.concatenate([labels, *ends]))
+        return ()
+
+    def _beside(self, labels: Ints) -> list[Ints]:
+        """Labels that share an equation with some of `labels`, the ground left out."""
+        of, found = self.gauges.systems.of, []
+        for batch in self.found.batches:
+            rows = [of[part] for part in batch.labels]
+            hit = np.logical_or.reduce([np.isin(part, labels[labels > 0]) for part in rows])
+            found += [part[hit] for part in rows]
+        return found
 
     # -- reasons -------------------------------------------------------------------------------
 

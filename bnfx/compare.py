@@ -75,6 +75,8 @@ def check_output(
             reason = f"its error is {err / budget:.3g} times the unfolded model's own"
     elif not reason and not all(np.array_equal(a, b) for a, b in zip(ours, truth, strict=True)):
         reason = "its integers or booleans differ"
+    if not reason and _nowhere_finite(truth):
+        reason = "the reference is NaN or infinite everywhere, which verifies nothing"
     shape, dtype = tuple(ours[0].shape), str(ours[0].dtype)
     return OutputCheck(name, shape, dtype, err, budget, err / budget, not reason, reason)
 
@@ -94,6 +96,11 @@ def relative_error(values: Sequence[Array], truth: Sequence[Array]) -> float:
     if power == 0:
         return 0.0 if noise == 0 else math.inf
     return math.sqrt(noise / power)
+
+
+def _nowhere_finite(truth: Sequence[Array]) -> bool:
+    wide = [array.astype(np.float64) for array in truth]
+    return any(array.size for array in wide) and not any(np.isfinite(array).any() for array in wide)
 
 
 def _mismatch(ours: Array, own: Array, truth: Array) -> str:
@@ -118,18 +125,32 @@ def _mismatch(ours: Array, own: Array, truth: Array) -> str:
     return ""
 
 
-def weight_ratio(stored: Array, exact: Array, unit: float) -> tuple[float, int]:
+def weight_ratio(
+    stored: Array, exact: Array, unit: float, *, per_channel: bool = True
+) -> tuple[float, int]:
     """Largest distance of a weight from its float64 value, in units of rounding, and its channel.
 
     The unit of output channel c is `unit` times the largest magnitude in that channel, so that a
-    small channel is judged as strictly as a large one. Axis 0 is taken for the channel axis.
+    small channel is judged as strictly as a large one.
+
+    Args:
+        stored: (channels, everything else).
+        exact: Of the same shape, in float64.
+        unit: Relative error of one rounding.
+        per_channel: Whether each channel has a unit of its own; otherwise the largest one counts.
     """
-    channels = exact.shape[0] if exact.ndim else 1
-    rows = exact.astype(np.float64).reshape(channels, -1)
-    wide = stored.astype(np.float64).reshape(rows.shape)
+    wide, truth = stored.astype(np.float64), exact.astype(np.float64)
+    if not exact.size:
+        return 0.0, 0
+    rows = np.abs(truth).max(axis=1)
+    scale = (rows if per_channel else np.full_like(rows, rows.max())) * unit
     # Half of the smallest subnormal is lost below the normal range whatever one does.
-    scale = np.abs(rows).max(axis=1) * unit + np.finfo(np.float32).smallest_subnormal
-    distance = np.abs(wide - rows).max(axis=1) / scale
+    scale = scale + (2.0**-25 if unit == UNIT["fp16"] else float(_TINY))
+    with np.errstate(invalid="ignore", over="ignore"):
+        distance = np.abs(wide - truth).max(axis=1) / scale
     distance = np.where(np.isfinite(distance), distance, math.inf)
     worst = int(np.argmax(distance))
     return float(distance[worst]), worst
+
+
+_TINY = np.finfo(np.float32).smallest_subnormal

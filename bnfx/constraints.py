@@ -26,7 +26,7 @@ class Kind(Enum):
     SHIFT = auto()  # y = x + k: likewise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
     """A call whose parameters take up gauges.
 

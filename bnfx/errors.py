@@ -5,6 +5,8 @@ A message has three parts: what went wrong, where (module path and node), and wh
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class BnfxError(Exception):
     """Base of all errors raised by bnfx on purpose."""
@@ -35,8 +37,25 @@ class ExportError(BnfxError):
 
 
 class VerificationError(BnfxError):
-    """The ONNX file does not compute what the reference model computes."""
+    """The ONNX file does not compute what the reference model computes, or cannot be read.
+
+    Attributes:
+        report: The `VerifyReport` or `DeployReport` of what failed; None where it did not get far
+            enough for one.
+    """
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class ProviderError(BnfxError):
     """The requested onnxruntime execution provider did not run the graph."""
+
+
+class UsageError(BnfxError):
+    """The command line names something that is not there or cannot be meant."""
+
+
+class MissingPackageError(BnfxError):
+    """A package that the request needs is not installed or does not load."""

@@ -7,8 +7,8 @@ order, from inside which modules, and what reads their outputs.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
@@ -66,10 +66,45 @@ class Evidence:
     calls: tuple[AffineCall, ...]
     runs: Mapping[str, int]
 
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The modules that the graph calls by path."""
-        return dict(self.root.named_modules(remove_duplicate=False))
+
+@dataclass(frozen=True)
+class Readers:
+    """Who reads the parameters in a graph; parameters go by identity.
+
+    Attributes:
+        holders: Modules that hold a parameter themselves, with their paths.
+        names: Names of a parameter, more than one if it is tied.
+        users: Calls that read a parameter, with the node that names it.
+        calls: The affine call at a node.
+        whole: Paths of the modules that the graph calls.
+        modules: The modules by path.
+    """
+
+    holders: Mapping[int, Sequence[tuple[str, nn.Module]]]
+    names: Mapping[int, Sequence[str]]
+    users: Mapping[int, Sequence[tuple[fx.Node, fx.Node]]]
+    calls: Mapping[fx.Node, AffineCall]
+    whole: frozenset[str]
+    modules: Mapping[str, nn.Module]
+
+    @staticmethod
+    def of(evidence: Evidence) -> Readers:
+        """Look through the graph and the modules once."""
+        holders: defaultdict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
+        names: defaultdict[int, list[str]] = defaultdict(list)
+        users: defaultdict[int, list[tuple[fx.Node, fx.Node]]] = defaultdict(list)
+        modules = dict(evidence.root.named_modules(remove_duplicate=False))
+        for path, module in modules.items():
+            for name, parameter in module._parameters.items():
+                holders[id(parameter)].append((path, module))
+                names[id(parameter)].append(join(path, name))
+        for node in evidence.graph.nodes:
+            if node.op == "get_attr":
+                value = attribute(evidence.root, str(node.target))
+                users[id(value)] += [(node, user) for user in node.users]
+        calls = {call.node: call for call in evidence.calls}
+        whole = {str(n.target) for n in evidence.graph.nodes if n.op == "call_module"}
+        return Readers(holders, names, users, calls, frozenset(whole), modules)
 
 
 def traced(captured: ModuleGraph, prefix: str = "") -> Evidence:

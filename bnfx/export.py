@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections import Counter
@@ -18,16 +17,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from bnfx.errors import ExportError
+from bnfx.onnx_files import FOLDED, VERSION, all_nodes, describe_type, opset_of
 from bnfx.operators import BATCH_NORM, arguments
+from bnfx.placing import data_files, move_into_place, name_by_content, real_target
 from bnfx.reports import FoldReport, Report, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-#: Key of the file's metadata under which the names of folded parameters stand.
-FOLDED = "bnfx.folded"
-
-_OLDEST_OPSET = 18
+_OLDEST_OPSET, _NEWEST_OPSET = 18, 25  # of torch's exporter; a test asks it
+_BFLOAT16_OPSET = 22  # the first with convolutions and pooling in bfloat16
 _INLINE_BYTES = 1_500_000_000  # a protobuf message holds at most 2 GiB
 
 
@@ -88,8 +87,8 @@ def export_onnx(
         input_names: Names for the inputs, in order.
         output_names: Names for the outputs, in order.
         dynamic_shapes: As for `torch.onnx.export`, such as `({0: "batch"},)`.
-        opset_version: 18 or later; None takes the exporter's default.
-        external_data: Whether weights go to `<f>.data`; None decides by size.
+        opset_version: 18 to 25; None takes the exporter's default, and 22 for bfloat16.
+        external_data: Whether weights go to a file `<f>.<hash>.data`; None decides by size.
 
     Raises:
         ExportError: A module is in train mode; an opset that would be changed silently; the
@@ -97,9 +96,8 @@ def export_onnx(
     """
     _require_eval(model)
     _require_opset(opset_version)
-    target = Path(f)
-    if not target.parent.is_dir():
-        raise ExportError(f"{target.parent} is not a folder; make it before exporting to {target}")
+    target = real_target(f)
+    opset = opset_version if opset_version is not None else _least_opset(model)
     positional = (args,) if isinstance(args, Tensor) else tuple(args)
     program = _program(
         model,
@@ -108,21 +106,32 @@ def export_onnx(
         input_names=input_names,
         output_names=output_names,
         dynamic_shapes=dynamic_shapes,
-        opset_version=opset_version,
+        opset_version=opset,
     )
     _annotate(program.model.metadata_props, model)
+    size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
+    external = size > _INLINE_BYTES if external_data is None else external_data
+    _refuse_link(Path(f), target, external=external)
+    try:
+        return _write(program, target, opset, external=external)
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written, it is as it was: {error}") from error
+
+
+def _write(
+    program: torch.onnx.ONNXProgram, target: Path, opset: int | None, *, external: bool
+) -> ExportReport:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         written = Path(folder) / target.name
-        size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
-        external = size > _INLINE_BYTES if external_data is None else external_data
         program.save(written, external_data=external)
+        name_by_content(written)
         report = _check(written, target)
-        if opset_version is not None and report.opset != opset_version:
+        if opset is not None and report.opset != opset:
             raise ExportError(
-                f"the exporter wrote opset {report.opset} instead of {opset_version}; "
+                f"the exporter wrote opset {report.opset} instead of {opset}; "
                 f"ask for {report.opset} or leave opset_version out"
             )
-        _move(written, target)
+        move_into_place(written, target)
     return report
 
 
@@ -152,11 +161,26 @@ def _require_eval(model: nn.Module) -> None:
 
 
 def _require_opset(version: int | None) -> None:
-    newest = onnx.defs.onnx_opset_version()
+    newest = min(_NEWEST_OPSET, onnx.defs.onnx_opset_version())
     if version is not None and not _OLDEST_OPSET <= version <= newest:
         raise ExportError(
             f"opset_version={version} cannot be written: the exporter supports {_OLDEST_OPSET} to "
             f"{newest} and would change it silently"
+        )
+
+
+def _least_opset(model: nn.Module) -> int | None:
+    """The opset that a model needs; None where the exporter's default does."""
+    state = (*model.parameters(), *model.buffers())
+    return _BFLOAT16_OPSET if any(t.dtype is torch.bfloat16 for t in state) else None
+
+
+def _refuse_link(given: Path, target: Path, *, external: bool) -> None:
+    """Weights lie beside the file; a reader that comes through a link looks beside the link."""
+    if external and given.is_symlink() and given.parent.resolve() != target.parent.resolve():
+        raise ExportError(
+            f"{given} is a link to {target}, in another folder, and the weights go to a file "
+            "beside it, where a reader of the link does not look; give the real path"
         )
 
 
@@ -165,6 +189,8 @@ def _program(model: nn.Module, args: tuple[Any, ...], **options: Any) -> torch.o
         with warnings.catch_warnings():
             # torch.export of torch 2.13 calls its own deprecated pytree test
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+            # one name for the batch of several inputs is what is wanted
+            warnings.filterwarnings("ignore", message=".*axis name.*will not be used.*")
             program = torch.onnx.export(model, args, None, dynamo=True, verbose=False, **options)
     except Exception as error:  # the exporter and the user's forward raise anything
         first = str(error).strip().partition("\n")[0]
@@ -179,7 +205,7 @@ def _program(model: nn.Module, args: tuple[Any, ...], **options: Any) -> torch.o
 def _annotate(metadata: dict[str, str], model: nn.Module) -> None:
     from bnfx import __version__
 
-    metadata["bnfx.version"] = __version__
+    metadata[VERSION] = __version__
     meta = model.meta if isinstance(model, fx.GraphModule) else {}
     done = meta.get("bnfx")
     if isinstance(done, FoldReport):
@@ -196,44 +222,10 @@ def _check(written: Path, target: Path) -> ExportReport:
     graph = model.graph
     return ExportReport(
         path=str(target),
-        opset=next(
-            entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")
-        ),
+        opset=opset_of(model),
         inputs={value.name: describe_type(value) for value in graph.input},
         outputs={value.name: describe_type(value) for value in graph.output},
         operators=dict(sorted(counts.items())),
         batch_norms_left=counts["BatchNormalization"],
-        size=sum(path.stat().st_size for path in written.parent.iterdir()),
+        size=sum(path.stat().st_size for path in (written, *data_files(written))),
     )
-
-
-def all_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The nodes of a model, with those of its functions and subgraphs."""
-    found: list[onnx.NodeProto] = []
-    queue = [*model.graph.node, *(node for function in model.functions for node in function.node)]
-    while queue:
-        node = queue.pop(0)
-        found.append(node)
-        for attribute in node.attribute:
-            queue.extend(attribute.g.node)
-            queue.extend(inner for graph in attribute.graphs for inner in graph.node)
-    return found
-
-
-def describe_type(value: onnx.ValueInfoProto) -> str:
-    """Such as "float32[batch,3,224,224]"."""
-    tensor = value.type.tensor_type
-    dims = ",".join(dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim)
-    return f"{onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name}[{dims}]"
-
-
-def _move(written: Path, target: Path) -> None:
-    """Weights first, so that a reader never sees the new graph beside the old weights' absence."""
-    stale = target.with_name(f"{target.name}.data")
-    data = written.with_name(stale.name)
-    if data.exists():
-        data.replace(stale)
-    if target.is_dir():
-        raise ExportError(f"{target} is a folder; give the name of a file")
-    shutil.copymode(target, written) if target.exists() else written.chmod(0o644)
-    written.replace(target)

@@ -75,13 +75,13 @@ class Solver:
     Attributes:
         found: Labels and demands.
         candidates: Sites that may vanish.
-        dead: Sites whose input may become constant on channels with s = 0.
+        fixed: Nodes whose values must stay.
         limit: Largest |log a|.
     """
 
     found: Constraints
     candidates: list[Site]
-    dead: frozenset[fx.Node]
+    fixed: frozenset[fx.Node]
     limit: float
     refused: dict[fx.Node, Refused] = field(default_factory=dict)
     _readers: Flags | None = None
@@ -93,7 +93,7 @@ class Solver:
         for _ in range(_ROUNDS):
             systems = hard.copy()
             self.refused = dict(ill)
-            chosen = [s for s in self.candidates if s.node not in ill and self._try(systems, s)]
+            chosen = self._greedy(systems, ill)
             scale, shift = self._values(systems)
             bad = self._ill(systems, chosen, scale, shift)
             if not bad:
@@ -106,9 +106,19 @@ class Solver:
             self.refused = {s.node: Refused("", np.zeros(0, int), words) for s in self.candidates}
         return Gauges(scale, shift, tuple(chosen), self.refused, systems, hard)
 
-    def _try(self, systems: Systems, site: Site) -> bool:
+    def _greedy(self, systems: Systems, ill: dict[fx.Node, Refused]) -> list[Site]:
+        chosen: list[Site] = []
+        gone: set[fx.Node] = set()
+        for site in self.candidates:
+            if site.node not in ill and self._try(systems, site, gone):
+                chosen.append(site)
+                gone.add(site.node)
+        return chosen
+
+    def _try(self, systems: Systems, site: Site, gone: set[fx.Node]) -> bool:
         mark = systems.mark()
-        refusal = attempt(systems, site, dead=site.node in self.dead)
+        before = absorber(self.found, site, gone) if not site.s.all() else None
+        refusal = attempt(systems, site, dead=before is not None and before.node not in self.fixed)
         if refusal is None and len(site.mean):
             known = systems.shift.substituted(Rows.of((systems.of[site.x], 1.0)))
             shift = np.where((known.unknowns < 0).all(axis=1), known.constant, 0.0)
@@ -251,6 +261,24 @@ def _stretch(site: Site) -> float:
 
 def _sharing(chosen: list[Site], labels: Ints) -> list[Site]:
     return [s for s in chosen if np.isin(s.x, labels).any() or np.isin(s.y, labels).any()]
+
+
+def absorber(found: Constraints, site: Site, gone: set[fx.Node]) -> Site | None:
+    """The layer or kept BatchNorm that alone feeds `site`, through BatchNorms that are gone.
+
+    Where s = 0 it may give the constant t instead of its own channel.
+    """
+    current = site
+    while current.source is not None and len(current.source.users) == 1:
+        before = found.sites.get(current.source)
+        if before is None or before.kind in (Kind.SCALE, Kind.SHIFT):
+            return None
+        if not np.array_equal(before.y, current.x):
+            return None
+        if current.source not in gone:
+            return before
+        current = before
+    return None
 
 
 def equations(systems: Systems, site: Site) -> dict[str, tuple[LinearSystem, Rows]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -29,8 +30,28 @@ _RANKS: tuple[tuple[type[nn.Module], frozenset[int]], ...] = (
 )
 
 
+class _Proxy(fx.Proxy):
+    """Records augmented assignment as what it is; torch.fx takes `y += 1` for `y = y + 1`."""
+
+
+def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand",
+              "ior", "ixor", "ilshift", "irshift"):  # fmt: skip
+    setattr(_Proxy, f"__{_name}__", _augmented(getattr(operator, _name)))
+
+
 class _FunctionalTracer(Tracer):
     """Goes through the torch.nn modules of the operator table; what is left whole stays a call."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A value under tracing."""
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque or has_hooks(m):

@@ -43,6 +43,18 @@ def norm_call(node: fx.Node) -> dict[str, Any]:
     return call | {"training": call["use_input_stats"]}
 
 
+def is_norm(node: fx.Node) -> bool:
+    """Whether the call evaluates a BatchNorm, or an InstanceNorm with running statistics."""
+    if node.op != "call_function":
+        return False
+    if node.target in BATCH_NORM:
+        return True
+    if node.target not in INSTANCE_NORM:
+        return False
+    call = arguments(node, INSTANCE_NORM[node.target])
+    return call["running_mean"] is not None and call["use_input_stats"] is False
+
+
 def affine_map_of(node: fx.Node, values: Values) -> AffineMap | str:
     """The map, or why this norm is none."""
     call = norm_call(node)

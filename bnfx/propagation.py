@@ -211,6 +211,8 @@ class Propagation:
             x = self._channels(self._map(source), 1, cause)
         else:
             x = np.zeros(len(affine.s), np.int64)
+        if len(x) != len(affine.s):
+            raise Opaque
         y = self.found.fresh(node, "y", len(affine.s))
         self.found.readers[node, 0] = np.unique(x)
         self.found.site(

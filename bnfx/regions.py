@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from bnfx.capture import clone
 from bnfx.errors import CaptureError
-from bnfx.evidence import AffineCall, traced
+from bnfx.evidence import traced
 from bnfx.module_graph import ModuleGraph, module_graph
 from bnfx.observe import SCOPES
 from bnfx.operators import affine_module
@@ -74,7 +75,7 @@ def share_out(
             None,
         )
         if region is None:
-            refused[site] = _why_none(call, calls[call.path], behind=behind)
+            refused[site] = _why_none(calls[call.path], behind=behind)
         else:
             found[site] = region
     regions = sorted(set(found.values()), key=len)
@@ -100,7 +101,9 @@ class _Probes:
     def _trace(self, path: str) -> Counter[str]:
         module = self.root.get_submodule(path)
         if affine_module(module) is not None:
-            return Counter([path])
+            # a weight that is neither is put there by a hook, which needs the layer itself
+            stored = "weight" in module._parameters or is_parametrized(module, "weight")
+            return Counter([path] if stored else [])
         try:
             captured = module_graph(clone(module), None)
         except CaptureError:
@@ -123,7 +126,7 @@ def _common_scopes(
     return tuple(common)
 
 
-def _why_none(call: AffineCall, count: int, *, behind: bool) -> str:
+def _why_none(count: int, *, behind: bool) -> str:
     if count > 1:
         return (
             f"it is called {count} times from code that cannot be traced, and one BatchNorm "
@@ -135,8 +138,8 @@ def _why_none(call: AffineCall, count: int, *, behind: bool) -> str:
             "placement='pre_activation'"
         )
     return (
-        "it is a functional call in a forward that cannot be traced; make it a module of its own, "
-        f"such as a {call.row.module.__name__}"
+        "code that cannot be traced calls it as a function, or its weight is put there by a hook; "
+        "make it a module of its own, or use torch.nn.utils.parametrizations"
     )
 
 

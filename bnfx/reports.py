@@ -50,6 +50,19 @@ class Report(ABC):
         """The report as plain dicts, lists, numbers and strings, ready for `json.dumps`."""
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
+    def to_markdown(self) -> str:
+        """The report as Markdown."""
+        from bnfx.report_documents import document_of
+        from bnfx.report_text import to_markdown
+
+        return to_markdown(document_of(self))
+
+    def to_html(self) -> str:
+        """The report as one HTML file that loads nothing, with pictures where there are numbers."""
+        from bnfx.report_files import to_html
+
+        return to_html(self)
+
 
 def plain(value: Any) -> Any:
     """`value` with dataclasses, tuples, mappings and paths turned into JSON's own types."""
@@ -69,15 +82,16 @@ def plain(value: Any) -> Any:
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> RenderableType:
     """A plain table; cells are turned into text, never read as markup."""
     from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(str(cell)) for cell in row))
-    return drawn
+    return Group(Text(title), drawn)  # a title of the table itself would wrap at its width
 
 
 def tally(words: Iterable[str]) -> str:

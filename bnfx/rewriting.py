@@ -78,7 +78,7 @@ def change_of(
         site: An affine layer, a norm or a constant.
         gauges: The solution.
         values: Values of the constants.
-        dead: Output channels of an affine layer that become constant -> that constant.
+        dead: Output channels that become constant -> that constant.
     """
     ends = Ends.of(site, gauges)
     if ends.trivial() and not dead:
@@ -86,9 +86,9 @@ def change_of(
     if site.kind is Kind.AFFINE:
         return _affine(site, ends, values, dead)
     if site.kind is Kind.NORM:
-        return _norm(site, ends, values)
+        return _deadened(_norm(site, ends, values), dead)
     if site.kind is Kind.BATCH_NORM:
-        return _batch_norm(site, ends, values)
+        return _deadened(_batch_norm(site, ends, values), dead)
     return _constant(site, ends)
 
 
@@ -115,6 +115,14 @@ def _affine(site: Site, ends: Ends, values: Values, dead: Mapping[int, float]) -
     if bias is not None or bool((new_bias != 0).any()):
         tensors["bias"] = new_bias
     return Change(site, tensors, _sources(values, call["weight"], call["bias"]))
+
+
+def _deadened(change: Change, dead: Mapping[int, float]) -> Change:
+    """Weight 0 and the constant as bias on the channels that become constant."""
+    for channel, value in dead.items():
+        change.tensors["weight"].view(-1)[channel] = 0.0
+        change.tensors["bias"].view(-1)[channel] = value
+    return change
 
 
 def _norm(site: Site, ends: Ends, values: Values) -> Change:

@@ -25,6 +25,7 @@ from bnfx.operators import BATCH_NORM, Passage, affine_of, argument, arguments, 
 #: Sizes to assume along spatial axes, in this order, until all of a network fits.
 _SIZES = (224, 32, 28, 64, 8, 96, 128, 256, 299, 384, 512)
 _BATCH = 2
+_FEW = 8
 
 
 class Unknown:
@@ -42,11 +43,13 @@ class Shapes:
         values: Fake tensors and plain numbers; UNKNOWN where a call failed or was not made.
         assumed: Node -> rank that was assumed for it.
         failures: Nodes that could not be run though their inputs were known.
+        impossible: Whether one of them failed for the rank of its input, whatever its sizes.
     """
 
     values: dict[fx.Node, Any] = field(default_factory=dict)
     assumed: dict[fx.Node, int] = field(default_factory=dict)
     failures: list[fx.Node] = field(default_factory=list)
+    impossible: bool = False
 
 
 def shapes_of(module: fx.GraphModule, inputs: Sequence[Any] | None) -> list[Shapes]:
@@ -76,25 +79,40 @@ def _assumed(runner: _Runner) -> list[Shapes]:
         if not tried[-1].failures:
             break
     first = min(tried, key=lambda run: len(run.failures))
+    if first.failures and len(first.assumed) <= _FEW:  # perhaps not the sizes, but a rank is wrong
+        size = _SIZES[tried.index(first)]
+        for node in first.assumed:
+            runner.shifts = {node: 1}
+            other = runner.run(None, _BATCH, size)
+            if len(other.failures) < len(first.failures):
+                larger = runner.run(None, _BATCH + 1, size)
+                return [other, larger] if not larger.failures else [other]
+        runner.shifts = {}
     size = _SIZES[tried.index(first)]
-    for batch, other in ((_BATCH + 1, size + 32), (_BATCH + 1, size)):
-        second = runner.run(None, batch, other)
+    for batch, space in ((_BATCH + 1, size + 32), (_BATCH + 1, size)):
+        second = runner.run(None, batch, space)
         if len(second.failures) <= len(first.failures):
             return [first, second]
     return [first]
 
 
 def at_other_ranks(module: fx.GraphModule, runs: Sequence[Shapes], node: fx.Node) -> list[Shapes]:
-    """Shapes with another rank assumed for `node`, one run for each rank that the graph takes."""
+    """Shapes with another rank assumed for `node`, one run for each rank that the graph takes.
+
+    Empty where it is not certain that the graph refuses the ranks that are left out.
+    """
     first = runs[0]
     size = next((int(v.shape[-1]) for v in map(first.values.get, first.assumed) if is_tensor(v)), 8)
     runner = _Runner(module)
     found = []
-    for change in (-1, 1, 2):
+    for change in (-1, 0, 1, 2):
         runner.shifts = {node: change}
         run = runner.run(None, _BATCH, size)
-        if not run.failures:
-            found.append(run)
+        if run.assumed.get(node) == first.assumed[node] or run.impossible:
+            continue
+        if run.failures:
+            return []
+        found.append(run)
     return found
 
 
@@ -175,6 +193,7 @@ class _Runner:
             rank = row.spatial + 2 + self.shifts.get(node, 0)
             if rank not in (row.spatial + 1, row.spatial + 2):
                 found.failures.append(node)
+                found.impossible = True
                 return UNKNOWN
             found.assumed[node] = rank
             shape = [batch, channels, *[size] * row.spatial]
@@ -195,14 +214,18 @@ class _Runner:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: found.values[n])
         try:
             return self._run(node, args, kwargs)
-        except Exception:  # noqa: BLE001  # an operator on fake values raises anything
+        except Exception as error:  # noqa: BLE001  # an operator on fake values raises anything
             found.failures.append(node)
+            found.impossible |= isinstance(error, IndexError)
             return self._assume(node, batch, size, found)
 
     def _run(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.op == "call_function":
             if node.target in (torch._assert, torch._check):
                 return None
+            ranks = node.meta.get(RANKS)
+            if ranks and args[0].dim() not in ranks:
+                raise IndexError(f"{node.name} takes no tensor of rank {args[0].dim()}")
             return node.target(*args, **kwargs)  # type: ignore[operator]  # a function
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -231,6 +254,7 @@ class _Runner:
                 sizes = sizes[1:]
             elif shift:
                 found.failures.append(node)
+                found.impossible = True
             found.assumed[node] = len(sizes)
             return torch.empty(sizes, dtype=weight.dtype)
         ranks = node.meta.get(RANKS, frozenset())
@@ -241,6 +265,7 @@ class _Runner:
             found.assumed[node] = rank = min(ranks) + self.shifts.get(node, 0)
             if rank not in ranks:
                 found.failures.append(node)
+                found.impossible = True
                 return UNKNOWN
             return torch.empty(batch, mean.shape[0], *[space] * (rank - 2), dtype=mean.dtype)
         return UNKNOWN

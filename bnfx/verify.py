@@ -1,136 +1,49 @@
-"""Prove that an ONNX file computes what the unfolded PyTorch model computes.
+"""Prove that an ONNX file computes what the unfolded reference computes.
 
-Two tiers. Weights: where the file says that bnfx folded it, the folding is done again from the
-reference in float64, and every weight in the file is held against it. Outputs: onnxruntime against
-the reference in float64, in units of the reference's own error (see `bnfx.compare`).
+Three tiers. Weights: the reference is folded again in float64, and every weight that reaches a node
+of the file is held against it. Layers: each on the input that the file gives it; they point at what
+is wrong. Outputs: onnxruntime against the reference in float64, in units of the reference's own
+error (see `bnfx.compare`). Nothing that the file claims about itself weakens a check.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-import numpy as np
 import onnx
-import torch
-from google.protobuf.message import DecodeError
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from bnfx.capture import clone
-from bnfx.compare import UNIT, Array, OutputCheck, check_output, weight_ratio
-from bnfx.errors import BnfxError, VerificationError
-from bnfx.export import FOLDED, all_nodes, training_modules
-from bnfx.providers import open_session, require_provider, runtime_errors
-from bnfx.reports import Report, table
+from bnfx.compare import UNIT, Array, OutputCheck, check_output
+from bnfx.errors import VerificationError
+from bnfx.export import training_modules
+from bnfx.isolated import execute_apart
+from bnfx.layer_checks import MAX_LAYER_RATIO
+from bnfx.localisation import output_fault
+from bnfx.onnx_files import FOLDED, VERSION, all_nodes, metadata_of, read_onnx, type_name
+from bnfx.onnx_reference import OnnxReference
+from bnfx.references import DTYPES, Precision, Runs, Sample, TorchReference, arrays
+from bnfx.runner import Answer, Request, execute
+from bnfx.sampling import as_sample, batch_of, other_batches, pool, resized
+from bnfx.staging import Staged, stage
+from bnfx.tiers import Findings, check_layers
+from bnfx.verdicts import Divergence, TierCheck, VerifyReport
+from bnfx.weight_checks import MAX_WEIGHT_RATIO, Rounding
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-Precision = Literal["fp32", "fp16", "bf16"]
-
-#: Folding right was seen to err by at most 3.6 units in a weight, folding wrong by 27 and more.
-_MAX_WEIGHT_RATIO = 8.0
-_OTHER_BATCHES = (1, 2, 7)
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class WeightCheck:
-    """One weight of the file against the float64 folding of the reference.
-
-    Attributes:
-        name: Name in the file and in the folded model.
-        ratio: Largest distance, in units of rounding of the largest weight of its channel.
-        channel: Where that is, along axis 0.
-        passed: Whether ratio is at most 8.
-    """
-
-    name: str
-    ratio: float
-    channel: int
-    passed: bool
-
-
-@dataclass(frozen=True)
-class VerifyReport(Report):
-    """What was checked, and how it came out.
-
-    Attributes:
-        status: "passed", "failed" or "skipped".
-        path: The file.
-        provider: Where it was asked to run.
-        providers: Execution provider -> number of nodes that it ran.
-        precision: Precision that the budget is taken from.
-        num_inputs: Inputs that outputs were pooled over.
-        batch_sizes: Batch sizes that were run.
-        batch_norms_left: BatchNormalization nodes in the file.
-        outputs: One record for each output and batch size.
-        weights: One record for each weight held against the float64 folding.
-        notes: What was not checked, and why.
-        first_divergence: The first weight or output that is wrong.
-    """
-
-    status: Literal["passed", "failed", "skipped"]
-    path: str
-    provider: str
-    providers: Mapping[str, int]
-    precision: str
-    num_inputs: int
-    batch_sizes: tuple[int, ...]
-    batch_norms_left: int
-    outputs: tuple[OutputCheck, ...]
-    weights: tuple[WeightCheck, ...]
-    notes: tuple[str, ...]
-    first_divergence: str | None
-
-    def __bool__(self) -> bool:
-        return self.status == "passed"
-
-    @property
-    def worst_ratio(self) -> float:
-        """Largest ratio of errors over the outputs."""
-        return max((output.ratio for output in self.outputs), default=math.nan)
-
-    def raise_for_failure(self) -> None:
-        """Raise VerificationError unless the status is "passed"."""
-        if not self:
-            raise VerificationError(f"{self.path} {self.status}: {self.first_divergence}\n{self}")
-
-    def __rich__(self) -> RenderableType:
-        ran = ", ".join(f"{n} nodes on {name}" for name, n in self.providers.items())
-        worst = max((weight.ratio for weight in self.weights), default=math.nan)
-        title = (
-            f"verify_onnx: {self.status}. {self.path}: {ran}; {self.num_inputs} inputs; "
-            f"{len(self.weights)} weights, worst {worst:.2f} units of {_MAX_WEIGHT_RATIO:g}; "
-            f"{self.batch_norms_left} BatchNormalization left"
-        )
-        rows = [
-            (
-                *(o.name, str(list(o.shape)), o.dtype, f"{o.err:.2e}", f"{o.budget:.2e}"),
-                *(f"{o.ratio:.2f}", "passed" if o.passed else o.reason),
-            )
-            for o in self.outputs
-        ]
-        rows += [
-            (w.name, "", "weight", "", "", f"{w.ratio:.3g}", f"wrong in channel {w.channel}")
-            for w in self.weights
-            if not w.passed
-        ]
-        title += "".join(f"\n{note}" for note in self.notes)
-        return table(title, ("output", "shape", "dtype", "error", "budget", "ratio", ""), rows)
+Reference = TorchReference | OnnxReference
 
 
 def verify_onnx(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     f: str | os.PathLike[str],
-    args: Any,
+    args: Any = None,
     *,
     kwargs: Mapping[str, Any] | None = None,
     provider: str = "cpu",
@@ -140,255 +53,270 @@ def verify_onnx(
     precision: Precision = "fp32",
     max_ratio: float = 4.0,
     localize: bool = True,
+    timeout: float | None = None,
+    isolate: bool = True,
 ) -> VerifyReport:
     """Compare an ONNX file with the unfolded model that it was made from.
 
     Args:
-        model: The unfolded reference, in eval mode; left bit-identical.
-        f: The ONNX file.
+        model: The unfolded reference, in eval mode; left bit-identical. Or the path of another ONNX
+            file, which is evaluated in float64.
+        f: The ONNX file, written by anyone.
         args: Tuple of positional example arguments, or a lone tensor: shapes, dtypes and ranges of
-            the inputs that are drawn. They are the first input themselves.
+            the inputs that are drawn. They are the first input themselves. Where the reference is
+            a file they may be left out: its declared inputs are drawn.
         kwargs: Example keyword arguments.
         provider: "cpu", "cuda" or "cuda:1"; CUDA never falls back.
         num_inputs: Inputs to pool the error over.
         inputs: Inputs to use instead of drawn ones, each like `args`.
         batch_sizes: Batch sizes to run besides that of `args`; by default 1, 2 and 7 where the
             file's batch is symbolic, none where it is fixed.
-        precision: What the budget is taken from: the reference in "fp32", "fp16" or "bf16".
+        precision: What the budget is taken from: the reference in "fp32", "tf32", "fp16" or "bf16".
+            A model in a coarser dtype is held to that one.
         max_ratio: Limit of the error, in budgets.
-        localize: Whether to name the first wrong weight or output.
+        localize: Whether to compare layer by layer and to name the first thing that is wrong. The
+            weights of a file whose weights are computed by nodes are compared only then.
+        timeout: Seconds that onnxruntime gets; None takes 100 times what the reference took on one
+            input, times the number of inputs, at least two minutes.
+        isolate: Whether onnxruntime runs in a process of its own, which survives what a file may do
+            to it. CUDA always does.
 
     Raises:
-        VerificationError: The file cannot be read or run, or the reference is in train mode.
-        ProviderError: The provider did not run the graph.
+        VerificationError: The file cannot be read or loaded, has other inputs, or the reference is
+            in train mode.
+        ProviderError: The provider did not run the graph, or not in the arithmetic asked for.
     """
-    if precision not in _DTYPES:
+    start = time.perf_counter()
+    if precision not in DTYPES:
+        raise VerificationError(f"precision={precision!r} is unknown; use {', '.join(DTYPES)}")
+    path = Path(f)
+    proto = read_onnx(path)
+    reference = _reference(model, precision, timeout)
+    if args is None and not kwargs and isinstance(reference, OnnxReference):
+        example = reference.example()
+    else:
+        example = as_sample(() if args is None else args, kwargs)
+    names, values = _declared(proto)
+    if len(names) != len(reference.leaves(example)):
         raise VerificationError(
-            f"precision={precision!r} is not available; use {', '.join(_DTYPES)}"
+            f"{path} takes {len(names)} inputs ({', '.join(names)}), the example has "
+            f"{len(reference.leaves(example))} tensors"
         )
+    pooled = pool(example, inputs, num_inputs)
+    sizes = other_batches(values, example, batch_sizes)
+    small = [resized(pooled, size) for size in sizes]
+    plan = _Plan(path, proto, provider, reference, pooled, small, sizes, names, values)
+    began = time.perf_counter()
+    first = reference.run(pooled[:1])
+    each = time.perf_counter() - began
+    limit = max(120.0, 100 * each * (len(pooled) + sum(sizes))) if timeout is None else timeout
+    staged, answer = _run(plan, localize=localize, timeout=limit, isolate=isolate)
+    runs = first + reference.run([*pooled[1:], *small])
+    outputs = _check_outputs(plan, answer, runs, max_ratio)
+    findings = _check_layers(plan, staged, answer)
+    return _report(plan, staged, answer, outputs, findings, max_ratio, localize, start)
+
+
+def _reference(
+    model: nn.Module | str | os.PathLike[str], precision: Precision, timeout: float | None
+) -> Reference:
+    if not isinstance(model, nn.Module):
+        return OnnxReference(Path(model), precision, timeout or 600.0)
     if found := training_modules(model):
         raise VerificationError(
             f"the reference is in train mode at {found[:8]}, so it has no one answer; call "
             "model.eval() first"
         )
-    path = Path(f)
-    proto = _load(path)
-    session = open_session(path, provider)
-    reference = _Reference.of(model, precision)
-    example = ((args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {}))
-    pooled = _pool(example, inputs, num_inputs)
-    batches: list[list[Any]] = [pooled]
-    sizes = _batch_sizes(session, example, batch_sizes)
-    batches += [[_resized(x, size) for x in pooled[:2]] for size in sizes]
-    outputs: list[OutputCheck] = []
-    for batch in batches:
-        outputs += _check_batch(session, reference, batch, UNIT[precision], max_ratio)
-    weights, notes = _check_weights(model, proto, path, example)
-    providers = require_provider(session, provider)
-    wrong = [f"weight {w.name!r}, channel {w.channel}" for w in weights if not w.passed]
-    wrong += [f"output {o.name!r} {list(o.shape)}: {o.reason}" for o in outputs if not o.passed]
-    counts = Counter(node.op_type for node in all_nodes(proto))
-    own = _batch_of(example)
-    return VerifyReport(
-        status="failed" if wrong else "passed",
-        path=str(path),
-        provider=provider,
-        providers=providers,
-        precision=precision,
-        num_inputs=len(pooled),
-        batch_sizes=(*([own] if own is not None else []), *sizes),
-        batch_norms_left=counts["BatchNormalization"],
-        outputs=tuple(outputs),
-        weights=tuple(weights),
-        notes=tuple(notes),
-        first_divergence=wrong[0] if wrong and localize else None,
-    )
+    return TorchReference(model, precision)
 
 
 @dataclass(frozen=True)
-class _Reference:
-    """The unfolded model as given, in the deployed precision and in float64."""
+class _Plan:
+    """What is compared with what, on which inputs."""
 
-    own: nn.Module
-    rounded: nn.Module
-    exact: nn.Module
-    dtype: torch.dtype
+    path: Path
+    proto: onnx.ModelProto
+    provider: str
+    reference: Reference
+    pooled: list[Sample]
+    small: list[Sample]
+    sizes: tuple[int, ...]
+    names: list[str]
+    values: list[onnx.ValueInfoProto]
 
-    @staticmethod
-    def of(model: nn.Module, precision: str) -> _Reference:
-        dtype = _DTYPES[precision]
-        own = clone(model)
-        return _Reference(own, clone(model).to(dtype), clone(model).double(), dtype)
-
-    def run(self, which: nn.Module, x: Any, dtype: torch.dtype | None) -> list[Tensor]:
-        args, kwargs = pytree.tree_map(lambda leaf: _cast(leaf, dtype), x)
-        with torch.no_grad():
-            leaves = pytree.tree_leaves(which(*args, **kwargs))
-        return [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _cast(leaf: Any, dtype: torch.dtype | None) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    leaf = leaf.clone()  # a forward may work in place
-    return leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf
+    @property
+    def shown(self) -> Sample:
+        """The input that layers are compared on: the smallest batch there is."""
+        batches = dict(zip(self.sizes, self.small, strict=True))
+        least = min(self.sizes, default=0)
+        own = batch_of(self.pooled[0])
+        return batches[least] if least and own is not None and least < own else self.pooled[0]
 
 
-def _check_batch(
-    session: Any, reference: _Reference, batch: list[Any], unit: float, max_ratio: float
-) -> list[OutputCheck]:
-    ours = [_run(session, x) for x in batch]
-    own = [_arrays(reference.run(reference.own, x, None)) for x in batch]
-    rounded = [_arrays(reference.run(reference.rounded, x, reference.dtype)) for x in batch]
-    truth = [_arrays(reference.run(reference.exact, x, torch.float64)) for x in batch]
-    names = [value.name for value in session.get_outputs()]
-    if len(names) != len(own[0]):
-        reason = f"the file has {len(names)} outputs, the model {len(own[0])}"
-        return [OutputCheck("outputs", (), "", math.inf, unit, math.inf, False, reason)]
-    checks = []
-    for i, name in enumerate(names):
-        mine, budget = ([arrays[i] for arrays in side] for side in (ours, rounded))
-        like = [a[i].astype(b[i].dtype) for a, b in zip(rounded, own, strict=True)]
-        check = check_output(
-            name,
-            mine,
-            like if mine[0].dtype == own[0][i].dtype else budget,
-            [arrays[i] for arrays in truth],
-            unit=unit,
-            max_ratio=max_ratio,
+def _declared(proto: onnx.ModelProto) -> tuple[list[str], list[onnx.ValueInfoProto]]:
+    """The inputs that a caller must give."""
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    values = [value for value in proto.graph.input if value.name not in stored]
+    return [value.name for value in values], values
+
+
+def _run(plan: _Plan, *, localize: bool, timeout: float, isolate: bool) -> tuple[Staged, Answer]:
+    with tempfile.TemporaryDirectory(prefix="bnfx-") as name:
+        folder = Path(name)
+        staged = stage(plan.proto, plan.path, folder, provider=plan.provider, values=localize)
+        samples = [plan.shown, *plan.pooled, *plan.small]
+        request = Request(
+            model=staged.model,
+            provider=plan.provider,
+            folder=name,
+            names=tuple(plan.names),
+            runs=len(samples),
+            tf32=plan.reference.precision == "tf32",
+            values_model=staged.values_model,
+            values=staged.graph.wanted if staged.values_model else (),
+            weights=staged.weights,
         )
+        feeds = [_feed(plan, sample) for sample in samples]
+        if isolate or plan.provider != "cpu":
+            return staged, execute_apart(request, feeds, timeout=timeout)
+        return staged, execute(request, feeds)
+
+
+def _feed(plan: _Plan, sample: Sample) -> list[Array]:
+    """The tensors of an input, floats in the dtype that the file takes."""
+    feed = arrays(plan.reference.leaves(sample))
+    wanted = [type_name(value.type.tensor_type.elem_type) for value in plan.values]
+    return [
+        array.astype(kind)
+        if array.dtype.kind == "f" and kind in ("float16", "float32", "float64")
+        else array
+        for array, kind in zip(feed, wanted, strict=True)
+    ]
+
+
+def _check_outputs(plan: _Plan, answer: Answer, runs: Runs, max_ratio: float) -> list[OutputCheck]:
+    unit = UNIT[plan.reference.precision]
+    if len(answer.outputs) != len(runs.own[0]):
+        reason = f"the file has {len(answer.outputs)} outputs, the model {len(runs.own[0])}"
+        return [OutputCheck("outputs", (), "", math.inf, unit, math.inf, False, reason)]
+    count = len(plan.pooled)
+    groups = [range(count), *([count + i] for i in range(len(plan.small)))]
+    checks: list[OutputCheck] = []
+    for group in groups:
+        checks += _check_group(plan, answer, runs, list(group), max_ratio)
+    return checks
+
+
+def _check_group(
+    plan: _Plan, answer: Answer, runs: Runs, group: list[int], max_ratio: float
+) -> list[OutputCheck]:
+    unit = UNIT[plan.reference.precision]
+    failed = next((i + 1 for i in group if answer.results[i + 1] is None), None)
+    if failed is not None:
+        reason = f"onnxruntime fails on this input: {answer.failures[failed]}"
+        shape = tuple(runs.own[group[0]][0].shape)
+        return [OutputCheck("outputs", shape, "", math.inf, unit, math.inf, False, reason)]
+    declared = {
+        value.name: type_name(value.type.tensor_type.elem_type) for value in plan.proto.graph.output
+    }
+    checks = []
+    for k, name in enumerate(answer.outputs):
+        mine = [outs[k] for i in group if (outs := answer.results[i + 1]) is not None]
+        budget = [runs.rounded[i][k] for i in group]
+        own = [runs.own[i][k] for i in group]
+        same = mine[0].dtype == own[0].dtype
+        like = [a.astype(b.dtype) for a, b in zip(budget, own, strict=True)] if same else budget
+        truth = [runs.exact[i][k] for i in group]
+        check = check_output(name, mine, like, truth, unit=unit, max_ratio=max_ratio)
+        if runs.dtypes[k] == "bfloat16" and declared[name] not in ("bfloat16", "float32"):
+            reason = f"its dtype is {declared[name]}, not bfloat16"
+            check = OutputCheck(
+                name,
+                check.shape,
+                declared[name],
+                check.err,
+                check.budget,
+                check.ratio,
+                False,
+                reason,
+            )
         checks.append(check)
     return checks
 
 
-def _run(session: Any, x: Any) -> list[Array]:
-    leaves = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
-    names = [value.name for value in session.get_inputs()]
-    if len(names) != len(leaves):
-        raise VerificationError(
-            f"the file has {len(names)} inputs ({', '.join(names)}), the example has {len(leaves)}"
-        )
-    feed = dict(zip(names, _arrays(leaves), strict=True))
-    errors: tuple[type[Exception], ...] = (*runtime_errors(), ValueError)
-    try:
-        return [np.asarray(value) for value in session.run(None, feed)]
-    except errors as error:
-        raise VerificationError(
-            f"onnxruntime cannot run the file on this input: {error}"
-        ) from error
+def _check_layers(plan: _Plan, staged: Staged, answer: Answer) -> Findings:
+    claims = metadata_of(plan.proto)
+    rounding = Rounding(
+        plan.reference.weights,
+        plan.reference.precision,
+        claimed=FOLDED in claims or VERSION in claims,
+    )
+    values = dict(answer.values)
+    if staged.values_model:
+        values |= dict(zip(plan.names, _feed(plan, plan.shown), strict=True))
+    return check_layers(plan.reference, plan.shown, staged.graph, values, rounding)
 
 
-def _arrays(tensors: Iterable[Tensor]) -> list[Array]:
-    """As numpy arrays; bfloat16, which numpy lacks, as float32."""
-    return [(t.float() if t.dtype is torch.bfloat16 else t).detach().cpu().numpy() for t in tensors]
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        raise VerificationError(f"there is no file {path}; export_onnx writes one")
-    try:
-        model = onnx.load(str(path))
-    except (
-        DecodeError,
-        OSError,
-        ValueError,
-        onnx.checker.ValidationError,
-    ) as error:
-        raise VerificationError(f"{path} is not a readable ONNX file: {error}") from error
-    if not model.graph.node and not model.graph.output:
-        raise VerificationError(f"{path} holds no ONNX graph; export it again")
-    return model
-
-
-def _pool(example: Any, inputs: Sequence[Any] | None, num_inputs: int) -> list[Any]:
-    if inputs is not None:
-        given: list[Any] = [((x,), {}) if isinstance(x, Tensor) else (tuple(x), {}) for x in inputs]
-        if not given:
-            raise VerificationError("inputs is empty; give at least one, or leave it out")
-        return given
-    generator = torch.Generator().manual_seed(0)
-    drawn = [
-        pytree.tree_map(lambda leaf: _draw(leaf, generator), example) for _ in range(num_inputs - 1)
-    ]
-    return [example, *drawn]
-
-
-def _draw(leaf: Any, generator: torch.Generator) -> Any:
-    """A random tensor like `leaf`: mean and spread of its floats, range of its integers."""
-    if not isinstance(leaf, Tensor) or leaf.numel() == 0:
-        return leaf
-    if leaf.dtype is torch.bool:
-        return (torch.rand(leaf.shape, generator=generator) < 0.5).to(leaf.device)
-    if not leaf.is_floating_point():
-        low, high = int(leaf.min()), int(leaf.max())
-        return torch.randint(low, high + 1, leaf.shape, generator=generator).to(leaf)
-    wide = leaf.detach().double().cpu()
-    spread = float(wide.std(correction=0)) or 1.0
-    noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
-    drawn = noise * spread + wide.mean()
-    return (
-        drawn.clamp(float(wide.min()), float(wide.max())).to(leaf)
-        if spread < 1e-3
-        else drawn.to(leaf)
+def _report(
+    plan: _Plan,
+    staged: Staged,
+    answer: Answer,
+    outputs: list[OutputCheck],
+    found: Findings,
+    max_ratio: float,
+    localize: bool,  # noqa: FBT001  # a private function with one caller
+    start: float,
+) -> VerifyReport:
+    wrong = [*found.faults, *(output_fault(check) for check in outputs if not check.passed)]
+    first = _first(wrong, found.hint) if localize else None
+    own = batch_of(plan.pooled[0])
+    notes = [*staged.notes, *found.notes]
+    if answer.proof.get("checker"):
+        notes.append(f"onnx.checker refuses the file: {answer.proof['checker']}")
+    if answer.values_failure:
+        notes.append(f"layers: not compared, onnxruntime cannot show them: {answer.values_failure}")
+    counts = Counter(node.op_type for node in all_nodes(plan.proto))
+    return VerifyReport(
+        status="failed" if wrong else "passed",
+        path=str(plan.path),
+        reference=plan.reference.name,
+        provider=plan.provider,
+        providers=answer.assigned,
+        proof={**answer.proof, "ran": dict(answer.ran)},
+        precision=plan.reference.precision,
+        num_inputs=len(plan.pooled),
+        batch_sizes=(*([own] if own is not None else []), *plan.sizes),
+        batch_norms_left=counts["BatchNormalization"],
+        tiers=_tiers(found, outputs, max_ratio),
+        outputs=tuple(outputs),
+        layers=found.layers,
+        weights=found.weights,
+        notes=tuple(notes),
+        first_divergence=first.message if first is not None else None,
+        divergence=first,
+        seconds=time.perf_counter() - start,
     )
 
 
-def _batch_of(example: Any) -> int | None:
-    first = next((x for x in pytree.tree_leaves(example) if isinstance(x, Tensor)), None)
-    return first.shape[0] if first is not None and first.dim() else None
+def _first(wrong: Sequence[Divergence], hint: Divergence | None) -> Divergence | None:
+    """Wrong weights and settings say most; then where values part; then the outputs."""
+    if not wrong:
+        return None
+    return hint if wrong[0].tier == "outputs" and hint is not None else wrong[0]
 
 
-def _batch_sizes(session: Any, example: Any, wanted: Sequence[int] | None) -> tuple[int, ...]:
-    if wanted is not None:
-        return tuple(wanted)
-    values = session.get_inputs()
-    symbolic = all(value.shape and isinstance(value.shape[0], str) for value in values)
-    own = _batch_of(example)
-    return tuple(size for size in _OTHER_BATCHES if size != own) if values and symbolic else ()
+def _tiers(
+    found: Findings, outputs: Sequence[OutputCheck], max_ratio: float
+) -> tuple[TierCheck, ...]:
+    def tier(kind: Any, checks: Sequence[Any], limit: float, of: int, reason: str) -> TierCheck:
+        failed = any(not check.passed for check in checks)
+        status: Any = "failed" if failed else "passed" if checks else "skipped"
+        worst = max((check.ratio for check in checks), default=math.nan)
+        return TierCheck(kind, status, len(checks), of, worst, limit, kind != "layers", reason)
 
-
-def _resized(x: Any, size: int) -> Any:
-    """Every tensor with the batch of the first one, at another batch size, by repetition."""
-    own = _batch_of(x)
-
-    def resize(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != own:
-            return leaf
-        return leaf[torch.arange(size, device=leaf.device) % leaf.shape[0]]
-
-    return pytree.tree_map(resize, x)
-
-
-def _check_weights(
-    model: nn.Module, proto: onnx.ModelProto, path: Path, example: Any
-) -> tuple[list[WeightCheck], list[str]]:
-    """Hold the file's weights against the float64 folding, where the file says it was folded."""
-    folded = next((entry.value for entry in proto.metadata_props if entry.key == FOLDED), None)
-    if folded is None:
-        return [], ["weights: not checked, since the file does not say that bnfx folded it"]
-    from bnfx.folding import fold_bn
-
-    wide = clone(model).double()
-    args, kwargs = pytree.tree_map(lambda leaf: _cast(leaf, torch.float64), example)
-    try:
-        again = fold_bn(wide, args, example_kwargs=kwargs).state_dict()
-    except BnfxError as error:
-        return [], [f"weights: not checked, since folding the reference again failed: {error}"]
-    checks = []
-    stored = {tensor.name: tensor for tensor in proto.graph.initializer}
-    for name, tensor in again.items():
-        if name not in stored or not tensor.is_floating_point():
-            continue
-        array = onnx.numpy_helper.to_array(stored[name], base_dir=str(path.parent))
-        exact = tensor.detach().cpu().numpy()
-        if array.shape != exact.shape:
-            checks.append(WeightCheck(name, math.inf, 0, passed=False))
-            continue
-        unit = {2: 2.0**-11, 4: 2.0**-24, 8: 2.0**-24}[array.dtype.itemsize]
-        ratio, channel = weight_ratio(
-            array, exact, UNIT["bf16"] if "bf" in str(array.dtype) else unit
-        )
-        checks.append(WeightCheck(name, ratio, channel, ratio <= _MAX_WEIGHT_RATIO))
-    missing = sorted(set(json.loads(folded)) - {check.name for check in checks})
-    notes = [f"weights: {', '.join(missing)} not found in the file by name"] if missing else []
-    return checks, notes
+    why = "; ".join(found.notes)
+    return (
+        tier("weights", found.weights, MAX_WEIGHT_RATIO, found.wanted, why),
+        tier("layers", found.layers, MAX_LAYER_RATIO, len(found.layers), ""),
+        tier("outputs", outputs, max_ratio, len(outputs), ""),
+    )

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import numpy as np
 from torch import fx
 
-from bnfx.capture import batch_norm_path, owner_of
+from bnfx.capture import OWNER, owner_of
 from bnfx.linear_system import Ints
-from bnfx.operators import BATCH_NORM, affine_of, arguments, function_name
+from bnfx.operators import BATCH_NORM, INSTANCE_NORM, affine_of, arguments, function_name
 
 _SHOWN = 6
 
@@ -24,8 +24,8 @@ def describe(value: object) -> str:
         if isinstance(weight, fx.Node) and weight.op == "get_attr":
             return f"{row.kind} {owner_of(str(weight.target))!r}"
         return f"{row.kind} {path_of(value)!r}"
-    if value.target in BATCH_NORM:
-        return f"BatchNorm {batch_norm_path(value)!r}"
+    if value.target in BATCH_NORM or value.target in INSTANCE_NORM:
+        return f"BatchNorm {norm_path(value)!r}"
     if value.op == "call_module":
         return f"module {value.target!r}"
     if value.op == "placeholder":
@@ -34,6 +34,17 @@ def describe(value: object) -> str:
         return "output of the network"
     name = str(value.target) if value.op == "call_method" else function_name(value.target)
     return f"{name} {path_of(value)!r}"
+
+
+def norm_path(node: fx.Node) -> str:
+    """Name of a norm's evaluation: its module, or the owner of its running mean, or the node."""
+    if OWNER in node.meta:
+        return str(node.meta[OWNER])
+    signature = BATCH_NORM.get(node.target) or INSTANCE_NORM.get(node.target)  # type: ignore[arg-type]  # by any key
+    mean = arguments(node, signature)["running_mean"] if signature else None
+    if isinstance(mean, fx.Node) and mean.op == "get_attr":
+        return owner_of(str(mean.target))
+    return path_of(node)
 
 
 def path_of(node: fx.Node) -> str:

@@ -68,3 +68,33 @@ def _draw_panel(ax: Axes, title: str, subtitle: str, plain: Run, with_bn: Run) -
     ax.set(xlabel="SGD step", xlim=(0, with_bn.steps[-1]), ylim=(0, 100))
     ax.set_yticks(range(0, 101, 20))
     ax.legend(loc="center right", frameon=False, fontsize=9.5)
+
+
+CALIBRATED = "#009E73"  # bluish green of the same palette
+
+
+def draw_retrofit(outcomes: Sequence[tuple[str, int, Run]], path: Path) -> None:
+    """One panel for each learning rate; thin lines are seeds, thick ones their means."""
+    colors = dict(zip(dict.fromkeys(form for form, _, _ in outcomes), COLORS, strict=True))
+    factors = [*dict.fromkeys(factor for _, factor, _ in outcomes)]
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.05)
+    figure = Figure(figsize=(3.9 * len(factors), 3.9), dpi=150, layout=layout)
+    axes = figure.subplots(1, len(factors), sharey=True, squeeze=False)[0]
+    for ax, factor in zip(axes, factors, strict=True):
+        for form, color in colors.items():
+            runs = [run for f, k, run in outcomes if (f, k) == (form, factor)]
+            curves = [[100 * value for value in run.accuracy] for run in runs]
+            for curve in curves:
+                ax.plot(runs[0].steps, curve, color=color, linewidth=0.8, alpha=0.35)
+            means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+            ax.plot(runs[0].steps, means, color=color, linewidth=2, label=form)
+        ax.set_title(f"learning rate x {factor}", loc="left", fontweight="bold", fontsize=11)
+        ax.set(xlabel="SGD step after the retrofit", ylim=(0, 100))
+        ax.grid(axis="y", color="0.92", linewidth=0.8)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("Test accuracy (%)")
+    axes[0].legend(loc="lower right", frameon=False, fontsize=9.5)
+    figure.savefig(path)
+
+
+COLORS = (WITHOUT_BN, WITH_BN, CALIBRATED)

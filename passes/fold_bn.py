@@ -26,16 +26,15 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfx.aliasing import Aliases, aliases, barred
-from bnfx.capture import RANKS, batch_norm_path, has_hooks
+from bnfx.capture import RANKS, has_hooks
 from bnfx.certificates import Explanation
 from bnfx.constraints import Constraints, Kind, Site
 from bnfx.evaluation import Values
-from bnfx.gauges import NARROW, WIDE, Gauges, Refused, Solver
+from bnfx.gauges import NARROW, WIDE, Gauges, Refused, Solver, absorber
 from bnfx.ledger import constants
-from bnfx.norms import affine_map_of
+from bnfx.norms import affine_map_of, is_norm
 from bnfx.operators import (
     BATCH_NORM,
-    INSTANCE_NORM,
     Passage,
     Role,
     affine_of,
@@ -46,7 +45,7 @@ from bnfx.propagation import Propagation
 from bnfx.reports import FoldRecord, FoldReport
 from bnfx.rewriting import Change, change_of
 from bnfx.shapes import Shapes, at_other_ranks, is_tensor, shapes_of
-from bnfx.words import describe
+from bnfx.words import describe, norm_path
 from bnfx.writing import write
 
 
@@ -83,10 +82,10 @@ class FoldBatchNorm:
         found = Constraints()
         walk.through(walk.runs, found)
         candidates, refused = _candidates(module.graph, found, walk.runs[0], walk.kept)
-        gauges = _solved(module, found, candidates)
+        gauges = _solved(walk, found, candidates)
         found, gauges, guards = _guarded(walk, found, gauges)
         gauges.refused.update(refused)
-        constant = _constant_outputs(gauges)
+        constant = _constant_outputs(found, gauges)
         vanished = {site.node for site in gauges.eliminated}
         changes = [
             change_of(site, gauges, walk.values, constant.get(site.node, {}))
@@ -126,10 +125,9 @@ class _Walk:
             Propagation(self.module.graph, shapes, self.values, found, self.kept).run()
 
 
-def _solved(module: fx.GraphModule, found: Constraints, candidates: list[Site]) -> Gauges:
-    dead = frozenset(s.node for s in candidates if _sole_reader(s) is not None)
-    half = any(p.dtype is torch.float16 for p in module.parameters())
-    return Solver(found, candidates, dead, NARROW if half else WIDE).solve()
+def _solved(walk: _Walk, found: Constraints, candidates: list[Site]) -> Gauges:
+    half = any(p.dtype is torch.float16 for p in walk.module.parameters())
+    return Solver(found, candidates, walk.kept, NARROW if half else WIDE).solve()
 
 
 def _candidates(
@@ -168,25 +166,18 @@ def _unremovable(site: Site, shapes: Shapes, kept: frozenset[fx.Node], views: Al
     return "values that it reads or gives are written in place while others read them"
 
 
-def _sole_reader(site: Site) -> fx.Node | None:
-    """The affine layer before a site whose output nothing else reads."""
-    source = site.source
-    if source is None or affine_of(source, {}) is None or len(source.users) != 1:
-        return None
-    return source
-
-
-def _constant_outputs(gauges: Gauges) -> dict[fx.Node, dict[int, float]]:
+def _constant_outputs(found: Constraints, gauges: Gauges) -> dict[fx.Node, dict[int, float]]:
     """Channels with s = 0: the layer before gives y' = a_y (t + d_y) there."""
-    found: dict[fx.Node, dict[int, float]] = {}
+    values: dict[fx.Node, dict[int, float]] = {}
+    gone = {site.node for site in gauges.eliminated}
     for site in gauges.eliminated:
-        layer = _sole_reader(site)
         for channel in np.flatnonzero(site.s == 0):
+            layer = absorber(found, site, gone)
             assert layer is not None
             label = site.y[channel]
             value = gauges.scale[label] * (site.t[channel] + gauges.shift[label])
-            found.setdefault(layer, {})[int(channel)] = float(value)
-    return found
+            values.setdefault(layer.node, {})[int(channel)] = float(value)
+    return values
 
 
 def _records(
@@ -201,11 +192,9 @@ def _records(
     for node in module.graph.nodes:
         if node.op == "call_module":
             yield from _kept_whole(node, modules[str(node.target)])
-        if node.op != "call_function":
+        if not is_norm(node):
             continue
-        if node.target not in BATCH_NORM and not _running(node):
-            continue
-        path, site = batch_norm_path(node), found.sites.get(node)
+        path, site = norm_path(node), found.sites.get(node)
         if site is not None and node in vanished:
             yield FoldRecord(path, "folded", explanation.into(site), "")
         elif site is not None:
@@ -214,14 +203,6 @@ def _records(
             affine = affine_map_of(node, values)
             words = affine if isinstance(affine, str) else _why_unseen()
             yield FoldRecord(path, "kept", (), words)
-
-
-def _running(node: fx.Node) -> bool:
-    if node.target not in INSTANCE_NORM:
-        return False
-    signature = INSTANCE_NORM[node.target]
-    named = dict(zip(signature, node.args, strict=False)) | dict(node.kwargs)
-    return named.get("running_mean") is not None and named.get("use_input_stats") is False
 
 
 def _why_unseen() -> str:
@@ -239,7 +220,7 @@ def _guarded(
         others = at_other_ranks(walk.module, walk.runs, node)
         wider = found.copy()
         walk.through(others, wider)
-        again = _solved(walk.module, wider, list(gauges.eliminated))
+        again = _solved(walk, wider, list(gauges.eliminated))
         if others and len(again.eliminated) == len(gauges.eliminated):
             again.refused.update(gauges.refused)
             found, gauges = wider, again

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfx.errors import InsertError
-from bnfx.evidence import AffineCall, Evidence, affine_modules, channels_of, join, traced
+from bnfx.evidence import AffineCall, Evidence, Readers, affine_modules, channels_of, join, traced
 from bnfx.inserted import Origin
 from bnfx.ledger import attribute, free_name
 from bnfx.module_graph import ModuleGraph
@@ -88,11 +88,11 @@ class InsertBatchNorm:
         Raises:
             InsertError: A layer that is to be normalised was given unbatched input.
         """
-        modules = evidence.modules
+        readers = Readers.of(evidence)
         taken: dict[fx.Node, AffineCall] = {}
         chosen: list[tuple[AffineCall, fx.Node | str]] = []
         for call in evidence.calls:
-            found = self._look(evidence, modules, call)
+            found = self._look(evidence, readers, call)
             if isinstance(found, fx.Node) and self.placement == "post_activation":
                 first = taken.setdefault(found, call)
                 if first is not call:
@@ -101,7 +101,7 @@ class InsertBatchNorm:
         served = {call.node for call, found in chosen if isinstance(found, fx.Node)}
         subsumed = served if self.placement == "pre_activation" else set()
         return [
-            Site(call, call.channels, found, _may_drop(evidence, call, subsumed))
+            Site(call, call.channels, found, _may_drop(evidence, readers, call, subsumed))
             if isinstance(found, fx.Node) and call.channels is not None
             else skipped(call, str(found))
             for call, found in chosen
@@ -122,9 +122,7 @@ class InsertBatchNorm:
             _drop_bias(captured, bias, readers)
         return made
 
-    def _look(
-        self, evidence: Evidence, modules: dict[str, nn.Module], call: AffineCall
-    ) -> fx.Node | str:
+    def _look(self, evidence: Evidence, readers: Readers, call: AffineCall) -> fx.Node | str:
         """The nonlinearity that gives `call` a BatchNorm, or why it gets none."""
         record = skipped(call, "")
         if self.include is not None and not _chosen(self.include, record):
@@ -134,9 +132,13 @@ class InsertBatchNorm:
         if call.channels is None:
             return "its weight is computed in the forward; pass example_inputs to tell its channels"
         if call.weight is not None:
-            tied = _other_readers(evidence, modules, call)
+            dtype = evidence.root.get_parameter(call.weight).dtype
+            if not dtype.is_floating_point:
+                return f"its weight is {dtype}, and BatchNorm is for real numbers"
+            tied = _other_readers(evidence, readers, call)
             if tied:
                 return f"its weight is tied: {tied} reads it too"
+        modules = readers.modules
         ends = ends_of(call.node, modules)
         reason = _why_not(evidence, ends, call, modules)
         if not reason and self.placement == "post_activation":
@@ -220,7 +222,7 @@ def _put_behind(graph: fx.Graph, node: fx.Node, name: str, *, per_row: bool) -> 
 
 
 def _why_not(
-    evidence: Evidence, ends: Ends, call: AffineCall, modules: dict[str, nn.Module]
+    evidence: Evidence, ends: Ends, call: AffineCall, modules: Mapping[str, nn.Module]
 ) -> str:
     """Which part of the rule leaves this call alone; "" for none."""
     direct = [norm for norm in ends.norms if norm not in ends.past_add]
@@ -247,7 +249,7 @@ def _why_not(
     return ""
 
 
-def _why_not_behind(ends: Ends, modules: dict[str, nn.Module]) -> str:
+def _why_not_behind(ends: Ends, modules: Mapping[str, nn.Module]) -> str:
     """Why there can be no BatchNorm behind the nonlinearity; "" if there can be."""
     if len(ends.nonlinearities) > 1 or ends.others:
         return "its output is read by more than one nonlinearity, so behind them is no one place"
@@ -282,59 +284,37 @@ def _chosen(which: Filter, record: InsertRecord) -> bool:
     return bool(which(record))
 
 
-def _other_readers(evidence: Evidence, modules: dict[str, nn.Module], call: AffineCall) -> str:
+def _other_readers(evidence: Evidence, readers: Readers, call: AffineCall) -> str:
     """Who else reads the call's weight: another module that holds it, or another operator."""
-    assert call.weight is not None
-    parameter = attribute(evidence.root, call.weight)
-    own = modules.get(call.path[len(evidence.prefix) :].removeprefix("."))
-    for path, module in modules.items():
-        if module is not own and path and parameter in _held(module):
+    parameter = attribute(evidence.root, str(call.weight))
+    own = readers.modules.get(call.path[len(evidence.prefix) :].removeprefix("."))
+    for path, module in readers.holders[id(parameter)]:
+        if module is not own and path:
             return f"module {join(evidence.prefix, path)!r}"
-    weights = {
-        arguments(other.node, other.row.signature)["weight"]
-        for other in evidence.calls
-        if other.node.op != "call_module"
-    }
-    for node in evidence.graph.nodes:
-        if node.op != "get_attr" or attribute(evidence.root, str(node.target)) is not parameter:
-            continue
-        for user in node.users:
-            calls = [other for other in evidence.calls if other.node is user]
-            if node not in weights or not calls or calls[0].path != call.path:
-                return f"operator {user.name!r}"
+    for node, user in readers.users[id(parameter)]:
+        other = readers.calls.get(user)
+        if other is None or other.path != call.path or _weight_of(other) is not node:
+            return f"operator {user.name!r}"
     return ""
 
 
-class _held:
-    """The parameters of a module itself, compared by identity."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.parameters = module._parameters.values()
-
-    def __contains__(self, parameter: object) -> bool:
-        return any(parameter is own for own in self.parameters)
+def _weight_of(call: AffineCall) -> object:
+    return arguments(call.node, call.row.signature)["weight"]
 
 
-def _may_drop(evidence: Evidence, call: AffineCall, served: set[fx.Node]) -> bool:
+def _may_drop(evidence: Evidence, readers: Readers, call: AffineCall, served: set[fx.Node]) -> bool:
     """Whether every reader of the call's bias gets a BatchNorm, so that beta can replace it."""
     if call.bias is None or call.node not in served:
         return False
-    root, parameter = evidence.root, attribute(evidence.root, call.bias)
-    names = [n for n, p in root.named_parameters(remove_duplicate=False) if p is parameter]
-    if names != [call.bias]:
+    parameter = attribute(evidence.root, call.bias)
+    if readers.names[id(parameter)] != [call.bias]:
         return False
-    same = [other for other in evidence.calls if other.path == call.path]
-    if any(other.node not in served for other in same):
+    same = [other.node for other in evidence.calls if other.path == call.path]
+    users = {user for _, user in readers.users[id(parameter)]}
+    if not served >= users.union(same):
         return False
-    readers = {
-        user
-        for node in evidence.graph.nodes
-        if node.op == "get_attr" and str(node.target) == call.bias
-        for user in node.users
-    }
-    whole = [str(n.target) for n in evidence.graph.nodes if n.op == "call_module"]
-    inside = any(call.bias.startswith(f"{path}.") for path in whole if path != call.path)
-    return readers <= served and (call.node.op == "call_module" or not inside)
+    inside = any(call.bias.startswith(f"{path}.") for path in readers.whole if path != call.path)
+    return call.node.op == "call_module" or not inside
 
 
 def _drop_bias(captured: ModuleGraph, bias: str, readers: Iterable[AffineCall]) -> None:

@@ -22,7 +22,8 @@ from torch.nn.utils import parametrizations
 T = TypeVar("T")
 
 _REFUSALS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
-_NAME = re.compile(r"\b(?:v\d+|x|y)\b")
+#: A variable of a forward.
+NAME = re.compile(r"\b(?:v\d+|x|y)\b")
 
 
 class NormRelu(nn.BatchNorm2d):
@@ -217,9 +218,9 @@ class Writer:
         scope = NAMESPACE | {"self": self.root} | self.values
         with torch.no_grad():
             exec(text, scope)
-        names = set(_NAME.findall(text))
+        names = set(NAME.findall(text))
         read = [name for name in self.unread if name not in names]
-        new = [n for n in scope if n not in self.values and _NAME.fullmatch(n)]
+        new = [n for n in scope if n not in self.values and NAME.fullmatch(n)]
         if any(not _small(scope[name]) for name in names):
             raise ValueError(f"{text}: too large, or not a float64 tensor")
         self.unread[:] = read + sorted(new)

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 import bnfx
-from bnfx.operators import BATCH_NORM
+from bnfx.norms import is_norm
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -68,7 +68,7 @@ def assert_same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 def count_batch_norms(folded: fx.GraphModule) -> int:
     """Evaluations of BatchNorm in an inference graph, those of modules kept whole included."""
-    functional = sum(node.target in BATCH_NORM for node in folded.graph.nodes)
+    functional = sum(is_norm(node) for node in folded.graph.nodes)
     called = [node for node in folded.graph.nodes if node.op == "call_module"]
     modules = [folded.get_submodule(str(node.target)) for node in called]
     return functional + sum(isinstance(m, _BatchNorm) for top in modules for m in top.modules())

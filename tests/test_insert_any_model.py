@@ -385,3 +385,38 @@ def test_random_state_and_modes_stay() -> None:
     assert [m.training for m in model.modules()] == [True, True, True, False, True]
     assert done.get_submodule("2").training is False
     assert done.get_submodule("0_bn").training is True
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_old_weight_norm() -> None:
+    class Normed(nn.Module):
+        def __init__(self, *, traceable: bool) -> None:
+            super().__init__()
+            self.traceable = traceable
+            self.fc, self.head = nn.utils.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.fc(x))
+            if not self.traceable and x.dim() == 5:
+                return x
+            out: Tensor = self.head(x)
+            return out
+
+    done = check(Normed(traceable=True), torch.randn(5, 4))
+    assert sites(done)["fc"] == ("inserted", "fc_bn")
+    done = check(Normed(traceable=False), torch.randn(5, 4))
+    assert sites(done)["fc"] == ("skipped", None)
+    assert "hook" in reasons(done)["fc"]
+
+
+def test_models_that_fix_a_dtype_inside() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(F.relu(self.fc(x.float())))
+            return out
+
+    check(Fixed(), torch.randn(5, 4))

@@ -195,3 +195,12 @@ def test_vgg_computes_what_torchvisions_own_does(name: str) -> None:
 
 
 NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+@pytest.mark.parametrize("init", ["fresh", "identity"])
+def test_the_meta_device_has_no_values(init: Any) -> None:
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    done = bnfx.insert_bn(model, x, init=init)
+    assert done.get_parameter("0_bn.weight").is_meta
+    assert done(x).shape == (2, 4, 6, 6)

@@ -63,7 +63,7 @@ def test_wheel_holds_the_tree(archives: Path) -> None:
     (wheel,) = archives.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert files == modules_of_the_tree() | {"bnfx/py.typed"}
+    assert files == modules_of_the_tree() | {"bnfx/py.typed", "bnfx/report.html.jinja"}
 
 
 def test_source_archive_holds_what_the_build_and_the_tests_need(archives: Path) -> None:

@@ -196,7 +196,9 @@ def test_on_cuda(tmp_path: Path) -> None:
 def test_benchmark_measures_side_by_side(tmp_path: Path) -> None:
     _, f, x = export(tmp_path)
     report = bnfx.benchmark_onnx(f, x, baseline=f, num_runs=50, warmup=2)
-    assert len(report.arms) == 2
+    names = ["file", "baseline", "file, fusions off", "baseline, fusions off", "floor"]
+    assert [arm.arm for arm in report.arms] == names
     assert report.ratio is not None
+    assert len(bnfx.benchmark_onnx(f, x, num_runs=50, warmup=2).arms) == 1
     with pytest.raises(bnfx.BnfxError, match="num_runs"):
         bnfx.benchmark_onnx(f, x, num_runs=3)

@@ -3,7 +3,7 @@
 For each network: BatchNorm is inserted with example inputs; every affine layer must have a record;
 the result must run forward and backward in train mode and forward in eval mode; and inserting
 identities instead must leave the eval output where it was (insert_bn checks that itself). Networks
-above 100 million parameters run on torch's meta device: all code runs, no numbers are computed.
+above 25 million parameters run on torch's meta device: all code runs, no numbers are computed.
 
 Writes insert_zoo.csv and insert_zoo.json into --out, and prints what failed, by name. A failure is
 an exception, a layer without a record, or a missing gradient; skipped layers are counted, and
@@ -38,7 +38,7 @@ import bnfx
 from bnfx.evidence import affine_modules
 from bnfx.reports import InsertReport
 
-_LARGE = 100_000_000
+_LARGE = 25_000_000
 _SUITES = {
     "torchvision": torchvision_networks,
     "timm": timm_networks,
@@ -91,12 +91,15 @@ def measure(network: Network) -> dict[str, Any]:
 
 def _ready(network: Network) -> tuple[nn.Module, Any, Any]:
     """The network with inputs that fit, on the meta device if it is large and runs there."""
-    model = network.build()
-    if sum(p.numel() for p in model.parameters()) > _LARGE:
-        try:
-            return (large := model.to("meta"), *_fitting(network, large, torch.device("meta")))
-        except (NotImplementedError, RuntimeError):  # it computes with values
+    meta = torch.device("meta")
+    try:
+        with meta:
             model = network.build()
+        if sum(p.numel() for p in model.parameters()) > _LARGE:
+            return (model, *_fitting(network, model, meta))
+    except (NotImplementedError, RuntimeError):  # it computes with values
+        pass
+    model = network.build()
     return (model, *_fitting(network, model, torch.device("cpu")))
 
 

@@ -1,0 +1,121 @@
+"""The command line `bnfx`, also `python -m bnfx`. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import IO
+
+from bnfx import cli_parser
+from bnfx.cli_output import results_apart, step
+from bnfx.cli_results import (
+    FAILED,
+    MISSING,
+    NOT_CAPTURED,
+    USAGE,
+    Outcome,
+    check_reports,
+    write_error,
+    write_results,
+)
+from bnfx.errors import BnfxError, MissingPackageError, ProviderError, UsageError, VerificationError
+
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        options = cli_parser.parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed help or its message
+        return int(stop.code or 0)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        with results_apart() as out, warnings.catch_warnings():
+            # torch.export of torch 2.13 calls its own deprecated pytree test
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+            return _run(options, out)
+    except KeyboardInterrupt:
+        _say("interrupted; files that were there are as they were")
+        return INTERRUPTED
+
+
+def _run(options: argparse.Namespace, out: IO[str]) -> int:
+    try:
+        check_reports(options)
+        outcome = _carry_out(options)
+        write_results(options, outcome, out)
+    except BnfxError as error:
+        return _give_up(options, out, error, code_of(error))
+    except ModuleNotFoundError as error:
+        _say("'bnfx doctor' tells what is missing here")
+        return _give_up(options, out, error, MISSING)
+    except OSError as error:
+        return _give_up(options, out, error, NOT_CAPTURED)
+    except Exception as error:  # noqa: BLE001  # a defect must not end like a failed verification
+        traceback.print_exc()
+        _say("this is a defect of bnfx, or of the model's own code: see the lines above")
+        return _give_up(options, out, error, NOT_CAPTURED)
+    if outcome.failure:
+        _say(outcome.failure)
+    return outcome.code
+
+
+def _carry_out(options: argparse.Namespace) -> Outcome:
+    if options.command == "doctor":  # works where torch, which the others import, does not
+        return _doctor(options)
+    from bnfx import cli_commands
+
+    return cli_commands.run(options)
+
+
+def _doctor(options: argparse.Namespace) -> Outcome:
+    from bnfx.environment import doctor
+
+    with step("looking at the environment"):
+        done = doctor()
+    missing = [name for name in options.require if done.why_not(name)]
+    if missing:
+        failure = f"{missing[0]} is required, and no node runs there: {done.why_not(missing[0])}"
+        return Outcome(done, failure, MISSING)
+    if not done:
+        return Outcome(done, "this environment does not work yet: see the lines above", MISSING)
+    return Outcome(done)
+
+
+def code_of(error: BnfxError) -> int:
+    """The exit code that an error of bnfx ends with."""
+    by_kind: tuple[tuple[type[BnfxError], int], ...] = (
+        (VerificationError, FAILED),
+        (UsageError, USAGE),
+        (ProviderError, MISSING),
+        (MissingPackageError, MISSING),
+    )
+    if type(error) is BnfxError:  # an argument that a function refused
+        return USAGE
+    return next((code for kind, code in by_kind if isinstance(error, kind)), NOT_CAPTURED)
+
+
+def _give_up(options: argparse.Namespace, out: IO[str], error: Exception, code: int) -> int:
+    _say(f"{type(error).__name__}: {error}")
+    try:
+        write_error(options, error, code, out)
+    except (OSError, UsageError) as second:
+        _say(f"the JSON report cannot be written: {second}")
+    return code
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"bnfx: {line}\n")

@@ -1,0 +1,65 @@
+"""Results go to standard output or to files; everything else goes to standard error."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
+from typing import IO
+
+from bnfx.cli_files import replacing
+
+
+@contextmanager
+def results_apart() -> Iterator[IO[str]]:
+    """Standard output for results alone.
+
+    Inside, whatever prints to standard output (a model's module, an exporter, a C++ library)
+    comes out on standard error, so that `--json -` is JSON and nothing else.
+    """
+    results = sys.stdout
+    try:
+        real = results.fileno() == 1
+    except (OSError, io.UnsupportedOperation):  # a caller in this process has put in its own
+        real = False
+    if not real:
+        with redirect_stdout(sys.stderr):
+            yield results
+        return
+    results.flush()
+    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield own
+    finally:
+        os.dup2(own.fileno(), 1)
+        with suppress(BrokenPipeError):  # the reader has gone
+            own.close()
+
+
+@contextmanager
+def step(what: str) -> Iterator[None]:
+    """Show `what` and a moving sign on standard error while it runs, on a terminal only."""
+    from rich.console import Console
+
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+def write(text: str, target: str, out: IO[str]) -> None:
+    """Write to a file, in one step, or to `out` where the name is "-"."""
+    if target == "-":
+        with suppress(BrokenPipeError):  # the reader has gone: nobody is left to tell
+            out.write(text if text.endswith("\n") else text + "\n")
+            out.flush()
+        return
+    with replacing(Path(target)) as written:
+        written.write_bytes(text.encode(errors="replace"))

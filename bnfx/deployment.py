@@ -1,0 +1,218 @@
+"""`deploy`: fold, export, verify, measure, and only then move the file into place."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from bnfx.benchmark import BenchReport, benchmark_onnx
+from bnfx.bundle import write_bundle
+from bnfx.capture import clone
+from bnfx.errors import CaptureError, VerificationError
+from bnfx.export import ExportReport, export_onnx, training_modules
+from bnfx.folding import fold_bn
+from bnfx.graph_pictures import fold_pictures
+from bnfx.placing import move_into_place, real_target
+from bnfx.references import Precision
+from bnfx.report_files import check_report_path, write_report
+from bnfx.reports import FoldReport, Report
+from bnfx.reports import report as report_of
+from bnfx.sampling import as_sample
+from bnfx.stages import StageReport, ledger_of
+from bnfx.verdicts import VerifyReport
+from bnfx.verify import verify_onnx
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class DeployReport(Report):
+    """What was done, step by step.
+
+    Attributes:
+        status: "deployed" or "failed"; after a failure the older file is still there.
+        path: The file.
+        fold: What became of every BatchNorm in the graph.
+        stages: Which stage removed each, onnxruntime's included.
+        export: What was written.
+        verify: What was checked.
+        benchmark: Latency against the unfolded model; None if not asked for.
+        bundle: Folder that reproduces the failure; None without a failure or if not asked for.
+        seconds: Wall-clock time by step.
+    """
+
+    status: Literal["deployed", "failed"]
+    path: str
+    fold: FoldReport
+    stages: StageReport
+    export: ExportReport
+    verify: VerifyReport
+    benchmark: BenchReport | None
+    bundle: str | None
+    seconds: Mapping[str, float]
+
+    def __bool__(self) -> bool:
+        return self.status == "deployed"
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+
+        steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in self.seconds.items())
+        parts: list[RenderableType] = [f"deploy: {self.status}. {self.path} ({steps})"]
+        parts += [self.stages, self.export, self.verify]
+        parts += [self.benchmark] if self.benchmark is not None else []
+        parts += [f"to reproduce it: {self.bundle}"] if self.bundle is not None else []
+        return Group(*parts)
+
+
+def deploy(
+    model: nn.Module,
+    args: Any,
+    f: str | os.PathLike[str],
+    *,
+    provider: str = "cpu",
+    report: str | os.PathLike[str] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_shapes: Any = None,
+    opset_version: int | None = None,
+    external_data: bool | None = None,
+    num_inputs: int = 8,
+    inputs: Sequence[Any] | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    precision: Precision = "fp32",
+    max_ratio: float = 4.0,
+    benchmark: bool = False,
+    bundle: str | os.PathLike[str] | None = None,
+) -> DeployReport:
+    """Fold `model`, export it, verify the file against `model`, then move it into place.
+
+    Args:
+        model: The unfolded model in eval mode; left bit-identical.
+        args: Tuple of positional example arguments, or a lone tensor.
+        f: Where the file goes; an older file stays as it is unless every check passes.
+        provider: Where to verify and measure: "cpu", "cuda" or "cuda:1".
+        report: Where to write the report, also after a failure; the suffix says how.
+        kwargs: Example keyword arguments.
+        input_names: Names for the inputs, in order.
+        output_names: Names for the outputs, in order.
+        dynamic_shapes: As for `torch.onnx.export`, such as `({0: "batch"},)`.
+        opset_version: 18 or later; None takes the exporter's default.
+        external_data: Whether weights go to a file beside `f`; None decides by size.
+        num_inputs: Inputs to pool the error over.
+        inputs: Inputs to use instead of drawn ones, each like `args`.
+        batch_sizes: Batch sizes to run besides that of `args`, as in `verify_onnx`.
+        precision: What the budget is taken from.
+        max_ratio: Limit of the error, in budgets.
+        benchmark: Whether to measure the file against the unfolded model.
+        bundle: Folder to fill, after a failure, with what reproduces it: the file, the inputs, the
+            outputs, the report and the environment.
+
+    Raises:
+        VerificationError: The file does not compute what `model` computes; `.report` of the error
+            is the `DeployReport`.
+        CaptureError, FoldError, ExportError, ProviderError: As from the steps.
+    """
+    target, seconds = real_target(f), dict[str, float]()
+    if report is not None:
+        check_report_path(Path(report))
+    with _timed(seconds, "fold"):
+        _try_example(model, args, kwargs)
+        folded = fold_bn(model, args, example_kwargs=kwargs)
+        plan = report_of(folded)
+    assert isinstance(plan, FoldReport)
+    options: dict[str, Any] = {
+        "kwargs": kwargs,
+        "input_names": input_names,
+        "output_names": output_names,
+        "dynamic_shapes": dynamic_shapes,
+        "opset_version": opset_version,
+        "external_data": external_data,
+    }
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        written = Path(folder) / target.name
+        with _timed(seconds, "export"):
+            exported = export_onnx(folded, args, written, **options)
+        with _timed(seconds, "verify"):
+            verified = verify_onnx(
+                model,
+                written,
+                args,
+                kwargs=kwargs,
+                provider=provider,
+                num_inputs=num_inputs,
+                inputs=inputs,
+                batch_sizes=batch_sizes,
+                precision=precision,
+                max_ratio=max_ratio,
+            )
+        with _timed(seconds, "ledger"):
+            stages = ledger_of(plan, written)
+        measured = None
+        if benchmark and verified:
+            with _timed(seconds, "benchmark"):
+                unfolded = Path(folder) / "unfolded.onnx"
+                export_onnx(model, args, unfolded, **options)
+                measured = benchmark_onnx(
+                    written, args, baseline=unfolded, kwargs=kwargs, provider=provider
+                )
+        kept = None
+        if not verified and bundle is not None:
+            kept = str(write_bundle(Path(bundle), written, args, kwargs, verified))
+        if verified:
+            move_into_place(written, target)
+    done = DeployReport(
+        "deployed" if verified else "failed",
+        str(target),
+        plan,
+        stages,
+        exported,
+        verified,
+        measured,
+        kept,
+        seconds,
+    )
+    if report is not None:
+        write_report(done, Path(report), lambda: fold_pictures(model, args, kwargs, folded))
+    if not done:
+        raise VerificationError(
+            f"{target} was not written: {verified.first_divergence}. An older file is as it was",
+            done,
+        )
+    return done
+
+
+def _try_example(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> None:
+    """The model must run on the example before anything is made of it."""
+    if training_modules(model):
+        return  # the exporter says which
+    example = as_sample(args, kwargs)
+    try:
+        with torch.no_grad():
+            clone(model)(*copy.deepcopy(example.args), **copy.deepcopy(dict(example.kwargs)))
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        raise CaptureError(
+            f"{type(model).__name__} fails on the example: {error}. Give args and kwargs that it "
+            "runs on"
+        ) from error
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[step] = time.perf_counter() - start

@@ -1,0 +1,265 @@
+"""The reference in three arithmetics: as it is, in the deployed precision, and in float64."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from bnfx.capture import clone, example
+from bnfx.compare import Array
+from bnfx.errors import BnfxError, VerificationError
+from bnfx.folding import fold_bn
+from bnfx.inference_graph import inference_graph
+from bnfx.layers import composed
+from bnfx.reports import FoldReport, report
+from bnfx.rounding_modes import StoredAs, Tf32
+from bnfx.torch_layers import Traced, Widened, trace_layers
+
+Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+_ORDER: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One input: positional arguments and keyword arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Outputs of the reference on some inputs, one list of arrays for each.
+
+    Attributes:
+        own: As the reference is.
+        rounded: In the deployed precision.
+        exact: In float64.
+        dtypes: Names of the dtypes of its outputs as it is.
+    """
+
+    own: list[list[Array]]
+    rounded: list[list[Array]]
+    exact: list[list[Array]]
+    dtypes: tuple[str, ...]
+
+    def __add__(self, more: Runs) -> Runs:
+        """Both, one after the other."""
+        own, rounded, exact = (
+            [*a, *b]
+            for a, b in zip(
+                (self.own, self.rounded, self.exact),
+                (more.own, more.rounded, more.exact),
+                strict=True,
+            )
+        )
+        return Runs(own, rounded, exact, self.dtypes)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One right form of the reference's layers.
+
+    Attributes:
+        name: How it came about.
+        traced: The layers.
+    """
+
+    name: str
+    traced: Traced
+
+
+class TorchReference:
+    """A module; its three copies are made once."""
+
+    #: Whether a wrong weight is a failure.
+    decides = True
+
+    def __init__(self, model: nn.Module, precision: Precision) -> None:
+        self.name = type(model).__name__
+        self.precision = effective_precision(model, precision)
+        self.dtype = DTYPES[self.precision]
+        self.weights = _dtype_of(model)
+        self._own = clone(model)
+        same = self.precision in ("fp32", "tf32") and _all_of(model, torch.float32)
+        same = same or _all_of(model, self.dtype)
+        self._rounded = self._own if same else clone(model).to(self.dtype)
+        self._same = same and self.precision != "tf32"
+        self._exact = clone(model).double()
+
+    def leaves(self, sample: Sample) -> list[Tensor]:
+        """The tensors of an input in the order of the exporter's inputs."""
+        bound = _bound(self._own, sample)
+        return [leaf for leaf in pytree.tree_leaves(bound) if isinstance(leaf, Tensor)]
+
+    def run(self, samples: Sequence[Sample]) -> Runs:
+        """All three on every input.
+
+        Raises:
+            VerificationError: The reference itself fails on an input.
+        """
+        own = [self._call(self._own, sample, None) for sample in samples]
+        rounded = own if self._same else [self._in_precision(sample) for sample in samples]
+        exact = [self._in_float64(sample) for sample in samples]
+        dtypes = tuple(str(t.dtype).removeprefix("torch.") for t in (own or [[]])[0])
+        sides = [[arrays(outs) for outs in side] for side in (own, rounded, exact)]
+        return Runs(sides[0], sides[1], sides[2], dtypes)
+
+    def _in_precision(self, sample: Sample) -> list[Tensor]:
+        if self.precision == "tf32":
+            with Tf32():
+                return self._call(self._rounded, sample, self.dtype)
+        try:
+            return self._call(self._rounded, sample, self.dtype)
+        except VerificationError:
+            with StoredAs(self.dtype):
+                return self._call(clone(self._rounded).float(), sample, torch.float32)
+
+    def _in_float64(self, sample: Sample) -> list[Tensor]:
+        with Widened():
+            return self._call(self._exact, sample, torch.float64)
+
+    def _call(self, module: nn.Module, sample: Sample, dtype: torch.dtype | None) -> list[Tensor]:
+        args, kwargs = pytree.tree_map(
+            lambda leaf: cast(leaf, dtype), (sample.args, dict(sample.kwargs))
+        )
+        try:
+            with torch.no_grad():
+                leaves = pytree.tree_leaves(module(*args, **kwargs))
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+            raise VerificationError(
+                f"the reference {self.name} fails on an input: {error}"
+            ) from error
+        return [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def forms(self, sample: Sample) -> Iterator[Form]:
+        """The layers as folding can leave them, the likeliest form first, computed in float64.
+
+        Folding decides by dtype, and by what it knows of the inputs: so it is done again in
+        float64, which gives every weight exactly; then as the exported model was perhaps folded, in
+        its own dtype, with the example and without, which rounds once. Others fold each BatchNorm
+        into the layer before it, or not at all.
+
+        Raises:
+            BnfxError: The reference cannot be captured in any way.
+        """
+        given = widened(sample)
+        failures: list[str] = []
+        ways: tuple[tuple[str, Callable[[], fx.GraphModule]], ...] = (
+            (
+                "folded in float64",
+                lambda: fold_bn(clone(self._exact), given.args, example_kwargs=given.kwargs),
+            ),
+            (
+                "folded in its own dtype",
+                lambda: fold_bn(self._own, sample.args, example_kwargs=sample.kwargs).double(),
+            ),
+            ("folded without example inputs", lambda: fold_bn(self._own).double()),
+        )
+        for name, fold in ways:
+            try:
+                graph = fold()
+                done = report(graph)
+                assert isinstance(done, FoldReport)
+                yield Form(name, self._traced(graph, given, frozenset(done.provenance)))
+            except BnfxError as error:
+                failures.append(f"{name}: {error}")
+        try:
+            plain = self.unfolded(sample)
+        except BnfxError as error:
+            if len(failures) == len(ways):
+                raise VerificationError("; ".join([*failures, str(error)])) from error
+            return
+        layers = tuple(composed(plain.layers))
+        yield Form("with each BatchNorm in the layer before it", replace(plain, layers=layers))
+        yield Form("as it is", plain)
+
+    def unfolded(self, sample: Sample) -> Traced:
+        """The layers as they are, computed in float64.
+
+        Raises:
+            BnfxError: The reference cannot be captured.
+        """
+        given = widened(sample)
+        captured = inference_graph(clone(self._exact), example(given.args, given.kwargs))
+        return self._traced(captured.module, given, frozenset())
+
+    def _traced(self, graph: fx.GraphModule, given: Sample, changed: frozenset[str]) -> Traced:
+        slots = sum(node.op == "placeholder" for node in graph.graph.nodes)
+        bound = list(_bound(self._exact, given).values())
+        flat = pytree.tree_leaves(bound)
+        values = flat if len(flat) == slots else bound
+        if len(values) != slots:
+            raise VerificationError(
+                f"the graph of {self.name} takes {slots} inputs, the example has {len(bound)}"
+            )
+        try:
+            return trace_layers(graph, tuple(values), changed)
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            raise VerificationError(f"the folded {self.name} fails in float64: {error}") from error
+
+
+def effective_precision(model: nn.Module, precision: Precision) -> Precision:
+    """The coarser one of the precision asked for and that of the model itself."""
+    found = {p.dtype for p in model.parameters()} | {b.dtype for b in model.buffers()}
+    own: Precision = (
+        "bf16" if torch.bfloat16 in found else "fp16" if torch.float16 in found else "fp32"
+    )
+    return max(own, precision, key=_ORDER.index)
+
+
+def _dtype_of(model: nn.Module) -> str:
+    """Name of the coarsest floating dtype of the parameters."""
+    floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    coarsest = min(floats, key=lambda dtype: -torch.finfo(dtype).eps, default=torch.float32)
+    return str(coarsest).removeprefix("torch.")
+
+
+def _all_of(model: nn.Module, dtype: torch.dtype) -> bool:
+    state = (*model.parameters(), *model.buffers())
+    return all(t.dtype is dtype for t in state if t.is_floating_point())
+
+
+def _bound(model: nn.Module, sample: Sample) -> dict[str, Any]:
+    """Arguments by name in the order of the forward's signature, as the exporter takes them."""
+    signature = inspect.signature(model.forward)
+    try:
+        return dict(signature.bind(*sample.args, **sample.kwargs).arguments)
+    except TypeError as error:
+        raise VerificationError(
+            f"the example does not fit {type(model).__name__}.forward: {error}"
+        ) from error
+
+
+def cast(leaf: Any, dtype: torch.dtype | None) -> Any:
+    """A copy of a tensor, since a forward may work in place, in `dtype` if it is floating."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = leaf.detach().clone()
+    return leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf
+
+
+def widened(sample: Sample) -> Sample:
+    """The same input in float64."""
+    args, kwargs = pytree.tree_map(
+        lambda leaf: cast(leaf, torch.float64), (sample.args, dict(sample.kwargs))
+    )
+    return Sample(args, kwargs)
+
+
+def arrays(tensors: Iterable[Tensor]) -> list[Array]:
+    """As numpy arrays; bfloat16, which numpy lacks, as float32."""
+    return [(t.float() if t.dtype is torch.bfloat16 else t).detach().cpu().numpy() for t in tensors]

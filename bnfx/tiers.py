@@ -1,0 +1,236 @@
+"""Tiers 1 and 2 together: the layers of a file, one by one, against those of the reference.
+
+The reference is folded again in float64. A file that another tool folded may carry other weights
+that are as right: it is compared with the unfolded reference, and with the one in which each
+BatchNorm is folded into the layer before it, and judged by what it agrees with most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bnfx.causes import Origin
+from bnfx.compare import Array
+from bnfx.errors import BnfxError, VerificationError
+from bnfx.layer_checks import check_layer
+from bnfx.layers import Layer, neighbours, samples
+from bnfx.localisation import constant_fault, hint, structure_faults, weight_fault
+from bnfx.onnx_files import tensor_array, type_name
+from bnfx.onnx_layers import FileGraph, file_layers, stored_dtype
+from bnfx.pairing import Pair, Pairing, close, pair_layers
+from bnfx.references import Form, Sample
+from bnfx.torch_layers import Traced
+from bnfx.verdicts import Divergence, LayerCheck, WeightCheck
+from bnfx.weight_checks import Rounding, Stored, check_constants, check_pair
+
+
+class Known(Protocol):
+    """A reference whose layers can be listed."""
+
+    name: str
+    decides: bool
+
+    def forms(self, sample: Sample) -> Iterator[Form]:
+        """The layers in every form that is right."""
+
+    def unfolded(self, sample: Sample) -> Traced:
+        """The layers as they are."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What tiers 1 and 2 found.
+
+    Attributes:
+        weights: One record for each weight.
+        layers: One record for each layer.
+        wanted: How many weights and other constants the reference has.
+        faults: What is wrong, in the order of the file; each decides.
+        hint: First sign of what is wrong in the flow of values; it decides nothing.
+        notes: What was not checked, and why.
+    """
+
+    weights: tuple[WeightCheck, ...]
+    layers: tuple[LayerCheck, ...]
+    wanted: int
+    faults: tuple[Divergence, ...]
+    hint: Divergence | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Match:
+    """The file against one form of the reference."""
+
+    form: Form
+    first: bool
+    pairing: Pairing
+    checks: tuple[tuple[Pair, tuple[WeightCheck, ...]], ...]
+
+    @property
+    def score(self) -> int:
+        good = sum(check.passed for _, checks in self.checks for check in checks)
+        bad = sum(not check.passed for _, checks in self.checks for check in checks)
+        return good - bad - 4 * len(self.pairing.missing)
+
+    @property
+    def perfect(self) -> bool:
+        wrong = any(not check.passed for _, checks in self.checks for check in checks)
+        return not wrong and not self.pairing.missing
+
+
+def check_layers(
+    reference: Known,
+    sample: Sample,
+    graph: FileGraph,
+    values: Mapping[str, Array],
+    rounding: Rounding,
+) -> Findings:
+    """Compare weights, structure and layers.
+
+    Args:
+        reference: What the file must be.
+        sample: The input that `values` were computed for.
+        graph: The layers of the file.
+        values: Name -> what onnxruntime computed for it.
+        rounding: How weights may be rounded.
+    """
+    ours = list(file_layers(graph, values))
+    found = {name: samples(torch.from_numpy(_plain(array))) for name, array in values.items()}
+    names = {name for node in graph.nodes for name in node.operands.values()}
+    dtypes = {name: stored_dtype(graph, name, values) for name in names}
+    try:
+        match = _best(reference, sample, ours, found, dtypes, rounding)
+    except BnfxError as error:
+        note = (
+            f"weights and layers: not checked, since the reference cannot be taken apart: {error}"
+        )
+        return Findings((), (), 0, (), None, (note,))
+    origins = _origins(reference, sample, match)
+    faults: list[Divergence] = []
+    notes: list[str] = []
+    weights: list[WeightCheck] = []
+    layers: list[LayerCheck] = []
+    strangers = []
+    for pair, checks in match.checks:
+        layer = check_layer(pair, values, match.form.traced.flow)
+        fused = layer is not None and layer.ratio == float("inf") and layer.error < 0.05
+        known = pair.recognised or pair.belongs_to or rounding.claimed
+        wrong = [check for check in checks if not check.passed]
+        if wrong and not known:
+            strangers.append(pair.truth.name)
+            continue
+        weights += checks
+        origin = origins.get(pair.truth.name)
+        faults += [weight_fault(pair, check, origin) for check in wrong if reference.decides]
+        if layer is None or fused:
+            continue
+        layers.append(layer)
+        same_input = close(match.form.traced.flow[pair.truth.x], found[pair.ours.x], float("inf"))
+        faults += structure_faults(pair, layer, same_input=same_input)
+    constants, missing = _constants(match, graph, rounding)
+    weights += constants
+    faults += [constant_fault(check) for check in constants if not check.passed]
+    notes += _notes(match, strangers, missing, graph)
+    if not reference.decides and not match.perfect:
+        notes.append(
+            "weights: the reference still has BatchNorms, and folding may spread them over several "
+            "layers: other weights may be as right, so outputs decide"
+        )
+    wanted = len(weights) + len(strangers) + len(missing) + len(match.pairing.missing)
+    pairs, flow = match.pairing.pairs, match.form.traced.flow
+    first = hint(pairs, layers, flow, found, graph, rounding.precision)
+    return Findings(tuple(weights), tuple(layers), wanted, tuple(faults), first, tuple(notes))
+
+
+def _plain(array: Array) -> Array:
+    return array if array.dtype.kind in "fiub" and array.dtype.itemsize <= 8 else array.astype("f4")
+
+
+def _best(
+    reference: Known,
+    sample: Sample,
+    ours: Sequence[Layer],
+    found: Mapping[str, Tensor],
+    dtypes: dict[str, str],
+    rounding: Rounding,
+) -> _Match:
+    """The form of the reference that the file agrees with most."""
+    best: _Match | None = None
+    for form in reference.forms(sample):
+        pairing = pair_layers(form.traced.layers, ours, form.traced.flow, found)
+        checks = tuple((p, tuple(check_pair(p, dtypes, rounding))) for p in pairing.pairs)
+        match = _Match(form, best is None, pairing, checks)
+        if match.perfect:
+            return match
+        if best is None or match.score > best.score:
+            best = match
+    if best is None:
+        raise VerificationError(f"{reference.name} has no form that could be captured")
+    return best
+
+
+def _origins(known: Known, sample: Sample, match: _Match) -> dict[str, Origin]:
+    """What each layer was folded from, by its path; only looked up where something is wrong."""
+    if all(check.passed for _, checks in match.checks for check in checks):
+        return {}
+    try:
+        plain = known.unfolded(sample)
+    except BnfxError:
+        return {}
+    return {layer.name: Origin(layer, norm) for layer, norm in neighbours(plain.layers)}
+
+
+def _constants(
+    match: _Match, graph: FileGraph, rounding: Rounding
+) -> tuple[list[WeightCheck], list[str]]:
+    truth = [c for c in match.form.traced.constants if c.value.numel() > 1]
+    if not truth:
+        return [], []
+    sizes = {constant.value.numel() for constant in truth}
+    paired = {name for pair in match.pairing.pairs for name in pair.ours.names.values()}
+    stored = []
+    for tensor in graph.tensors:
+        count = 1
+        for dim in tensor.dims:
+            count *= dim
+        if tensor.name in paired or count not in sizes or tensor.data_type == 8:
+            continue
+        array = tensor_array(tensor, graph.folder)
+        plain = array if array.dtype.kind in "iub" else array.astype("f8")
+        values = torch.from_numpy(plain.copy())
+        stored.append(Stored(tensor.name, values, type_name(tensor.data_type)))
+    return check_constants(truth, stored, rounding)
+
+
+def _notes(
+    match: _Match, strangers: list[str], missing: list[str], graph: FileGraph
+) -> Iterator[str]:
+    if not match.first:
+        yield (
+            f"weights: compared with the reference {match.form.name}, with which the file agrees "
+            "most"
+        )
+    if match.pairing.missing:
+        names = _few(layer.name for layer in match.pairing.missing)
+        yield f"weights: no node of the file has the shape of {names}; outputs decide there"
+    if strangers:
+        yield (
+            f"weights: those of {_few(strangers)} are of no folding that bnfx knows; the file does "
+            "not say that bnfx wrote it, so outputs decide there"
+        )
+    if missing:
+        yield f"constants: {_few(missing)} not found in the file; outputs decide there"
+    if graph.hidden:
+        yield f"layers: those inside {graph.hidden} subgraphs are not compared one by one"
+
+
+def _few(names: Iterator[str] | Sequence[str]) -> str:
+    found = list(dict.fromkeys(names))
+    more = f" and {len(found) - 6} more" if len(found) > 6 else ""
+    return ", ".join(repr(name) for name in found[:6]) + more
