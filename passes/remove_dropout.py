@@ -26,17 +26,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from bnfx.capture import has_hooks
 from bnfx.declarations import Preserved
-from bnfx.editing import (
-    OPTIONAL,
-    OUT_OF_REACH,
-    Change,
-    Draft,
-    Region,
-    argument,
-    chosen,
-    constant_by_mode,
-    unseen_calls,
-)
+from bnfx.draft import Draft, Region, argument, constant_by_mode
+from bnfx.editing import OPTIONAL, OUT_OF_REACH, Change, chosen, unseen_calls
 from bnfx.errors import RecipeError
 from bnfx.operators import function_name
 from bnfx.sightings import SeenCall, call_name, source_of

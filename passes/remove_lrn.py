@@ -17,7 +17,8 @@ from torch import fx, nn
 
 from bnfx.capture import has_hooks
 from bnfx.declarations import Preserved
-from bnfx.editing import OPTIONAL, OUT_OF_REACH, Change, Draft, argument, chosen, unseen_calls
+from bnfx.draft import Draft, argument
+from bnfx.editing import OPTIONAL, OUT_OF_REACH, Change, chosen, unseen_calls
 
 _KINDS = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bnfx
 from bnfx.declarations import Preserved
-from bnfx.editing import Draft
+from bnfx.draft import Draft
 from bnfx.passes import RemoveDropout, RemoveLocalResponseNorm, ZeroInitResidual
 from tests import zoo
 from tests.laws import assert_same_state
