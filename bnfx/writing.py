@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from bnfx.capture import owner_of
 from bnfx.constraints import Kind, Site
-from bnfx.ledger import Constants, constants, erase_dead, free_name, set_tensor
+from bnfx.ledger import Constants, attribute, constants, erase_dead, free_name, set_tensor
 from bnfx.norms import norm_call
 from bnfx.operators import (
     BATCH_NORM,
@@ -43,6 +43,14 @@ class Part:
     old: object
     value: Tensor
     sources: tuple[str, ...]
+
+
+def round_exact(module: fx.GraphModule, exact: Mapping[str, torch.dtype]) -> None:
+    """Store parameters that are still in float64 in the dtypes that they have."""
+    for name, dtype in exact.items():
+        value = attribute(module, name)
+        if isinstance(value, Tensor) and value.dtype is not dtype:
+            set_tensor(module, name, value.detach().to(dtype), trained=value.requires_grad)
 
 
 def write(

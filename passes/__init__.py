@@ -10,5 +10,6 @@ if __name__ != "bnfx.passes":
 from .fold_bn import FoldBatchNorm
 from .insert_bn import Filter as InsertFilter
 from .insert_bn import InsertBatchNorm
+from .merge_branches import MergeBranches, Merged
 
-__all__ = ["FoldBatchNorm", "InsertBatchNorm", "InsertFilter"]
+__all__ = ["FoldBatchNorm", "InsertBatchNorm", "InsertFilter", "MergeBranches", "Merged"]
