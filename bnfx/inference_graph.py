@@ -207,6 +207,19 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(a, b, rtol=bound, atol=bound * largest, equal_nan=True))
 
 
+def _two_of_each(given: Example) -> Example:
+    """The example with a batch of 2 where it has one of 1."""
+    args, kwargs = pytree.tree_map(
+        lambda leaf: (
+            leaf.repeat(2, *[1] * (leaf.dim() - 1))
+            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == 1
+            else leaf
+        ),
+        (given.args, dict(given.kwargs)),
+    )
+    return Example(args, kwargs)
+
+
 def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
     errors = [f"symbolic tracing: {cause}"]
     dynamic = pytree.tree_map(
@@ -225,11 +238,21 @@ def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
             f"the example does not fit {type(root).__name__}.forward: {error}"
         ) from error
     shapes = dict(zip(names, [*dynamic[0], *dynamic[1].values()], strict=False))
-    for dynamic_shapes in (shapes, None):
+    wide = _two_of_each(given)  # the exporter takes an axis of size 1 for one that stays so
+    for example, dynamic_shapes in ((wide, shapes), (given, shapes), (given, None)):
         try:
             program = torch.export.export(
-                root, given.args, dict(given.kwargs), dynamic_shapes=dynamic_shapes, strict=False
+                root,
+                example.args,
+                dict(example.kwargs),
+                dynamic_shapes=dynamic_shapes,
+                strict=False,
             )
+            if example is wide:
+                with torch.no_grad():
+                    clone(program.module())(
+                        *copy.deepcopy(given.args), **copy.deepcopy(dict(given.kwargs))
+                    )
         except Exception as error:  # noqa: BLE001  # the exporter and the user's forward raise anything
             errors.append(f"torch.export: {str(error).partition(chr(10))[0]}")
             continue
