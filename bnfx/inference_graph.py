@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
 from bnfx.capture import OWNER, RANKS, Example, Tracer, assemble, clone, has_hooks, skeleton, trace
@@ -138,7 +139,9 @@ def _hides_norms(traced: fx.GraphModule) -> bool:
         if any(has_hooks(module) for module in inside):
             continue
         if any(
-            isinstance(m, _BatchNorm) and not m.training and m.running_mean is not None
+            isinstance(m, _BatchNorm | _InstanceNorm)
+            and not m.training
+            and m.running_mean is not None
             for m in inside
         ):
             return True
