@@ -35,18 +35,21 @@ def check_preserved(
         declared: What to compare.
         before: The model given.
         after: What the pass made of it.
-        given: Inputs for the comparison of outputs, which is left out without them.
+        given: Inputs to run both on; without them outputs are not compared.
         named: Names in the state_dict whose values the pass says it has changed.
 
     Raises:
-        RecipeError: Something that should have stayed did not.
+        RecipeError: Something that should have stayed did not, or `after` does not run.
     """
     if Preserved.STATE_KEYS in declared:
         _check_keys(name, before, after)
     if Preserved.STATE_VALUES in declared:
         _check_values(name, before, after, named)
-    if Preserved.EVAL_OUTPUTS in declared and given is not None:
-        _check_outputs(name, before, after, given)
+    if given is None:
+        return
+    outputs = _run_edited(name, after, given)
+    if Preserved.EVAL_OUTPUTS in declared:
+        _check_outputs(name, before, _outputs(before, given), outputs)
 
 
 def _check_keys(name: str, before: nn.Module, after: nn.Module) -> None:
@@ -69,16 +72,25 @@ def _check_values(name: str, before: nn.Module, after: nn.Module, named: Collect
         )
 
 
-def _check_outputs(name: str, before: nn.Module, after: nn.Module, given: Example) -> None:
-    outputs = [_outputs(m, given) for m in (before, after)]
-    pairs = list(zip(*outputs, strict=False))
-    if len(outputs[0]) != len(outputs[1]):
+def _run_edited(name: str, after: nn.Module, given: Example) -> list[Tensor]:
+    try:
+        return _outputs(after, given)
+    except Exception as error:  # a user's forward raises anything
+        raise RecipeError(
+            f"{type(after).__name__} does not run any more after {name}: {type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}. Its code asks a module for something that an "
+            "edited one does not have; exclude that module"
+        ) from error
+
+
+def _check_outputs(name: str, before: nn.Module, ours: list[Tensor], theirs: list[Tensor]) -> None:
+    if len(ours) != len(theirs):
         raise RecipeError(f"{name} changed the structure of the output; please report the model")
-    for i, (ours, theirs) in enumerate(pairs):
-        if not _same(ours, theirs):
+    for i, (old, new) in enumerate(zip(ours, theirs, strict=True)):
+        if not _same(old, new):
             raise RecipeError(
                 f"{name} must keep outputs in eval mode, but output {i} of {type(before).__name__} "
-                f"moved by {_distance(ours, theirs)}; exclude the modules in question, or report it"
+                f"moved by {_distance(old, new)}; exclude the modules in question, or report it"
             )
 
 

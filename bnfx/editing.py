@@ -1,9 +1,7 @@
-"""The driver of passes that edit a model: a private copy, what was seen of it, what was changed.
+"""The driver of passes that edit a model, and what those passes share.
 
-A pass looks with `match` and acts with `rewrite`, through the methods of `Draft`. Modules are
-edited in their slots, which works for any model and keeps the class of the root. Functional calls
-are edited in the graph of the root, which must be traceable for that; the result is then a
-GraphModule.
+A pass looks with `match` and acts with `rewrite`, through the methods of a `bnfx.draft.Draft`. It
+declares what it preserves; the driver checks that.
 """
 
 from __future__ import annotations
@@ -13,20 +11,19 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
-from torch import fx, nn
+from torch import nn
 
-from bnfx.capture import Example, clone, example
+from bnfx.capture import example
 from bnfx.declarations import Preserved, check_preserved
-from bnfx.errors import BnfxError, CaptureError
-from bnfx.inserted import InsertedGraph
-from bnfx.module_graph import ByMode, ModuleGraph, module_graph
-from bnfx.observe import SCOPES, observe
-from bnfx.preservation import agrees
-from bnfx.reports import remember, report
-from bnfx.sightings import SeenCall, seen_calls
+from bnfx.draft import Draft, below
+from bnfx.sightings import SeenCall
 
-#: Why a functional call is left where the model cannot be traced as a whole.
-OUT_OF_REACH = "a functional call in a model that cannot be traced as a whole; edit it by hand"
+#: Why a functional call is left.
+OUT_OF_REACH = "a functional call in code that cannot be traced; edit it by hand"
+OPTIONAL = (
+    "a functional call in a module with optional arguments, inside code that cannot be traced, so "
+    "that it is not known which arguments it gets; edit it by hand"
+)
 
 
 @dataclass(frozen=True)
@@ -48,139 +45,6 @@ class Change:
     action: Literal["changed", "kept"]
     reason: str
     values: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Region:
-    """A part of the model that can be traced symbolically, and its graph.
-
-    Attributes:
-        path: Where it lies; "" for the whole model.
-        graph: Over the modules below `path`; for all but the root it is evidence only.
-        modules: The modules of the region, by the names the graph uses.
-    """
-
-    path: str
-    graph: fx.Graph
-    modules: Mapping[str, nn.Module]
-
-    def name(self, target: str) -> str:
-        """Path in the whole model of what the graph calls `target`."""
-        return ".".join(part for part in (self.path, target) if part)
-
-    def caller(self, node: fx.Node) -> str:
-        """Path in the whole model of the module whose forward made `node`."""
-        if SCOPES in node.meta:
-            return str(next(reversed(node.meta[SCOPES]), ""))
-        stack = node.meta.get("nn_module_stack")
-        return self.name(str(next(reversed(stack.values()))[0]) if stack else "")
-
-
-class Draft:
-    """A private copy of a model, under edit.
-
-    Attributes:
-        root: The copy.
-        regions: What could be traced of it, the whole or parts.
-        untraced: Paths of modules whose forward could not be traced.
-        observed: The record of a run in eval mode on the example; None without an example.
-        calls: Calls of dropout and local response normalisation in it.
-    """
-
-    def __init__(self, model: nn.Module, given: Example | None) -> None:
-        self.root = clone(model)
-        self.regions: list[Region] = []
-        self.untraced: list[str] = []
-        self.observed: fx.Graph | None = None
-        self.calls: tuple[SeenCall, ...] | None = None
-        if given is not None:
-            self.observed = observe(model, given, training=False).graph
-            self.calls = seen_calls(self.observed)
-        self._captured: ModuleGraph | None = None
-        self._graph_changed = False
-        self._trace("", clone(model), given)
-
-    def _trace(self, path: str, module: nn.Module, given: Example | None) -> None:
-        """Trace `module`, a part of a private copy, or what can be traced below it."""
-        if _has_own_forward(module):
-            captured = _traced(module, given)
-            if captured is not None:
-                self._add(path, captured)
-                return
-            self.untraced.append(path)
-        for name, child in module.named_children():
-            self._trace(f"{path}.{name}" if path else name, child, None)
-
-    def _add(self, path: str, captured: ModuleGraph) -> None:
-        modules = dict(captured.root.named_modules(remove_duplicate=False))
-        self.regions.append(Region(path, captured.graph, modules))
-        if not path:
-            self._captured = captured
-        for whole in captured.opaque:
-            inner = f"{path}.{whole}" if path else whole
-            if _has_own_forward(modules[whole]):
-                self.untraced.append(inner)
-            for name, child in modules[whole].named_children():
-                self._trace(f"{inner}.{name}", child, None)
-
-    def modules(self) -> list[tuple[str, nn.Module]]:
-        """Every slot of the copy; a module in several slots comes several times."""
-        return list(self.root.named_modules(remove_duplicate=False))
-
-    def replace(self, path: str, module: nn.Module) -> None:
-        """Put `module` into a slot, in the mode of what was there."""
-        parent, _, leaf = path.rpartition(".")
-        owner = self.root.get_submodule(parent)
-        module.train(self.root.get_submodule(path).training)
-        owner._modules[leaf] = module
-
-    def bypass(self, node: fx.Node, value: fx.Node) -> None:
-        """Let `value` pass where the result of `node` went, and drop `node`; root region only."""
-        node.replace_all_uses_with(value)
-        inputs = node.all_input_nodes
-        node.graph.erase_node(node)
-        for source in inputs:
-            if not source.users and source.op == "call_module" and _by_mode(self._root(), source):
-                source.graph.erase_node(source)
-        self._graph_changed = True
-
-    def set_in_train(self, node: fx.Node, position: int, keyword: str, value: Any) -> None:
-        """Give a constant argument of a call another value in train mode; root region only."""
-        old = argument(node, position, keyword, None)
-        if isinstance(old, fx.Node):  # the graph reads it from a module of its own
-            module = self._root().modules[str(old.target)]
-            assert isinstance(module, ByMode)
-            module.in_train = value
-        elif len(node.args) > position:
-            node.update_arg(position, value)
-        else:
-            node.update_kwarg(keyword, value)
-        self._graph_changed = True
-
-    def in_graph(self, path: str) -> bool:
-        """Whether the forward of the module at `path` is part of a graph."""
-        traced = [r.path for r in self.regions if _below(path, r.path)]
-        untraced = [p for p in self.untraced if _below(path, p)]
-        longest = max((len(p) for p in untraced), default=-1)
-        return any(len(p) > longest for p in traced)
-
-    def _root(self) -> Region:
-        return next(region for region in self.regions if not region.path)
-
-    def finish(self) -> nn.Module:
-        """The edited model: of the same class as long as no functional call was edited."""
-        if not self._graph_changed:
-            return self.root
-        assert self._captured is not None
-        for name, module in self._captured.root.named_children():
-            if isinstance(module, ByMode):
-                self.root.add_module(name, module)
-        origins = self.root._bnfx_origins if isinstance(self.root, InsertedGraph) else ()
-        made = InsertedGraph.build(self.root, self._captured.graph, origins)
-        try:
-            return remember(made, report(self.root))
-        except BnfxError:  # bnfx has not made the model that this is a copy of
-            return made
 
 
 class Pass(Protocol):
@@ -222,11 +86,11 @@ def apply_pass(
 
     Args:
         edit: A pass of `bnfx.passes`, such as `RemoveDropout()`.
-        model: Any module; it stays as it is. Functional calls are found and edited where the
-            whole model can be traced symbolically.
+        model: Any module; it stays as it is. Functional calls are edited where the model, or the
+            part around them, can be traced symbolically.
         example_inputs: Tuple of positional arguments, or a lone tensor. With them the eval outputs
             are compared where the pass declares to preserve them, and functional calls out of
-            reach are reported.
+            reach are named.
         example_kwargs: Keyword arguments that go with them.
 
     Returns:
@@ -244,19 +108,6 @@ def apply_pass(
     named = {name for change in changes for name in change.values}
     check_preserved(edit.name, edit.preserves, model, edited, given, named)
     return Edited(edited, changes)
-
-
-def constant_by_mode(argument: Any, modules: Mapping[str, nn.Module]) -> tuple[Any, Any] | None:
-    """An argument's value in train mode and in eval mode; None if only a run can tell."""
-    if not isinstance(argument, fx.Node):
-        return argument, argument
-    module = modules.get(str(argument.target)) if argument.op == "call_module" else None
-    return (module.in_train, module.in_eval) if isinstance(module, ByMode) else None
-
-
-def argument(node: fx.Node, position: int, keyword: str, default: Any) -> Any:
-    """An argument of a call, given by position or by keyword."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(keyword, default)
 
 
 def chosen(path: str, globs: str | Sequence[str]) -> bool:
@@ -307,29 +158,5 @@ def unseen_calls(
     ]
 
 
-def _by_mode(region: Region, node: fx.Node) -> bool:
-    return isinstance(region.modules.get(str(node.target)), ByMode)
-
-
 def _inside(path: str, top: str) -> bool:
-    return path != top and _below(path, top)
-
-
-def _below(path: str, top: str) -> bool:
-    return not top or path == top or path.startswith(f"{top}.")
-
-
-def _traced(module: nn.Module, given: Example | None) -> ModuleGraph | None:
-    """The trace of `module`, where there is one and it does what the module does."""
-    try:
-        captured = module_graph(module, given)
-    except CaptureError:
-        return None
-    return captured if given is None or agrees(module, captured, given) else None
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    """Containers without a forward have nothing to trace; layers of torch.nn are known."""
-    if type(module).forward is nn.Module.forward:
-        return False
-    return isinstance(module, nn.Sequential) or not type(module).__module__.startswith("torch.nn")
+    return path != top and below(path, top)

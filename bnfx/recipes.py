@@ -103,6 +103,7 @@ def recipe(
     decay_speedup: float = 6.0,
     dropout: float = 0.0,
     attention_dropout: bool = False,
+    keep: str | Sequence[str] = (),
     zero_init_residual: bool = False,
     include: InsertFilter = None,
     exclude: InsertFilter = None,
@@ -126,6 +127,8 @@ def recipe(
         decay_speedup: How many times faster the learning rate decays.
         dropout: The rate that is left where dropout was stronger; 0 removes it.
         attention_dropout: Whether dropout of attention weights goes too.
+        keep: Glob or globs over module paths in which dropout and local response normalisation
+            stay.
         zero_init_residual: Whether gamma of the last new BatchNorm of residual branches is 0.
         include: Layers to consider for BatchNorm, as in `insert_bn`.
         exclude: Layers to leave without BatchNorm, as in `insert_bn`.
@@ -147,8 +150,8 @@ def recipe(
     changes: list[Change] = []
     edited = model
     for edit in (
-        RemoveLocalResponseNorm(),
-        RemoveDropout(rate=dropout, attention=attention_dropout),
+        RemoveLocalResponseNorm(keep),
+        RemoveDropout(rate=dropout, attention=attention_dropout, exclude=keep),
     ):
         done = apply_pass(edit, edited, example_inputs, example_kwargs=example_kwargs)
         edited = done.model

@@ -6,7 +6,7 @@ stay to the bit. Edited are
 1. modules (`nn.Dropout`, `nn.Dropout1d/2d/3d`, `nn.AlphaDropout`, `nn.FeatureAlphaDropout`), in
    their slot, in any model;
 2. the rate between the layers of `nn.RNN`, `nn.LSTM` and `nn.GRU`;
-3. functional calls, where the model can be traced symbolically.
+3. functional calls, where the model or the part around them can be traced symbolically.
 
 Left alone, with the reason, are dropout of attention weights (behind a softmax, inside
 `nn.MultiheadAttention` and `scaled_dot_product_attention`) unless asked for, because BatchNorm does
@@ -26,16 +26,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from bnfx.capture import has_hooks
 from bnfx.declarations import Preserved
-from bnfx.editing import (
-    OUT_OF_REACH,
-    Change,
-    Draft,
-    Region,
-    argument,
-    chosen,
-    constant_by_mode,
-    unseen_calls,
-)
+from bnfx.draft import Draft, Region, argument, constant_by_mode
+from bnfx.editing import OPTIONAL, OUT_OF_REACH, Change, chosen, unseen_calls
 from bnfx.errors import RecipeError
 from bnfx.operators import function_name
 from bnfx.sightings import SeenCall, call_name, source_of
@@ -179,8 +171,8 @@ class RemoveDropout:
         attention = form.training is None or _behind_softmax(node, region.modules)
         if attention and not self.attention:
             return self._kept(path, kind, _ATTENTION)
-        if region.path:
-            return self._kept(path, kind, OUT_OF_REACH)
+        if not region.fixed:
+            return self._kept(path, kind, OPTIONAL)
         return CallSite(node, path, form, rate[0])
 
     def _edit(self, draft: Draft, site: ModuleSite | CallSite) -> Change:
@@ -200,7 +192,7 @@ class RemoveDropout:
         if self.rate or site.attribute != "p" or has_hooks(module) or not site.path:
             setattr(module, site.attribute, self.rate)
         else:
-            draft.replace(site.path, _identity())
+            draft.replace(site.path, _identity().train(module.training))
         return Change(self.name, site.path, kind, "changed", left or f"rate {site.rate:g} removed")
 
 

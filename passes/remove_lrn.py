@@ -3,7 +3,7 @@
 LRN divides each value by (k + alpha / size * sum of squares over neighbouring channels)^beta. Batch
 normalisation takes its place. Outputs change, parameters do not: LRN has none. Edited are
 `nn.LocalResponseNorm` and `nn.CrossMapLRN2d` in their slot, in any model, and
-`F.local_response_norm` where the model can be traced symbolically.
+`F.local_response_norm` where the model or the part around it can be traced symbolically.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import fx, nn
 
 from bnfx.capture import has_hooks
 from bnfx.declarations import Preserved
-from bnfx.editing import OUT_OF_REACH, Change, Draft, argument, chosen, unseen_calls
+from bnfx.draft import Draft, argument
+from bnfx.editing import OPTIONAL, OUT_OF_REACH, Change, chosen, unseen_calls
 
 _KINDS = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
@@ -64,8 +65,8 @@ class RemoveLocalResponseNorm:
                     continue
                 path = region.caller(node)
                 reason = "chosen by exclude" if chosen(path, self.exclude) else ""
-                if region.path and not reason:
-                    reason = OUT_OF_REACH
+                if not region.fixed and not reason:
+                    reason = OPTIONAL
                 kept = self._kept(path, "local_response_norm", reason)
                 found.append(kept if reason else CallSite(node, path))
         rest = unseen_calls(
@@ -97,9 +98,9 @@ class RemoveLocalResponseNorm:
         if isinstance(site, CallSite):
             draft.bypass(site.node, argument(site.node, 0, "input", None))
             return Change(self.name, site.path, "local_response_norm", "changed", "removed")
-        kind = type(draft.root.get_submodule(site.path)).__name__
-        draft.replace(site.path, nn.Identity())
-        return Change(self.name, site.path, kind, "changed", "removed")
+        module = draft.root.get_submodule(site.path)
+        draft.replace(site.path, nn.Identity().train(module.training))
+        return Change(self.name, site.path, type(module).__name__, "changed", "removed")
 
 
 def _is_known(module: nn.Module) -> bool:

@@ -22,7 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfx.capture import batch_norm_path
 from bnfx.declarations import Preserved
-from bnfx.editing import Change, Draft, Region, chosen
+from bnfx.draft import Draft, Region
+from bnfx.editing import Change, chosen
 from bnfx.operators import BATCH_NORM, Role, affine_of, function_name, role_of
 
 #: Stochastic depth in torchvision and timm: it drops the branch of some examples, or nothing.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bnfx
 from bnfx.declarations import Preserved
-from bnfx.editing import Draft
+from bnfx.draft import Draft
 from bnfx.passes import RemoveDropout, RemoveLocalResponseNorm, ZeroInitResidual
 from tests import zoo
 from tests.laws import assert_same_state
@@ -402,6 +402,13 @@ def test_recipe() -> None:
     json.dumps(done.to_dict())
 
 
+def test_recipe_keeps_what_it_is_told_to_keep() -> None:
+    done = bnfx.recipe(Classic(), lr=0.1, weight_decay=0, keep=["lrn", "drop"], exclude="c1")
+    assert isinstance(done.model.get_submodule("drop"), nn.Dropout)
+    assert isinstance(done.model.get_submodule("lrn"), nn.LocalResponseNorm)
+    assert "c1_bn" not in dict(done.model.named_modules())
+
+
 def test_recipe_x30_and_its_own_numbers() -> None:
     done = bnfx.recipe(
         nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)),
@@ -483,3 +490,69 @@ def test_recipe_of_a_model_that_cannot_be_traced() -> None:
     assert type(done.model) is Branchy
     assert sum(isinstance(m, nn.BatchNorm1d) for m in done.model.modules()) == 1
     done.model.train()(x).sum().backward()
+
+
+class Around(nn.Module):
+    """Code that cannot be traced around a block that can, whose dropout is a function."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = self.again = block
+        self.scale = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x) * self.block.scale if x.sum() > -1e9 else x
+        out: Tensor = self.again(x)
+        return out
+
+
+class FunctionalBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(8, 8), 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.local_response_norm(F.relu(self.fc(x)).unsqueeze(0), 3).squeeze(0)
+        return F.dropout(x, 0.5, self.training)
+
+
+class Optional(FunctionalBlock):
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        x = super().forward(x)
+        return x if skip is None else x + skip
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_a_function_in_a_part_that_can_be_traced(rate: float) -> None:
+    model = Around(FunctionalBlock()).train()
+    keys = list(model.state_dict())
+    for given in (None, X):
+        done = bnfx.apply_pass(RemoveDropout(rate), model, given)
+        assert {path for path, _ in changed(done)} == {"block"}
+        assert type(done.model) is Around
+        assert done.model.get_submodule("block") is done.model.get_submodule("again")
+        assert list(done.model.state_dict()) == keys
+        assert all(module.training for module in done.model.modules())
+        for twin in (copy.deepcopy(done.model), pickle.loads(pickle.dumps(done.model))):
+            assert acts_the_same_twice(twin, X) is (rate == 0)
+            assert torch.equal(twin.eval()(X), copy.deepcopy(model).eval()(X))
+    done = bnfx.apply_pass(RemoveLocalResponseNorm(), model, X)
+    assert {path for path, _ in changed(done)} == {"block"}
+
+
+def test_a_part_with_optional_arguments_stays() -> None:
+    done = bnfx.apply_pass(RemoveDropout(), Around(Optional()), X)
+    assert "optional arguments" in kept(done)["block"]
+    assert not changed(done)
+
+
+def test_code_that_needs_what_an_edit_takes_away() -> None:
+    class Curious(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            assert isinstance(self.block, FunctionalBlock)
+            return super().forward(x)
+
+    with pytest.raises(bnfx.RecipeError, match="does not run any more after remove_dropout"):
+        bnfx.apply_pass(RemoveDropout(), Curious(FunctionalBlock()), X)
+    left = bnfx.apply_pass(RemoveDropout(exclude="block"), Curious(FunctionalBlock()), X)
+    assert not changed(left)
