@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from bnfx.constraints import Bounds, Cause, Constraints, Demand, Kind, Site
@@ -533,6 +534,8 @@ class Propagation:
             moved = _moved(node, args, kwargs)
         except (RuntimeError, TypeError, IndexError, ValueError, NotImplementedError) as error:
             raise Opaque from error
+        if any(isinstance(m, FakeTensor) for m in pytree.tree_leaves(moved)):
+            raise Opaque  # a member of an input's container, which has no labels
         return pytree.tree_map(lambda m: settled(m) if isinstance(m, Tensor) else m, moved)
 
     def _transposed(self, node: fx.Node) -> Tensor:
