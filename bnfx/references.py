@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from bnfx.capture import clone, example
 from bnfx.compare import Array
 from bnfx.errors import BnfxError, VerificationError
-from bnfx.folding import fold_bn
+from bnfx.folding import exact_weights, fold_bn
 from bnfx.inference_graph import inference_graph
 from bnfx.layers import composed, neighbours
 from bnfx.reports import FoldReport, report
@@ -196,13 +196,22 @@ class TorchReference:
     ) -> list[tuple[str, Callable[[], fx.GraphModule]]]:
         """Names and calls of folding; `given` is `sample` in float64."""
         exact = partial(fold_bn, self._exact, given.args, example_kwargs=given.kwargs)
-        own = partial(fold_bn, self._own, sample.args, example_kwargs=sample.kwargs)
+        own = partial(self._in_own_dtype, sample)
+        first = [("folded in float64", exact), ("folded by the rules of its own dtype", own)]
+        if self.weights in ("float16", "bfloat16"):
+            first.reverse()
         return [
-            ("folded in float64", exact),
-            ("folded in its own dtype", lambda: own().double()),
-            ("folded without example inputs", lambda: fold_bn(self._own).double()),
+            *first,
+            ("folded without example inputs", lambda: _wide_copy(fold_bn(self._own))),
             *((f"folded with {options}", partial(exact, **options)) for options in _options()),
         ]
+
+    def _in_own_dtype(self, sample: Sample) -> fx.GraphModule:
+        """Folded with the decisions for the dtype that the weights are stored in, unrounded."""
+        graph = _wide_copy(fold_bn(self._own, sample.args, example_kwargs=sample.kwargs))
+        state = exact_weights(self._own, sample.args, example_kwargs=sample.kwargs)
+        graph.load_state_dict(state)
+        return graph
 
     def unfolded(self, sample: Sample) -> Traced:
         """The layers as they are, computed in float64.
@@ -227,6 +236,13 @@ class TorchReference:
             return trace_layers(graph, tuple(values), changed)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise VerificationError(f"the folded {self.name} fails in float64: {error}") from error
+
+
+def _wide_copy(graph: fx.GraphModule) -> fx.GraphModule:
+    """In float64; a folded graph shares its unchanged weights with its source."""
+    copy = clone(graph).double()
+    assert isinstance(copy, fx.GraphModule)
+    return copy
 
 
 def _options() -> Iterator[dict[str, Any]]:
