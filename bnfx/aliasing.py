@@ -100,6 +100,11 @@ def aliases(graph: fx.Graph) -> Aliases:
 
 
 def _viewed(node: fx.Node) -> Iterator[fx.Node]:
+    if node.op != "call_module" and writes(node) and fresh_form(node) is not None:
+        first = argument(node, 0, "input")  # the result is this one, changed
+        if isinstance(first, fx.Node):
+            yield first
+            return
     for value in node.all_input_nodes:
         if reads_elements(node, value):
             yield value

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from typing import IO
 
 from bnfx import cli_parser
-from bnfx.cli_output import results_apart, step
+from bnfx.cli_output import results_apart, step, tell
 from bnfx.cli_results import (
     FAILED,
     MISSING,
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             return _run(options, out)
     except KeyboardInterrupt:
-        _say("interrupted; files that were there are as they were")
+        tell("interrupted; files that were there are as they were")
         return INTERRUPTED
 
 
@@ -60,16 +59,16 @@ def _run(options: argparse.Namespace, out: IO[str]) -> int:
     except BnfxError as error:
         return _give_up(options, out, error, code_of(error))
     except ModuleNotFoundError as error:
-        _say("'bnfx doctor' tells what is missing here")
+        tell("'bnfx doctor' tells what is missing here")
         return _give_up(options, out, error, MISSING)
     except OSError as error:
         return _give_up(options, out, error, NOT_CAPTURED)
     except Exception as error:  # noqa: BLE001  # a defect must not end like a failed verification
         traceback.print_exc()
-        _say("this is a defect of bnfx, or of the model's own code: see the lines above")
+        tell("this is a defect of bnfx, or of the model's own code: see the lines above")
         return _give_up(options, out, error, NOT_CAPTURED)
     if outcome.failure:
-        _say(outcome.failure)
+        tell(outcome.failure)
     return outcome.code
 
 
@@ -109,13 +108,9 @@ def code_of(error: BnfxError) -> int:
 
 
 def _give_up(options: argparse.Namespace, out: IO[str], error: Exception, code: int) -> int:
-    _say(f"{type(error).__name__}: {error}")
+    tell(f"{type(error).__name__}: {error}")
     try:
         write_error(options, error, code, out)
     except (OSError, UsageError) as second:
-        _say(f"the JSON report cannot be written: {second}")
+        tell(f"the JSON report cannot be written: {second}")
     return code
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"bnfx: {line}\n")

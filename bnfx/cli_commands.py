@@ -23,10 +23,10 @@ from bnfx.cli_inputs import (
     parse_inputs,
 )
 from bnfx.cli_models import CHECKPOINTS, load_model, save_exported, save_state
-from bnfx.cli_output import step
+from bnfx.cli_output import step, tell
 from bnfx.cli_results import DONE, FAILED, Outcome
 from bnfx.document import Picture
-from bnfx.errors import UsageError, VerificationError
+from bnfx.errors import ProviderError, UsageError, VerificationError
 from bnfx.graph_pictures import fold_pictures
 from bnfx.reports import FoldReport, InsertReport, Report
 
@@ -108,10 +108,16 @@ def _inspect_file(options: argparse.Namespace) -> Outcome:
     if options.input or options.checkpoint:
         raise UsageError("an .onnx file is inspected as it is: leave --input, --checkpoint out")
     found = bnfx.inspect_onnx(options.model)
-    with step("optimising it in onnxruntime, for the ledger"):
-        stages = bnfx.removal_ledger(None, f=options.model)
+    more: dict[str, Report] = {}
     failure = _policy(options, len(found.batch_norms))
-    return Outcome(found, failure, _code(failure), {"stages": stages})
+    try:
+        with step("optimising it in onnxruntime, for the ledger"):
+            more["stages"] = bnfx.removal_ledger(None, f=options.model)
+    except ProviderError as error:
+        tell(f"without the ledger of onnxruntime's levels: {error}")
+    except VerificationError as error:  # readable, and yet no file to run
+        failure = failure or str(error)
+    return Outcome(found, failure, _code(failure), more)
 
 
 def _insert(options: argparse.Namespace) -> Outcome:

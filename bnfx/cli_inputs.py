@@ -244,6 +244,8 @@ def dynamic_shapes(inputs: Inputs, specs: Sequence[str], *, batch: bool) -> Any:
     Raises:
         UsageError: A spec cannot be read, or names an input or axis that is not there.
     """
+    if (specs or batch) and not inputs.values:
+        raise UsageError("the free axes of a .pt2 file are those that it was exported with")
     axes: dict[str, dict[int, str]] = {name: {} for name in inputs.values}
     if batch:
         for name, value in inputs.values.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import inspect
 import pickle
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from bnfx.cli_files import replacing
 from bnfx.cli_inputs import Inputs
@@ -149,13 +151,13 @@ def _load_exported(path: Path) -> Loaded:
         part.training = False  # the modes of a BatchNorm are arguments of its calls
     example = program.example_inputs
     inputs = None if example is None else Inputs(example[0], example[1], None, {})
-    return Loaded(module, True, inputs, _symbolic_axes(program))
+    return Loaded(module, True, inputs, _symbolic_axes(program, module))
 
 
-def _symbolic_axes(program: torch.export.ExportedProgram) -> Any:
+def _symbolic_axes(program: torch.export.ExportedProgram, module: nn.Module) -> Any:
     """The free axes of the program's inputs, one symbol one name; None if all are fixed."""
     names: dict[str, str] = {}
-    axes: list[dict[int, str]] = []
+    axes: list[dict[int, str] | None] = []
     wanted = set(program.graph_signature.user_inputs)
     for node in program.graph.nodes:
         if node.op != "placeholder" or node.name not in wanted:
@@ -164,19 +166,23 @@ def _symbolic_axes(program: torch.export.ExportedProgram) -> Any:
         sizes: tuple[Any, ...] = tuple(value.shape) if isinstance(value, Tensor) else ()
         free = {axis: str(n) for axis, n in enumerate(sizes) if isinstance(n, torch.SymInt)}
         for axis, symbol in free.items():
-            default = (
-                "batch" if axis == 0 and "batch" not in names.values() else f"dim_{len(names)}"
-            )
-            names.setdefault(symbol, default)
-        axes.append({axis: names[symbol] for axis, symbol in free.items()})
-    return tuple(axes) if any(axes) else None
+            first = axis == 0 and "batch" not in names.values()
+            names.setdefault(symbol, "batch" if first else f"dim_{len(names)}")
+        named = {axis: names[symbol] for axis, symbol in free.items()}
+        axes.append(named if isinstance(value, Tensor) else None)
+    if not any(axes) or program.call_spec.in_spec is None:
+        return None
+    args, kwargs = pytree.tree_unflatten(axes, program.call_spec.in_spec)
+    if not kwargs:
+        return tuple(args)
+    return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
 
 
 def _load_checkpoint(model: nn.Module, path: Path) -> None:
     state = read_state(path)
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         shown = " ".join(lines)[:600]
         raise UsageError(
@@ -261,7 +267,7 @@ def _two_of_each(inputs: Inputs, shapes: Any) -> tuple[tuple[Any, ...], dict[str
             value = torch.cat([value, value], axis)
         return value
 
-    if shapes is None:
+    if shapes is None or not inputs.values:  # those of a .pt2 file were large enough for it
         return inputs.args, dict(inputs.kwargs)
     if isinstance(shapes, Mapping):
         named = {name: grow(value, shapes[name]) for name, value in inputs.values.items()}
@@ -271,11 +277,7 @@ def _two_of_each(inputs: Inputs, shapes: Any) -> tuple[tuple[Any, ...], dict[str
 
 def _dims(shapes: Any) -> Any:
     """Axis names as the `torch.export.Dim` of that name."""
-    if isinstance(shapes, str):
-        return torch.export.Dim(shapes)
-    if isinstance(shapes, Mapping):
-        return {key: _dims(value) for key, value in shapes.items()}
-    return shapes if shapes is None else tuple(_dims(value) for value in shapes)
+    return pytree.tree_map(lambda name: name and torch.export.Dim(name), shapes)
 
 
 def _first(error: Exception) -> str:

@@ -43,15 +43,24 @@ def results_apart() -> Iterator[IO[str]]:
 
 @contextmanager
 def step(what: str) -> Iterator[None]:
-    """Show `what` and a moving sign on standard error while it runs, on a terminal only."""
+    """Show `what` and the time it has taken on standard error while it runs, on a terminal only."""
     from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(file=sys.stderr)
     if not console.is_terminal:
         yield
         return
-    with console.status(what):
+    text = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), text, TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
+        progress.add_task(what, total=None)
         yield
+
+
+def tell(line: str) -> None:
+    """A line on standard error."""
+    sys.stderr.write(f"bnfx: {line}\n")
 
 
 def write(text: str, target: str, out: IO[str]) -> None:

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 from bnfx.cli_files import check_target
 from bnfx.cli_output import write
 from bnfx.errors import UsageError
-from bnfx.report_files import to_html, to_json
+from bnfx.report_files import to_html, to_json, to_markdown
 from bnfx.reports import Report
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def write_results(options: argparse.Namespace, outcome: Outcome, out: IO[str]) -
     parts = {name: part.to_dict() for name, part in more.items()}
     writers: dict[str, Callable[[], str]] = {
         "json": lambda: to_json({**head, **report.to_dict(), **parts}),
-        "markdown": lambda: "\n".join(part.to_markdown() for part in (report, *more.values())),
-        "html": lambda: to_html(report, outcome.graphs()),
+        "markdown": lambda: to_markdown(report, tuple(more.values())),
+        "html": lambda: to_html(report, outcome.graphs(), tuple(more.values())),
     }
     for kind, content in writers.items():
         target = getattr(options, kind)

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -178,9 +178,9 @@ def deploy(
         str(target),
         plan,
         stages,
-        exported,
-        verified,
-        measured,
+        replace(exported, path=str(target)),
+        replace(verified, path=str(target)),
+        None if measured is None else _renamed(measured, {str(written): str(target)}),
         kept,
         seconds,
     )
@@ -192,6 +192,12 @@ def deploy(
             done,
         )
     return done
+
+
+def _renamed(measured: BenchReport, names: Mapping[str, str]) -> BenchReport:
+    """The report with the file's place instead of where it was measured; what is gone has none."""
+    arms = (replace(arm, path=names.get(arm.path, "-")) for arm in measured.arms)
+    return replace(measured, arms=tuple(arms))
 
 
 def _try_example(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> None:

@@ -99,7 +99,8 @@ def bars(title: str, description: str, rows: Sequence[Bar], unit: str) -> str:
     root = picture(_WIDTH, height, title, description, "picture chart")
     room = _WIDTH - _LABEL - 110
     largest = max((row.high for row in rows if math.isfinite(row.high)), default=0.0) or 1.0
-    for tick in ticks(largest):
+    whole = all(float(row.value).is_integer() for row in rows)
+    for tick in (t for t in ticks(largest) if not whole or t.is_integer()):
         x = _LABEL + room * tick / largest
         add(root, "line", x1=x, x2=x, y1=top, y2=height - 26, kind="grid")
         add(root, "text", f"{tick:g}", x=x, y=height - 12, kind="tick", text_anchor="middle")
@@ -181,4 +182,4 @@ def ticks(largest: float) -> list[float]:
     rough = largest / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    return [step * i for i in range(int(largest / step + 1e-9) + 1)]
+    return [float(step * i) for i in range(int(largest / step + 1e-9) + 1)]

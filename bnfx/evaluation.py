@@ -101,6 +101,11 @@ def _is_torch(target: Any) -> bool:
     )
 
 
+def readers(value: fx.Node) -> list[fx.Node]:
+    """The users of `value` that depend on its elements."""
+    return [user for user in value.users if reads_elements(user, value)]
+
+
 def reads_elements(user: fx.Node, value: fx.Node) -> bool:
     """Whether `user` depends on the elements of `value`, not on its shape alone."""
     return passage_of(user) is not Passage.SHAPE and not reads_shape_only(user, value)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from bnfx.aliasing import barred, freshen, restore
-from bnfx.capture import assemble, example
+from bnfx.capture import Example, assemble, example
 from bnfx.inference_graph import inference_graph
 from bnfx.operators import name_inplace_flag
-from bnfx.passes import FoldBatchNorm
+from bnfx.passes import FoldBatchNorm, MergeBranches, Merged
 from bnfx.reports import FoldReport, remember, report
+from bnfx.shapes import EXACT
+from bnfx.writing import round_exact
 
 
 def fold_bn(
@@ -20,6 +22,7 @@ def fold_bn(
     example_inputs: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
+    merge_branches: bool = True,
 ) -> fx.GraphModule:
     """An inference graph of `model` with every provable BatchNorm folded into the layer before it.
 
@@ -34,6 +37,8 @@ def fold_bn(
         example_inputs: Tuple of positional arguments, or a lone tensor. Needed where the forward
             cannot be traced symbolically; useful where the rank of a tensor decides.
         example_kwargs: Keyword arguments that go with them.
+        merge_branches: Whether convolutions and identities of one input that are added become one
+            convolution (RepVGG, MobileOne, FastViT).
 
     Returns:
         A `torch.fx.GraphModule` with the parameters at their original names.
@@ -42,15 +47,70 @@ def fold_bn(
         CaptureError: The model cannot be captured; the message says what to do.
     """
     given = example(example_inputs, example_kwargs)
+    return _folded(model, given, merge_branches=merge_branches, rounded=True)
+
+
+def exact_weights(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    merge_branches: bool = True,
+) -> dict[str, Tensor]:
+    """The state of `fold_bn`'s result before it is rounded: floating-point tensors in float64.
+
+    The gauges are those for the dtype in which `model` is stored; a float64 copy of a half
+    precision model may fold otherwise. Arguments and errors are those of `fold_bn`.
+    """
+    given = example(example_inputs, example_kwargs)
+    state = _folded(model, given, merge_branches=merge_branches, rounded=False).state_dict()
+    return {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def _folded(
+    model: nn.Module, given: Example | None, *, merge_branches: bool, rounded: bool
+) -> fx.GraphModule:
     captured = inference_graph(model, given)
     graph = captured.module
     for node in graph.graph.nodes:
         name_inplace_flag(node)
     old = freshen(graph.graph, barred(graph.graph))
+    order = {node.name: at for at, node in enumerate(graph.graph.nodes)}
+    merged = _merge(graph, captured.inputs) if merge_branches else Merged()
     folding = FoldBatchNorm(captured.inputs)
-    done = folding.rewrite(graph, folding.match(graph))
+    plan = folding.match(graph)
+    done = folding.rewrite(graph, plan, rounded=rounded)
+    if rounded:
+        round_exact(graph, merged.exact)
     restore(graph.graph, old)
-    return remember(assemble(graph, graph.graph), done)
+    records = {**merged.records, **plan.records}
+    names = sorted(records, key=lambda name: order[name.partition("/")[0]])
+    provenance = _traced_back(merged.provenance, done.provenance)
+    told = FoldReport(tuple(records[name] for name in names), provenance, plan.unavoidable)
+    return remember(assemble(graph, graph.graph), told)
+
+
+def _merge(graph: fx.GraphModule, inputs: Sequence[Any] | None) -> Merged:
+    """Merge branches until none are left: a sum may become a branch of the next one."""
+    merging, done = MergeBranches(inputs), Merged()
+    while sites := merging.match(graph):
+        new = merging.rewrite(graph, sites)
+        done.records.update(new.records)
+        done.provenance.update(_traced_back(done.provenance, new.provenance))
+        done.exact.update({name: done.exact.get(name, dtype) for name, dtype in new.exact.items()})
+        graph.meta[EXACT] = dict(done.exact)
+    return done
+
+
+def _traced_back(
+    first: Mapping[str, tuple[str, ...]], then: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """Sources of `then`, where those that `first` made are replaced by their own sources."""
+    traced = {
+        name: tuple(dict.fromkeys(s for source in sources for s in first.get(source, (source,))))
+        for name, sources in then.items()
+    }
+    return {**first, **traced}
 
 
 def plan_fold(
@@ -58,8 +118,16 @@ def plan_fold(
     example_inputs: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
+    merge_branches: bool = True,
 ) -> FoldReport:
     """What `fold_bn` would do with the same arguments; nothing is changed."""
-    done = report(fold_bn(model, example_inputs, example_kwargs=example_kwargs))
+    done = report(
+        fold_bn(
+            model,
+            example_inputs,
+            example_kwargs=example_kwargs,
+            merge_branches=merge_branches,
+        )
+    )
     assert isinstance(done, FoldReport)
     return done

@@ -16,6 +16,7 @@ import numpy as np
 from torch import fx
 
 from bnfx.constraints import Constraints, Kind, Site, Systems, hard_systems
+from bnfx.evaluation import readers
 from bnfx.linear_system import Flags, Floats, Ints, LinearSystem, Rows
 
 #: |log a| that a stored weight may gain without leaving the range of its dtype.
@@ -30,6 +31,7 @@ _TOO_FAR = (
     "deviations, which costs digits"
 )
 _SAME = 1e-9
+ZERO = "its scale is zero, and what it reads is not the output of a layer that it alone reads"
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,14 @@ class Solver:
     def _greedy(self, systems: Systems, ill: dict[fx.Node, Refused]) -> list[Site]:
         chosen: list[Site] = []
         gone: set[fx.Node] = set()
-        for site in self.candidates:
-            if site.node not in ill and self._try(systems, site, gone):
+        again = [site for site in self.candidates if not site.s.all()]
+        for site in (*self.candidates, *again):  # a constant that went may clear the way
+            if site.node not in ill and site.node not in gone and self._try(systems, site, gone):
                 chosen.append(site)
                 gone.add(site.node)
-        return chosen
+                self.refused.pop(site.node, None)
+        place = {node: at for at, node in enumerate(self.found.sites)}
+        return sorted(chosen, key=lambda site: place[site.node])
 
     def _try(self, systems: Systems, site: Site, gone: set[fx.Node]) -> bool:
         mark = systems.mark()
@@ -197,10 +202,10 @@ class Solver:
     def _several(self, systems: Systems) -> Flags:
         """(labels,): whether more than one call reads the gauge."""
         if self._readers is None:
-            readers = np.zeros(len(systems.of), np.int64)
+            counts = np.zeros(len(systems.of), np.int64)
             for labels in self.found.readers.values():
-                np.add.at(readers, np.unique(systems.of[labels]), 1)
-            self._readers = readers[systems.of] > 1
+                np.add.at(counts, np.unique(systems.of[labels]), 1)
+            self._readers = counts[systems.of] > 1
         return self._readers
 
     def _far(self, systems: Systems, site: Site, shift: Floats) -> Flags:
@@ -269,14 +274,12 @@ def absorber(found: Constraints, site: Site, gone: set[fx.Node]) -> Site | None:
     Where s = 0 it may give the constant t instead of its own channel.
     """
     current = site
-    while current.source is not None and len(current.source.users) == 1:
+    while current.source is not None and len(readers(current.source)) == 1:
         before = found.sites.get(current.source)
-        if before is None or before.kind in (Kind.SCALE, Kind.SHIFT):
-            return None
-        if not np.array_equal(before.y, current.x):
+        if before is None or not np.array_equal(before.y, current.x):
             return None
         if current.source not in gone:
-            return before
+            return None if before.kind in (Kind.SCALE, Kind.SHIFT) else before
         current = before
     return None
 
@@ -305,11 +308,7 @@ def attempt(systems: Systems, site: Site, *, dead: bool, keep: bool = True) -> R
     """
     lanes = np.flatnonzero(site.s != 0)
     if len(lanes) < len(site.s) and not dead:
-        return Refused(
-            "",
-            np.flatnonzero(site.s == 0),
-            "its scale is zero, and what it reads is not the output of a layer that it alone reads",
-        )
+        return Refused("", np.flatnonzero(site.s == 0), ZERO)
     mark = systems.mark()
     for name, (system, rows) in equations(systems, site).items():
         wrong = system.add(rows)

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from bnfx.capture import OWNER, RANKS, Example, Tracer, assemble, clone, has_hooks, skeleton, trace
 from bnfx.errors import CaptureError
 from bnfx.operators import TRANSPARENT_MODULES
+from bnfx.shapes import SEEN
 
 _RANKS: tuple[tuple[type[nn.Module], frozenset[int]], ...] = (
     (nn.BatchNorm1d, frozenset({2, 3})),
@@ -117,8 +118,54 @@ def inference_graph(model: nn.Module, given: Example | None) -> Captured:
     traced = assemble(root, graph)
     if given is not None and not _agree(root, traced, given):
         return _exported(root, given, "the traced graph and the model disagree on the example")
-    inputs = None if given is None else tuple(_bound(root, traced, given).values())
-    return Captured(traced, inputs)
+    if given is None:
+        return Captured(traced, None)
+    if _hides_norms(traced):
+        try:
+            return _exported(root, given, "a part of the model that holds BatchNorms stays whole")
+        except CaptureError:
+            pass  # then they stay, inside the modules that could not be traced
+    _observe(root, traced, given)
+    return Captured(traced, tuple(_bound(root, traced, given).values()))
+
+
+def _hides_norms(traced: fx.GraphModule) -> bool:
+    """Whether a module that is called as a whole evaluates a BatchNorm that might be folded."""
+    for node in traced.graph.nodes:
+        if node.op != "call_module":
+            continue
+        inside = list(traced.get_submodule(str(node.target)).modules())
+        if any(has_hooks(module) for module in inside):
+            continue
+        if any(
+            isinstance(m, _BatchNorm) and not m.training and m.running_mean is not None
+            for m in inside
+        ):
+            return True
+    return False
+
+
+def _observe(root: nn.Module, traced: fx.GraphModule, given: Example) -> None:
+    """Note what modules that are kept whole return on the example: their shapes are not derived."""
+    if not any(node.op == "call_module" for node in traced.graph.nodes):
+        return
+    seen: dict[str, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            out = super().run_node(n)
+            if n.op == "call_module":
+                seen[n.name] = pytree.tree_map(
+                    lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, out
+                )
+            return out
+
+    inputs = copy.deepcopy(list(_bound(root, traced, given).values()))
+    with torch.no_grad(), torch.random.fork_rng():
+        Recorder(clone(traced)).run(*inputs)
+    for node in traced.graph.nodes:
+        if node.name in seen:
+            node.meta[SEEN] = seen[node.name]
 
 
 def _bound(root: nn.Module, traced: fx.GraphModule, given: Example) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def _alike(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):
-        same = a.shape == b.shape and a.dtype == b.dtype
+        same = bool(a.shape == b.shape and a.dtype == b.dtype)
         if a.is_meta or not same:  # on the meta device there are no values
             return same
         return bool(torch.allclose(a, b, rtol=1e-3, atol=1e-6, equal_nan=True))

@@ -161,7 +161,7 @@ class TorchReference:
         ways: tuple[tuple[str, Callable[[], fx.GraphModule]], ...] = (
             (
                 "folded in float64",
-                lambda: fold_bn(clone(self._exact), given.args, example_kwargs=given.kwargs),
+                lambda: fold_bn(self._exact, given.args, example_kwargs=given.kwargs),
             ),
             (
                 "folded in its own dtype",
@@ -194,7 +194,7 @@ class TorchReference:
             BnfxError: The reference cannot be captured.
         """
         given = widened(sample)
-        captured = inference_graph(clone(self._exact), example(given.args, given.kwargs))
+        captured = inference_graph(self._exact, example(given.args, given.kwargs))
         return self._traced(captured.module, given, frozenset())
 
     def _traced(self, graph: fx.GraphModule, given: Sample, changed: frozenset[str]) -> Traced:

@@ -21,15 +21,18 @@ from bnfx.verdicts import VerifyReport
 Facts = tuple[tuple[str, str], ...]
 
 
-def document_of(report: Report, graphs: tuple[Picture, ...] = ()) -> Document:
+def document_of(
+    report: Report, graphs: tuple[Picture, ...] = (), more: tuple[Report, ...] = ()
+) -> Document:
     """The report as a document.
 
     Args:
-        report: Any report of bnfx.
+        report: Any report of bnfx, which gives the verdict.
         graphs: Pictures of the graph around each BatchNorm, from `bnfx.graph_pictures`.
+        more: Reports whose sections follow.
     """
     status, verdict, facts = headline(report)
-    sections = list(_sections(report))
+    sections = [section for part in (report, *more) for section in _sections(part)]
     if graphs:
         note = "Orange: the BatchNorm. Blue: the layers that carry it after folding."
         around = Section("The graph around each BatchNorm", (Paragraph(note), *graphs))
@@ -91,8 +94,9 @@ def _(report: InspectReport) -> tuple[Status, str, Facts]:
         ("elements in weights", f"{report.parameters:,}"),
         ("written by", f"bnfx {report.by_bnfx}" if report.by_bnfx else report.producer or "-"),
     )
-    count = len(report.batch_norms)
-    return "neutral", f"{report.path} holds {count} BatchNormalization nodes.", facts
+    count = len(report.batch_norms) or "no"
+    nodes = "node" if count == 1 else "nodes"
+    return "neutral", f"{report.path} holds {count} BatchNormalization {nodes}.", facts
 
 
 @headline.register
@@ -163,7 +167,9 @@ def _(report: EnvReport) -> tuple[Status, str, Facts]:
 
 @functools.singledispatch
 def _sections(report: Report) -> Iterator[Section]:
-    yield Section("Report", tuple(blocks(report)))
+    headings = {FoldReport: "Folding", InsertReport: "Insertion", InspectReport: "BatchNorms"}
+    heading = headings.get(type(report), "Report")
+    yield Section(heading, tuple(blocks(report)))
 
 
 @_sections.register

@@ -56,12 +56,20 @@ def check_report_path(path: Path) -> None:
         raise BnfxError(f"{path.parent} is not a folder; make it before asking for {path}")
 
 
-def to_html(report: Report, graphs: Sequence[Picture] = ()) -> str:
-    """`report.to_html()` with pictures of the graph around each BatchNorm."""
+def to_html(report: Report, graphs: Sequence[Picture] = (), more: Sequence[Report] = ()) -> str:
+    """`report.to_html()` with pictures of the graph around each BatchNorm, and more reports."""
     from bnfx import report_text
     from bnfx.report_documents import document_of
 
-    return report_text.to_html(document_of(report, tuple(graphs)))
+    return report_text.to_html(document_of(report, tuple(graphs), tuple(more)))
+
+
+def to_markdown(report: Report, more: Sequence[Report] = ()) -> str:
+    """`report.to_markdown()` with more reports."""
+    from bnfx import report_text
+    from bnfx.report_documents import document_of
+
+    return report_text.to_markdown(document_of(report, (), tuple(more)))
 
 
 def to_json(content: Mapping[str, Any]) -> str:

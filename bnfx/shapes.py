@@ -28,6 +28,14 @@ _BATCH = 2
 _FEW = 8
 
 
+#: Key of a graph's `meta`: parameters that are kept in float64 until the end, and their dtypes.
+EXACT = "bnfx_exact"
+
+
+#: node.meta key: what a module that is kept whole returned on the example, as meta tensors.
+SEEN = "bnfx_seen"
+
+
 class Unknown:
     """A value of which nothing is known."""
 
@@ -65,6 +73,7 @@ def shapes_of(module: fx.GraphModule, inputs: Sequence[Any] | None) -> list[Shap
     runner = _Runner(module)
     if inputs is not None:
         first = runner.run(inputs, _BATCH, 0)
+        runner.first = False
         others = (_resized(inputs, 1, 32), _resized(inputs, 1, 0), _resized(inputs, 0, 32))
         runs = (runner.run(other, _BATCH, 0) for other in others)
         second = next((run for run in runs if len(run.failures) <= len(first.failures)), None)
@@ -146,6 +155,7 @@ class _Runner:
         self.modules = dict(module.named_modules(remove_duplicate=False))
         self.fixed: dict[str, Any] = {}
         self.shifts: dict[fx.Node, int] = {}
+        self.first = True
 
     def run(self, inputs: Sequence[Any] | None, batch: int, size: int) -> Shapes:
         found = Shapes()
@@ -170,7 +180,9 @@ class _Runner:
 
     def _attribute(self, name: str) -> Any:
         if name not in self.fixed:
-            self.fixed[name] = pytree.tree_map(self._fake, attribute(self.module, name))
+            value = pytree.tree_map(self._fake, attribute(self.module, name))
+            dtype = self.module.meta.get(EXACT, {}).get(name)
+            self.fixed[name] = value if dtype is None else torch.empty_like(value, dtype=dtype)
         return self.fixed[name]
 
     def _assumed_input(
@@ -230,6 +242,10 @@ class _Runner:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         module = self.modules[str(node.target)]
+        if SEEN in node.meta:
+            if not self.first:
+                raise ValueError(f"{node.name} was seen at the sizes of the example only")
+            return pytree.tree_map(self._fake, node.meta[SEEN])
         if any(has_hooks(inner) for inner in module.modules()) or not _is_stock(module):
             return UNKNOWN
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}

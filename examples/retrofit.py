@@ -30,8 +30,8 @@ from training import BATCH, Images, Run, load, predict, share, train
 
 import bnfx
 
-RATE = 0.1
-FACTORS = (1, 10, 30)
+RATE = 0.03
+FACTORS = (1, 3, 10)
 SEEDS = (0, 1, 2)
 CALIBRATION_IMAGES = 600
 
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)  # faster for networks this small
     options.out.mkdir(parents=True, exist_ok=True)
-    seeds, before, after = (SEEDS[:1], 60, 10) if options.quick else (SEEDS, 300, 200)
+    seeds, before, after = (SEEDS[:1], 60, 10) if options.quick else (SEEDS, 3000, 300)
     console = Console()
     outcomes: list[Outcome] = []
     with Progress(console=console) as progress:

@@ -12,6 +12,7 @@ from .insert_bn import Filter as InsertFilter
 from .insert_bn import InsertBatchNorm, never_called
 from .insert_bn import Placement as InsertPlacement
 from .insert_bn import Site as InsertSite
+from .merge_branches import MergeBranches, Merged
 from .remove_dropout import RemoveDropout
 from .remove_lrn import RemoveLocalResponseNorm
 from .zero_init_residual import ZeroInitResidual
@@ -22,6 +23,8 @@ __all__ = [
     "InsertFilter",
     "InsertPlacement",
     "InsertSite",
+    "MergeBranches",
+    "Merged",
     "RemoveDropout",
     "RemoveLocalResponseNorm",
     "ZeroInitResidual",

@@ -29,7 +29,7 @@ from bnfx.aliasing import Aliases, aliases, barred
 from bnfx.capture import RANKS, has_hooks
 from bnfx.certificates import Explanation
 from bnfx.constraints import Constraints, Kind, Site
-from bnfx.evaluation import Values
+from bnfx.evaluation import Values, readers
 from bnfx.gauges import NARROW, WIDE, Gauges, Refused, Solver, absorber
 from bnfx.ledger import constants
 from bnfx.norms import affine_map_of, is_norm
@@ -56,14 +56,16 @@ class Plan:
     Attributes:
         gauges: Scale and displacement of every label.
         changes: New parameters.
-        records: One for each evaluation of a BatchNorm.
+        records: One for each evaluation of a BatchNorm, by the name of its node and its own path.
         guards: Nodes whose rank the result must check, and that rank.
+        unavoidable: A number of BatchNorms that stay under any choice that the rules allow.
     """
 
     gauges: Gauges
     changes: tuple[Change, ...]
-    records: tuple[FoldRecord, ...]
+    records: Mapping[str, FoldRecord]
     guards: Mapping[fx.Node, int]
+    unavoidable: int
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,24 @@ class FoldBatchNorm:
         ]
         done = tuple(change for change in changes if change is not None)
         explanation = Explanation(found, gauges, done, candidates)
-        records = _records(module, found, gauges, walk.values, explanation)
-        return Plan(gauges, done, tuple(records), guards)
+        records = dict(_records(module, found, gauges, walk.values, explanation))
+        others = sum(r.verdict == "kept" for r in records.values()) - sum(
+            site.kind is Kind.BATCH_NORM and site.node in gauges.refused for site in candidates
+        )
+        return Plan(gauges, done, records, guards, others + explanation.unavoidable())
 
-    def rewrite(self, module: fx.GraphModule, plan: Plan) -> FoldReport:
-        """Carry out what `match` found, on `module` itself."""
+    def rewrite(self, module: fx.GraphModule, plan: Plan, *, rounded: bool = True) -> FoldReport:
+        """Carry out what `match` found, on `module` itself.
+
+        Args:
+            module: The graph that `plan` was made for.
+            plan: What to do.
+            rounded: Whether new parameters get their stored dtype; otherwise they stay in float64.
+        """
         for node, rank in plan.guards.items():
             _guard_rank(module.graph, node, rank)
-        provenance = write(module, plan.changes, plan.gauges.eliminated)
-        return FoldReport(plan.records, provenance)
+        provenance = write(module, plan.changes, plan.gauges.eliminated, rounded=rounded)
+        return FoldReport(tuple(plan.records.values()), provenance, plan.unavoidable)
 
 
 @dataclass(frozen=True)
@@ -160,7 +171,7 @@ def _unremovable(site: Site, shapes: Shapes, kept: frozenset[fx.Node], views: Al
         return "its output has another shape or dtype than its input"
     if node not in kept and source not in kept:
         return ""
-    alone = len(source.users) == 1 and views.groups[source] == [source]
+    alone = len(readers(source)) == 1 and views.groups[source] == [source]
     if alone and source.op in ("call_function", "call_method"):
         return ""
     return "values that it reads or gives are written in place while others read them"
@@ -186,23 +197,24 @@ def _records(
     gauges: Gauges,
     values: Values,
     explanation: Explanation,
-) -> Iterable[FoldRecord]:
+) -> Iterable[tuple[str, FoldRecord]]:
     modules = dict(module.named_modules(remove_duplicate=False))
     vanished = {site.node for site in gauges.eliminated}
     for node in module.graph.nodes:
         if node.op == "call_module":
-            yield from _kept_whole(node, modules[str(node.target)])
+            for record in _kept_whole(node, modules[str(node.target)]):
+                yield f"{node.name}/{record.path}", record
         if not is_norm(node):
             continue
         path, site = norm_path(node), found.sites.get(node)
         if site is not None and node in vanished:
-            yield FoldRecord(path, "folded", explanation.into(site), "")
+            yield node.name, FoldRecord(path, "folded", explanation.into(site), "")
         elif site is not None:
-            yield FoldRecord(path, "kept", (), explanation.reason(site))
+            yield node.name, FoldRecord(path, "kept", (), explanation.reason(site))
         else:
             affine = affine_map_of(node, values)
             words = affine if isinstance(affine, str) else _why_unseen()
-            yield FoldRecord(path, "kept", (), words)
+            yield node.name, FoldRecord(path, "kept", (), words)
 
 
 def _why_unseen() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
@@ -281,6 +282,21 @@ def test_one_file_against_another(here: Path, capsys: pytest.CaptureFixture[str]
     assert main(["verify", "a.onnx", "b.onnx"]) == 1
 
 
+def test_inspect_lists_what_onnxruntime_cannot_load(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    f = exported(here)
+    proto = onnx.load(str(f))
+    next(node for node in proto.graph.node if node.op_type == "Relu").domain = "of.nobody"
+    proto.opset_import.append(onnx.helper.make_opsetid("of.nobody", 1))
+    onnx.save(proto, str(f))
+    capsys.readouterr()
+    assert main(["inspect", "a.onnx"]) == 1
+    out, err = capsys.readouterr()
+    assert "a.onnx: written by" in out
+    assert "not a registered function" in err
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage", None])
 @pytest.mark.parametrize(
     "argv", [("verify", "nets:small", "a.onnx", *X), ("inspect", "a.onnx"), ("bench", "a.onnx")]
@@ -373,7 +389,7 @@ def test_a_failed_deploy_writes_its_reports_and_its_bundle(here: Path) -> None:
 def test_what_is_folded_is_saved(here: Path) -> None:
     assert main(["fold", "nets:small", "a.pt2", *X, "--dynamic-batch"]) == 0
     assert main(["fold", "nets:small", "a.safetensors"]) == 0
-    from nets import small  # type: ignore[import-not-found]  # written by the fixture
+    small = importlib.import_module("nets").small
 
     x = torch.randn(5, 3, 16, 16)
     truth = small().eval()(x)
@@ -390,8 +406,35 @@ def test_pt2_files_go_all_the_way_with_their_own_inputs(
     assert main(["fold", "nets:small", "a.pt2", *X, "--dynamic-batch"]) == 0
     assert main(["deploy", "a.pt2", "a.onnx", "--json", "r.json"]) == 0, capsys.readouterr().err
     report = strict((here / "r.json").read_text())
+    places = {report[part]["path"] for part in ("export", "verify")} | {report["path"]}
+    assert places == {"a.onnx"}, "not the temporary files of the checks"
     assert report["export"]["inputs"] == {"x": "float32[batch,3,16,16]"}
     assert set(report["verify"]["batch_sizes"]) == {1, 2, 7}
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_pt2_files_with_nested_inputs(here: Path, *, by_keyword: bool) -> None:
+    sys.path.insert(0, str(here))
+    nets = importlib.import_module("nets")
+
+    class Nested(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nets.small()
+
+        def forward(self, pair: dict[str, torch.Tensor], k: float = 1.0) -> dict[str, torch.Tensor]:
+            return {"y": self.net(pair["a"] + pair["b"]) * k}
+
+    pair = {name: torch.randn(2, 3, 16, 16) for name in "ab"}
+    free = {name: {0: torch.export.Dim("n")} for name in "ab"}
+    args, kwargs = ((), {"pair": pair}) if by_keyword else ((pair,), None)
+    program = torch.export.export(Nested().eval(), args, kwargs, dynamic_shapes={"pair": free})
+    torch.export.save(program, here / "a.pt2")
+    assert main(["deploy", "a.pt2", "a.onnx", "--require-folded", "--json", "r.json"]) == 0
+    shapes = strict((here / "r.json").read_text())["export"]["inputs"].values()
+    assert list(shapes) == ["float32[batch,3,16,16]"] * 2
+    assert main(["fold", "a.pt2", "b.pt2"]) == 0
+    assert torch.export.load(here / "b.pt2").module()(*args, **(kwargs or {}))["y"].shape == (2, 4)
 
 
 def test_inserted_state_comes_back_through_a_checkpoint(here: Path) -> None:
@@ -461,6 +504,21 @@ def test_doctor_runs_without_torch(here: Path) -> None:
         [sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=False
     )
     assert "onnxruntime" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="terminals as POSIX has them")
+def test_progress_is_shown_on_a_terminal(here: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "bnfx", "fold", "nets:small", "--json", "-"]
+    done = subprocess.run(command, cwd=here, stdout=subprocess.PIPE, stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "folding" in shown
+    assert strict(done.stdout.decode())["exit_code"] == 0
+    assert "folding" not in run_cli("fold", "nets:small", cwd=here).stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")

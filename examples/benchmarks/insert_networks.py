@@ -37,7 +37,7 @@ class Network:
     build: Callable[[], nn.Module]
     inputs: Callable[[int], tuple[Any, ...]]
     kwargs: dict[str, Any] = field(default_factory=dict)
-    sides: tuple[int, ...] = (64, 96, 224)
+    sides: tuple[int, ...] = (64, 96, 224, 299)
 
 
 def images(side: int) -> tuple[Tensor, ...]:

@@ -121,6 +121,39 @@ def _shorter(sample: Sample) -> list[Sample]:
     return found
 
 
+@dataclasses.dataclass
+class Tally:
+    """What came out so far."""
+
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    wrong: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    begun: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def add(self, seed: int, finding: Outcome | str) -> None:
+        """Count one network."""
+        self.counts["tried"] += 1
+        if isinstance(finding, str):
+            self.wrong.append({"seed": seed, "finding": finding})
+            return
+        self.counts[finding.status] += 1
+        self.counts["folded"] += finding.folded
+        self.counts["kept"] += finding.left
+
+    def row(self) -> dict[str, Any]:
+        """The figures."""
+        return {
+            "networks tried": self.counts["tried"],
+            "wrong": len(self.wrong),
+            "right": self.counts["ok"],
+            "refused to capture": self.counts["refused"],
+            "refused to run": self.counts["guarded"],
+            "not finite": self.counts["unfit"],
+            "BatchNorms folded": self.counts["folded"],
+            "BatchNorms kept": self.counts["kept"],
+            "seconds": round(time.perf_counter() - self.begun, 1),
+        }
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the results")
@@ -131,40 +164,24 @@ def main(argv: list[str]) -> int:
     console = Console()
     start(console)
     warnings.simplefilter("ignore")  # of torch, about the networks drawn
-    tally: Counter[str] = Counter()
-    wrong: list[dict[str, Any]] = []
-    begun = time.perf_counter()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    tally = Tally()
     seeds = range(asked.seed, asked.seed + (20 if asked.quick else asked.count))
     with progress_bar(console) as progress:
         task = progress.add_task("random networks", total=len(seeds))
         for seed in seeds:
             found = case(seed)
             finding = found.run()
-            tally["tried"] += 1
+            tally.add(seed, finding)
             if isinstance(finding, str):
-                wrong.append({"seed": seed, "finding": finding})
-                asked.out.mkdir(parents=True, exist_ok=True)
                 (asked.out / f"wrong_{seed}.py").write_text(reduced(found).text())
                 progress.console.print(f"seed {seed}: {finding}", markup=False)
-            else:
-                tally[finding.status] += 1
-                tally["folded"] += finding.folded
-                tally["kept"] += finding.left
+            if seed % 50 == 0 or seed == seeds[-1]:  # so that little is lost when it is stopped
+                save(asked.out, "random_graphs", [tally.row()], first_seed=asked.seed,
+                     wrong=tally.wrong)  # fmt: skip
             progress.advance(task)
-    row = {
-        "networks tried": tally["tried"],
-        "wrong": len(wrong),
-        "right": tally["ok"],
-        "refused to capture": tally["refused"],
-        "refused to run": tally["guarded"],
-        "not finite": tally["unfit"],
-        "BatchNorms folded": tally["folded"],
-        "BatchNorms kept": tally["kept"],
-        "seconds": round(time.perf_counter() - begun, 1),
-    }
-    show(console, "Random networks", [row])
-    save(asked.out, "random_graphs", [row], first_seed=asked.seed, wrong=wrong)
-    return 1 if wrong else 0
+    show(console, "Random networks", [tally.row()])
+    return 1 if tally.wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,337 @@
+"""Merge convolutions and identities of one input that are added into one convolution.
+
+All of these are linear in x and so is their sum (Ding et al., "RepVGG", 2021, section 3.3):
+
+    y = W1 * x + b1 + s (W2 * x) + t + k x + c        W = W1 + [s W2] + [diag k]
+
+where [.] lays a smaller kernel into the largest one with their centres aligned, an identity being
+a 1 x 1 kernel, and a grouped kernel into a denser one. Strides must be equal and output sizes
+agree at every input size. A BatchNorm behind a branch, or instead of one, is the factor s and the
+summand t. A kernel never grows, so a depthwise kernel goes into a dense one only where it fits.
+
+The sum is kept in float64 until folding has written its own changes, and is rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bnfx.aliasing import barred
+from bnfx.branches import Branch, absorbed, joined
+from bnfx.capture import owner_of
+from bnfx.evaluation import Values
+from bnfx.ledger import attribute, constants, erase_dead, free_name, set_tensor
+from bnfx.norms import affine_map_of, is_norm
+from bnfx.operators import Passage, affine_of, argument, arguments, passage_of
+from bnfx.reports import FoldRecord
+from bnfx.shapes import Shapes, is_tensor, shapes_of
+from bnfx.words import norm_path
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One operand of a sum, as a branch of `source`.
+
+    Attributes:
+        value: The operand.
+        source: What the branch reads.
+        branch: The linear map; None where the operand is a constant.
+        layer: The convolution in it, if there is one.
+        norms: BatchNorms in it.
+        names: Parameters and buffers that went in.
+    """
+
+    value: object
+    source: fx.Node | None
+    branch: Branch | None
+    layer: fx.Node | None = None
+    norms: tuple[fx.Node, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A sum in which some operands become one convolution.
+
+    Attributes:
+        root: The outermost addition.
+        rest: Operands that stay.
+        merged: Operands that are merged.
+        layer: The convolution that takes them up.
+        branch: Its new weight and bias, float64.
+    """
+
+    root: fx.Node
+    rest: tuple[object, ...]
+    merged: tuple[Leaf, ...]
+    layer: fx.Node
+    branch: Branch
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was merged.
+
+    Attributes:
+        records: Node name of each BatchNorm that went -> its record.
+        provenance: New parameter -> what it was computed from.
+        exact: New parameter, still in float64 -> the dtype to store it in.
+    """
+
+    records: dict[str, FoldRecord] = field(default_factory=dict)
+    provenance: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    exact: dict[str, torch.dtype] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MergeBranches:
+    """Merge parallel linear branches wherever that is exact.
+
+    Attributes:
+        inputs: Example values of the placeholders; None without any.
+    """
+
+    inputs: Sequence[Any] | None = None
+
+    def match(self, module: fx.GraphModule, shapes: Shapes | None = None) -> list[Site]:
+        """Sums whose branches can be merged. Changes nothing."""
+        sums = [node for node in module.graph.nodes if _is_sum(node) and not _inner(node)]
+        if not sums:
+            return []
+        shapes = shapes or shapes_of(module, self.inputs)[0]
+        look = _Look(module, shapes)
+        found = (look.at(node) for node in sums)
+        return [site for site in found if site is not None]
+
+    def rewrite(self, module: fx.GraphModule, sites: Iterable[Site]) -> Merged:
+        """Carry out what `match` found, on `module` itself."""
+        done = Merged()
+        instead: dict[object, fx.Node] = {}
+        for site in sites:
+            rest = [instead.get(operand, operand) for operand in site.rest]
+            instead[site.root] = _rewrite(module, site, rest, done)
+        return done
+
+
+class _Look:
+    def __init__(self, module: fx.GraphModule, shapes: Shapes) -> None:
+        self.shapes = shapes
+        self.values = Values(module.graph, constants(module))
+        self.kept = barred(module.graph)
+
+    def at(self, root: fx.Node) -> Site | None:
+        shape = self._shape(root)
+        if shape is None:
+            return None
+        operands = list(_operands(root))
+        if any(isinstance(o, fx.Node) and o in self.kept for o in (root, *operands)):
+            return None
+        leaves = [self._leaf(operand, shape) for operand in operands]
+        layers = [leaf for leaf in leaves if leaf.layer is not None]
+        layers.sort(key=lambda leaf: (leaf.branch.groups, -leaf.branch.taps) if leaf.branch else ())
+        for target in layers:
+            assert target.branch is not None
+            merged, branch = [target], target.branch
+            for leaf in leaves:
+                if leaf is target:
+                    continue
+                wider = self._with(branch, target, leaf)
+                if wider is not None:
+                    merged.append(leaf)
+                    branch = wider
+            if sum(leaf.branch is not None for leaf in merged) > 1:
+                rest = tuple(leaf.value for leaf in leaves if leaf not in merged)
+                assert target.layer is not None
+                return Site(root, rest, tuple(merged), target.layer, branch)
+        return None
+
+    def _with(self, branch: Branch, target: Leaf, leaf: Leaf) -> Branch | None:
+        if leaf.branch is not None:
+            return joined(branch, leaf.branch) if leaf.source is target.source else None
+        known = self.values.operand(leaf.value)
+        return None if known is None else absorbed(branch, known)
+
+    def _leaf(self, value: object, shape: tuple[int, ...]) -> Leaf:
+        plain = Leaf(value, None, None)
+        if not isinstance(value, fx.Node) or self.values.is_constant(value):
+            return replace(plain, names=self.values.sources(value))
+        if self._shape(value) != shape:
+            return plain
+        return self._branch(value, shape)
+
+    def _branch(self, value: fx.Node, shape: tuple[int, ...]) -> Leaf:
+        """`value` as a linear map of the nearest tensor before it that others may read too."""
+        alone = _alone(value) and value not in self.kept
+        row = affine_of(value, {})
+        if alone and row is not None and not row.transposed:
+            call = arguments(value, row.signature)
+            weight, bias = self.values.of(call["weight"]), self.values.of(call["bias"])
+            known = weight is not None and (call["bias"] is None or bias is not None)
+            branch = Branch.of_layer(row, call, weight, bias) if known else None
+            if branch is not None and len(shape) == branch.rank and self._plain(call["weight"]):
+                names = self.values.sources(call["weight"]) + self.values.sources(call["bias"])
+                return Leaf(value, call["input"], branch, value, (), names)
+        if alone and passage_of(value) is Passage.IDENTITY:
+            inner = value.args[0]
+            if isinstance(inner, fx.Node) and self._same(inner, value):
+                return replace(self._branch(inner, shape), value=value)
+        if alone and is_norm(value):
+            affine = affine_map_of(value, self.values)
+            source = argument(value, 0, "input")
+            if not isinstance(affine, str) and isinstance(source, fx.Node) and len(shape) > 1:
+                inner_leaf = self._inside(source, shape)
+                s, t = torch.from_numpy(affine.s), torch.from_numpy(affine.t)
+                return self._after(value, inner_leaf, s, t)
+        if alone and passage_of(value) is Passage.MULTIPLY:
+            scaled = self._scaled(value, shape)
+            if scaled is not None:
+                return scaled
+        return Leaf(value, value, Branch.identity(shape, 1))
+
+    def _inside(self, source: fx.Node, shape: tuple[int, ...]) -> Leaf:
+        if _alone(source) and self._shape(source) == shape:
+            return self._branch(source, shape)
+        return Leaf(source, source, Branch.identity(shape, 1))
+
+    def _after(self, value: fx.Node, leaf: Leaf, s: Tensor, t: Tensor) -> Leaf:
+        assert leaf.branch is not None
+        if leaf.branch.axis != 1 or leaf.branch.outputs != len(s):
+            return Leaf(value, value, Branch.identity(self._shape(value) or (), 1))
+        names = tuple(name for n in value.all_input_nodes for name in self.values.sources(n))
+        norms = (*leaf.norms, value) if is_norm(value) else leaf.norms
+        return replace(
+            leaf,
+            value=value,
+            branch=leaf.branch.scaled(s, t),
+            norms=norms,
+            names=leaf.names + names,
+        )
+
+    def _scaled(self, value: fx.Node, shape: tuple[int, ...]) -> Leaf | None:
+        a, b = argument(value, 0, "input"), argument(value, 1, "other")
+        for source, constant in ((a, b), (b, a)):
+            known = self.values.operand(constant)
+            if known is None or not isinstance(source, fx.Node) or self._shape(source) != shape:
+                continue
+            leaf = self._inside(source, shape)
+            assert leaf.branch is not None
+            factor = leaf.branch.per_channel(known)
+            if factor is not None:
+                return self._after(value, leaf, factor, torch.zeros_like(factor))
+        return None
+
+    def _plain(self, weight: object) -> bool:
+        """Whether the weight is read by name, not computed."""
+        return isinstance(weight, fx.Node) and weight.op == "get_attr"
+
+    def _same(self, a: fx.Node, b: fx.Node) -> bool:
+        x, y = self.shapes.values.get(a), self.shapes.values.get(b)
+        return is_tensor(x) and is_tensor(y) and x.shape == y.shape and x.dtype == y.dtype
+
+    def _shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        value = self.shapes.values.get(node)
+        if not is_tensor(value) or not value.is_floating_point():
+            return None
+        return tuple(int(n) for n in value.shape)
+
+
+def _asks_rank(user: fx.Node) -> bool:
+    """Whether the answer is the same for all tensors of one rank, dtype and device."""
+    if user.target is getattr:
+        return user.args[1] in ("ndim", "dtype", "device")
+    return user.op == "call_method" and user.target == "dim"
+
+
+def _alone(value: fx.Node) -> bool:
+    """Whether one call reads the elements of `value`, and none its sizes."""
+    return sum(not _asks_rank(user) for user in value.users) == 1
+
+
+def _is_sum(node: fx.Node) -> bool:
+    plain = bool(node.kwargs.get("alpha", 1) == 1) and len(node.args) <= 2
+    return passage_of(node) is Passage.ADD and plain
+
+
+def _inner(node: fx.Node) -> bool:
+    """Whether the sum is an operand of another one, and read by nothing else."""
+    return len(node.users) == 1 and _is_sum(next(iter(node.users)))
+
+
+def _operands(root: fx.Node) -> Iterable[object]:
+    """The operands of nested sums, left to right."""
+    for value in (argument(root, 0, "input"), argument(root, 1, "other")):
+        if isinstance(value, fx.Node) and _is_sum(value) and len(value.users) == 1:
+            yield from _operands(value)
+        else:
+            yield value
+
+
+def _rewrite(module: fx.GraphModule, site: Site, rest: Sequence[Any], done: Merged) -> fx.Node:
+    """Put the convolution in; the node that has the sum's value now."""
+    graph, layer = module.graph, site.layer
+    row = affine_of(layer, {})
+    assert row is not None
+    call = arguments(layer, row.signature)
+    readers = constants(module).readers
+    weight = str(call["weight"].target)
+    stored = attribute(module, weight)
+    assert isinstance(stored, Tensor)
+    names = {"weight": weight, "bias": f"{weight.removesuffix('weight')}bias"}
+    if isinstance(call["bias"], fx.Node) and call["bias"].op == "get_attr":
+        names["bias"] = str(call["bias"].target)
+    sources = tuple(dict.fromkeys(name for leaf in site.merged for name in leaf.names))
+    new = {}
+    for part, value in (("weight", site.branch.weight), ("bias", site.branch.bias)):
+        name = names[part]
+        if any(reader is not layer for reader in readers.get(name, ())):
+            name = free_name(module, f"{owner_of(name)}.{part}_of_{site.root.name}")
+        exact = value.to(stored.device)
+        set_tensor(module, name, exact, trained=stored.requires_grad)
+        done.exact[name] = done.exact.get(weight, stored.dtype)
+        done.provenance[name] = sources
+        with graph.inserting_before(site.root):
+            new[part] = graph.get_attr(name)
+    named = dict(zip(row.signature, layer.args, strict=False)) | dict(layer.kwargs) | new
+    with graph.inserting_before(site.root):
+        source = named.pop("input")
+        assert isinstance(source, fx.Node)
+        total = graph.call_function(layer.target, (source,), named)  # type: ignore[arg-type]  # a function
+        total.meta = dict(layer.meta)
+        for operand in rest:
+            total = graph.call_function(torch.add, (total, operand))
+            total.meta = dict(site.root.meta)
+    for leaf in site.merged:
+        _repoint(leaf.value, source)
+        for norm in leaf.norms:
+            into = owner_of(str(new["weight"].target))
+            done.records[norm.name] = FoldRecord(norm_path(norm), "folded", (into,), "")
+    site.root.replace_all_uses_with(total)
+    _sweep(graph, site.root)
+    return total
+
+
+def _repoint(value: object, source: fx.Node) -> None:
+    """Questions for the rank of what goes are asked of the branch's source."""
+    while isinstance(value, fx.Node) and value is not source:
+        for user in list(value.users):
+            if _asks_rank(user):
+                user.replace_input_with(value, source)
+        inputs = [n for n in value.all_input_nodes if n.op != "get_attr"]
+        value = inputs[0] if inputs else None
+
+
+def _sweep(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that nobody reads, and what only it read."""
+    queue = [node]
+    while queue:
+        last = queue.pop()
+        if last.users or last._erased or last.op == "placeholder":
+            continue
+        inputs = last.all_input_nodes
+        erase_dead(graph, [last])
+        queue.extend(inputs)
