@@ -174,7 +174,8 @@ def judge(results: dict[str, Any]) -> list[Row]:
         best = mean([max(curve) for curve in curves])
         speed = reached / mean(known) if len(known) == len(firsts) else None
         theirs = f"{arm.steps}M steps" if arm.steps else "never"
-        steps = f"{mean(known):,.0f} steps" if speed else f"in {len(known)} of {len(firsts)} seeds"
+        some = f"in {len(known)} of {len(firsts)} seeds" if known else "never"
+        steps = f"{mean(known):,.0f} steps" if speed else some
         rows.append(
             Row(
                 f"{arm.name}: steps to the baseline's best; best accuracy",
