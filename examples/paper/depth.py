@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import Bench, Row, Study, main, percent, two_arms
-from sweeps import TRAINED, draw_sweep, span, sweep, trained_values
+from sweeps import draw_sweep, span, sweep, trained, trained_values
 
 DEPTHS = (1, 2, 3, 5, 8, 12)
 LR = 0.3
@@ -45,7 +45,8 @@ def judge(results: dict[str, Any]) -> list[Row]:
     holds = max(good["with"], default=0) > max(good["without"], default=0)
     return [
         Row(
-            f"depths that reach {TRAINED:.0%} in {results['steps']:,} steps, without and with BN",
+            f"depths that reach {trained(results):.0%} in {results['steps']:,} steps, "
+            "without and with BN",
             "sigmoid Inception trains with BN alone",
             f"{span(good['without'])}; {span(good['with'])}",
             "holds" if holds else "does not hold",

@@ -174,7 +174,8 @@ def judge(results: dict[str, Any]) -> list[Row]:
         best = mean([max(curve) for curve in curves])
         speed = reached / mean(known) if len(known) == len(firsts) else None
         theirs = f"{arm.steps}M steps" if arm.steps else "never"
-        steps = f"{mean(known):,.0f} steps" if speed else f"in {len(known)} of {len(firsts)} seeds"
+        some = f"in {len(known)} of {len(firsts)} seeds" if known else "never"
+        steps = f"{mean(known):,.0f} steps" if speed else some
         rows.append(
             Row(
                 f"{arm.name}: steps to the baseline's best; best accuracy",
@@ -183,7 +184,26 @@ def judge(results: dict[str, Any]) -> list[Row]:
                 _verdict(arm, speed, best, goal),
             )
         )
-    return rows
+    return [*rows, _near(results)]
+
+
+def _near(results: dict[str, Any]) -> Row:
+    """Steps to one point below the baseline's best accuracy, the mean over the seeds."""
+    baseline = _curves(results, "baseline")
+    steps = []
+    for arm in ARMS:
+        pairs = zip(_curves(results, arm.name), baseline, strict=True)
+        firsts = [first_step(results["steps"], c, max(target) - 0.01) for c, target in pairs]
+        known = [float(step) for step in firsts if step is not None]
+        steps.append(
+            f"{arm.name} {mean(known):,.0f}" if len(known) == len(firsts) else arm.name + " -"
+        )
+    return Row(
+        "steps to one point below that (-: not in every seed)",
+        "-",
+        "; ".join(steps),
+        "for comparison",
+    )
 
 
 def _verdict(arm: Arm, speed: float | None, best: float, goal: float) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import Bench, Row, Study, main, two_arms
-from sweeps import TRAINED, draw_sweep, span, sweep, trained_values
+from sweeps import draw_sweep, span, sweep, trained, trained_values
 
 SCALES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 LR = 0.3
@@ -40,7 +40,7 @@ def judge(results: dict[str, Any]) -> list[Row]:
     wider = len(good["with"]) > len(good["without"])
     return [
         Row(
-            f"initial scales that reach {TRAINED:.0%} in {results['steps']:,} steps, "
+            f"initial scales that reach {trained(results):.0%} in {results['steps']:,} steps, "
             "without and with BN",
             "less careful initialisation (no figure)",
             f"{span(good['without'])}; {span(good['with'])}",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import Bench, Row, Study, main, mean, percent, two_arms
-from sweeps import TRAINED, draw_sweep, span, sweep, trained_values
+from sweeps import draw_sweep, span, sweep, trained, trained_values
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
@@ -44,7 +44,8 @@ def judge(results: dict[str, Any]) -> list[Row]:
     best = {arm: max(mean(seeds) for seeds in results["accuracy"][arm]) for arm in good}
     return [
         Row(
-            f"rates that reach {TRAINED:.0%} in {results['steps']:,} steps, without and with BN",
+            f"rates that reach {trained(results):.0%} in {results['steps']:,} steps, "
+            "without and with BN",
             "x30 of the baseline's rate works, where x5 broke the baseline (Inception)",
             f"{span(good['without'])}; {span(good['with'])}",
             verdict,

@@ -9,7 +9,8 @@ from typing import Any
 START, END = "<!-- results: written by paper/run_all.py -->", "<!-- end of results -->"
 PAGE = Path(__file__).parents[1] / "README.md"
 ORDER = (
-    *("figure1a", "figure1bc", "learning_rates", "initial_scales", "depth", "without_dropout"),
+    *("figure1a", "figure1bc", "learning_rates", "learning_rates_fashion", "initial_scales"),
+    *("depth", "depth_fashion", "without_dropout"),
     *("inception_table", "inception_table_fashion", "inception_table_cifar10"),
     *("identities", "algorithm2"),
 )
@@ -44,7 +45,7 @@ def _section(name: str, study: dict[str, Any]) -> str:
     how = f"{seeds} {'seed' if seeds == 1 else 'seeds'}, {minutes:.1f} minutes of CPU time"
     script = study["study"]
     return (
-        f"### {study['claim']}\n\n"
+        f"### {study['claim'].rstrip('.')} ({study['data']})\n\n"
         f"![{script} on {study['data']}](paper/results/{name}.png)\n\n"
         f"[`paper/{script}.py`](paper/{script}.py) on {study['data']}: {how} ({where}, "
         f"torch {run['torch']}, Python {run['python']}). Numbers: "

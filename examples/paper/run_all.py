@@ -29,9 +29,9 @@ import without_dropout
 STUDIES: tuple[tuple[claims.Study, tuple[str, ...]], ...] = (
     (figure1a.STUDY, ()),
     (figure1bc.STUDY, ()),
-    (learning_rates.STUDY, ()),
+    (learning_rates.STUDY, ("fashion",)),
     (initial_scales.STUDY, ()),
-    (depth.STUDY, ()),
+    (depth.STUDY, ("fashion",)),
     (without_dropout.STUDY, ()),
     (identities.STUDY, ()),
     (algorithm2.STUDY, ()),
