@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bnfx.constraints import Constraints, Demand, Kind, Site
-from bnfx.gauges import Gauges, Refused, attempt, equations
+from bnfx.gauges import ZERO, Gauges, Refused, attempt, equations
 from bnfx.linear_system import Floats, Ints
 from bnfx.rewriting import Change
 from bnfx.words import channels, describe, path_of
@@ -199,7 +199,7 @@ class Explanation:
         return [self.candidates[i] for i in sorted(found) if self.gone[i]]
 
     def unavoidable(self) -> int:
-        """A number of BatchNorms that stay under any choice that the rules allow."""
+        """A number of the candidates that stay under any choice that the rules allow."""
         stayed = [
             i
             for i, site in enumerate(self.candidates)
@@ -208,7 +208,8 @@ class Explanation:
         alone = {
             i
             for i in stayed
-            if attempt(self.hard, self.candidates[i], dead=True, keep=False) is not None
+            if self.gauges.refused[self.candidates[i].node].words == ZERO
+            or attempt(self.hard, self.candidates[i], dead=True, keep=False) is not None
         }
         return len(alone) + self._cliques(set(stayed) - alone)
 

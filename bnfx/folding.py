@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from bnfx.aliasing import barred, freshen, restore
-from bnfx.capture import assemble, example
+from bnfx.capture import Example, assemble, example
 from bnfx.inference_graph import inference_graph
 from bnfx.operators import name_inplace_flag
 from bnfx.passes import FoldBatchNorm, MergeBranches, Merged
@@ -47,6 +47,29 @@ def fold_bn(
         CaptureError: The model cannot be captured; the message says what to do.
     """
     given = example(example_inputs, example_kwargs)
+    return _folded(model, given, merge_branches=merge_branches, rounded=True)
+
+
+def exact_weights(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    merge_branches: bool = True,
+) -> dict[str, Tensor]:
+    """The state of `fold_bn`'s result before it is rounded: floating-point tensors in float64.
+
+    The gauges are those for the dtype in which `model` is stored; a float64 copy of a half
+    precision model may fold otherwise. Arguments and errors are those of `fold_bn`.
+    """
+    given = example(example_inputs, example_kwargs)
+    state = _folded(model, given, merge_branches=merge_branches, rounded=False).state_dict()
+    return {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def _folded(
+    model: nn.Module, given: Example | None, *, merge_branches: bool, rounded: bool
+) -> fx.GraphModule:
     captured = inference_graph(model, given)
     graph = captured.module
     for node in graph.graph.nodes:
@@ -56,13 +79,14 @@ def fold_bn(
     merged = _merge(graph, captured.inputs) if merge_branches else Merged()
     folding = FoldBatchNorm(captured.inputs)
     plan = folding.match(graph)
-    done = folding.rewrite(graph, plan)
-    round_exact(graph, merged.exact)
+    done = folding.rewrite(graph, plan, rounded=rounded)
+    if rounded:
+        round_exact(graph, merged.exact)
     restore(graph.graph, old)
     records = {**merged.records, **plan.records}
     names = sorted(records, key=lambda name: order[name.partition("/")[0]])
     provenance = _traced_back(merged.provenance, done.provenance)
-    told = FoldReport(tuple(records[name] for name in names), provenance)
+    told = FoldReport(tuple(records[name] for name in names), provenance, plan.unavoidable)
     return remember(assemble(graph, graph.graph), told)
 
 

@@ -31,6 +31,7 @@ _TOO_FAR = (
     "deviations, which costs digits"
 )
 _SAME = 1e-9
+ZERO = "its scale is zero, and what it reads is not the output of a layer that it alone reads"
 
 
 @dataclass(frozen=True)
@@ -307,11 +308,7 @@ def attempt(systems: Systems, site: Site, *, dead: bool, keep: bool = True) -> R
     """
     lanes = np.flatnonzero(site.s != 0)
     if len(lanes) < len(site.s) and not dead:
-        return Refused(
-            "",
-            np.flatnonzero(site.s == 0),
-            "its scale is zero, and what it reads is not the output of a layer that it alone reads",
-        )
+        return Refused("", np.flatnonzero(site.s == 0), ZERO)
     mark = systems.mark()
     for name, (system, rows) in equations(systems, site).items():
         wrong = system.add(rows)

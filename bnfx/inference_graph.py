@@ -120,8 +120,29 @@ def inference_graph(model: nn.Module, given: Example | None) -> Captured:
         return _exported(root, given, "the traced graph and the model disagree on the example")
     if given is None:
         return Captured(traced, None)
+    if _hides_norms(traced):
+        try:
+            return _exported(root, given, "a part of the model that holds BatchNorms stays whole")
+        except CaptureError:
+            pass  # then they stay, inside the modules that could not be traced
     _observe(root, traced, given)
     return Captured(traced, tuple(_bound(root, traced, given).values()))
+
+
+def _hides_norms(traced: fx.GraphModule) -> bool:
+    """Whether a module that is called as a whole evaluates a BatchNorm that might be folded."""
+    for node in traced.graph.nodes:
+        if node.op != "call_module":
+            continue
+        inside = list(traced.get_submodule(str(node.target)).modules())
+        if any(has_hooks(module) for module in inside):
+            continue
+        if any(
+            isinstance(m, _BatchNorm) and not m.training and m.running_mean is not None
+            for m in inside
+        ):
+            return True
+    return False
 
 
 def _observe(root: nn.Module, traced: fx.GraphModule, given: Example) -> None:

@@ -143,13 +143,26 @@ class FoldReport(Report):
         batch_norms: The records.
         provenance: For every parameter that was rewritten, the source's parameters and buffers
             that it was computed from.
+        unavoidable: A number of BatchNorms that is proved to stay, whatever is chosen under the
+            rules; None where that was not asked.
     """
 
     batch_norms: tuple[FoldRecord, ...]
     provenance: Mapping[str, tuple[str, ...]]
+    unavoidable: int | None = None
+
+    @property
+    def proved(self) -> bool:
+        """Whether it is proved that the rules allow no better choice."""
+        left = sum(bn.verdict != "folded" for bn in self.batch_norms)
+        return left == (self.unavoidable or 0)
 
     def __rich__(self) -> RenderableType:
         title = f"fold_bn: {tally(bn.verdict for bn in self.batch_norms)}"
+        if self.proved:
+            title += ", proved to be the best that the rules allow"
+        elif self.unavoidable is not None:
+            title += f"; at least {self.unavoidable} stay whatever is chosen"
         rows = (
             (bn.path, bn.verdict, ", ".join(bn.into) or "-", bn.reason or "-")
             for bn in self.batch_norms

@@ -54,11 +54,15 @@ def round_exact(module: fx.GraphModule, exact: Mapping[str, torch.dtype]) -> Non
 
 
 def write(
-    module: fx.GraphModule, changes: Sequence[Change], eliminated: Sequence[Site]
+    module: fx.GraphModule,
+    changes: Sequence[Change],
+    eliminated: Sequence[Site],
+    *,
+    rounded: bool,
 ) -> dict[str, tuple[str, ...]]:
     """Carry out changes on `module`. New parameter -> the source's that it was computed from."""
     known = constants(module)
-    parts = [part for change in changes for part in _parts(change)]
+    parts = [part for change in changes for part in _parts(change, rounded=rounded)]
     gone = {site.node for site in eliminated}
     agreed = _agreed(parts, known, gone)
     before = [value for part in parts for value in part.site.node.all_input_nodes]
@@ -98,7 +102,7 @@ def _call(site: Site) -> dict[str, Any]:
     return {"input": argument(node, 0, "input"), "other": argument(node, 1, "other")}
 
 
-def _parts(change: Change) -> list[Part]:
+def _parts(change: Change, *, rounded: bool) -> list[Part]:
     site, call = change.site, _call(change.site)
     assert site.like is not None
     found = []
@@ -109,7 +113,7 @@ def _parts(change: Change) -> list[Part]:
                 value = -value  # the call goes on subtracting
             if passage_of(site.node) is Passage.DIVIDE:
                 value = value.reciprocal()  # or dividing
-        stored = value.to(site.like.dtype).to(site.like.device)
+        stored = value.to(site.like.dtype if rounded else value.dtype).to(site.like.device)
         found.append(Part(site, name, call[name], stored, change.sources))
     return found
 

@@ -58,12 +58,14 @@ class Plan:
         changes: New parameters.
         records: One for each evaluation of a BatchNorm, by the name of its node and its own path.
         guards: Nodes whose rank the result must check, and that rank.
+        unavoidable: A number of BatchNorms that stay under any choice that the rules allow.
     """
 
     gauges: Gauges
     changes: tuple[Change, ...]
     records: Mapping[str, FoldRecord]
     guards: Mapping[fx.Node, int]
+    unavoidable: int
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,24 @@ class FoldBatchNorm:
         ]
         done = tuple(change for change in changes if change is not None)
         explanation = Explanation(found, gauges, done, candidates)
-        records = _records(module, found, gauges, walk.values, explanation)
-        return Plan(gauges, done, dict(records), guards)
+        records = dict(_records(module, found, gauges, walk.values, explanation))
+        others = sum(r.verdict == "kept" for r in records.values()) - sum(
+            site.kind is Kind.BATCH_NORM and site.node in gauges.refused for site in candidates
+        )
+        return Plan(gauges, done, records, guards, others + explanation.unavoidable())
 
-    def rewrite(self, module: fx.GraphModule, plan: Plan) -> FoldReport:
-        """Carry out what `match` found, on `module` itself."""
+    def rewrite(self, module: fx.GraphModule, plan: Plan, *, rounded: bool = True) -> FoldReport:
+        """Carry out what `match` found, on `module` itself.
+
+        Args:
+            module: The graph that `plan` was made for.
+            plan: What to do.
+            rounded: Whether new parameters get their stored dtype; otherwise they stay in float64.
+        """
         for node, rank in plan.guards.items():
             _guard_rank(module.graph, node, rank)
-        provenance = write(module, plan.changes, plan.gauges.eliminated)
-        return FoldReport(tuple(plan.records.values()), provenance)
+        provenance = write(module, plan.changes, plan.gauges.eliminated, rounded=rounded)
+        return FoldReport(tuple(plan.records.values()), provenance, plan.unavoidable)
 
 
 @dataclass(frozen=True)
