@@ -429,7 +429,8 @@ def test_parts_inside_a_part_that_is_kept_whole() -> None:
             self.seq = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Functional1d())
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.seq(x) if x.dim() == 2 else self.seq(x.flatten(0, 1))
+            out: Tensor = self.seq(x) if x.dim() == 2 else self.seq(x.flatten(0, 1))
+            return out
 
     class Functional1d(nn.Module):
         def __init__(self) -> None:
