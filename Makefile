@@ -59,5 +59,5 @@ $(READY_TEST): $(READY)
 	@echo "Installing what the tests need into $(VENV) ..."
 	@$(PIP) -e '.[$(RUNTIME),test]'
 	@$(PIP) --no-deps torchvision timm
-	@$(PIP) huggingface_hub pillow PyYAML safetensors
+	@$(PIP) huggingface_hub pillow PyYAML safetensors transformers
 	@touch $@

@@ -320,8 +320,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
     "doctor": (
         "tell whether this environment can do the work, and what to do where it cannot",
         """\
-  bnfx doctor
-  bnfx doctor --require cpu --json -
+  bnfx doctor --require cpu
 """,
         _doctor,
     ),

@@ -138,10 +138,16 @@ def _evidence(
         else:
             call = _function_call(root, modules, node, row, scopes[node])
         path = join(prefix, call.path) or call.weight or node.name
-        inside = tuple(join(prefix, scope) for scope in call.scopes)
+        inside = (*_ancestors(prefix), *(join(prefix, scope) for scope in call.scopes))
         calls.append(replace(call, path=path, index=counts[path], scopes=inside))
         counts[path] += 1
     return Evidence(root, graph, prefix, tuple(calls), runs)
+
+
+def _ancestors(path: str) -> tuple[str, ...]:
+    """Paths of the modules around the module at `path`, outermost first, and itself."""
+    parts = path.split(".") if path else []
+    return tuple(".".join(parts[: i + 1]) for i in range(len(parts)))
 
 
 def _product(root: nn.Module, node: fx.Node) -> Affine | None:

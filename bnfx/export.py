@@ -185,6 +185,8 @@ def _refuse_link(given: Path, target: Path, *, external: bool) -> None:
 
 
 def _program(model: nn.Module, args: tuple[Any, ...], **options: Any) -> torch.onnx.ONNXProgram:
+    if args and isinstance(args[-1], dict) and not options["kwargs"]:
+        args = (*args, {})  # torch.onnx.export takes a last dict for keyword arguments
     try:
         with warnings.catch_warnings():
             # torch.export of torch 2.13 calls its own deprecated pytree test
@@ -193,7 +195,10 @@ def _program(model: nn.Module, args: tuple[Any, ...], **options: Any) -> torch.o
             warnings.filterwarnings("ignore", message=".*axis name.*will not be used.*")
             program = torch.onnx.export(model, args, None, dynamo=True, verbose=False, **options)
     except Exception as error:  # the exporter and the user's forward raise anything
-        first = str(error).strip().partition("\n")[0]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter wraps it in advice
+            cause = cause.__cause__
+        first = str(cause).strip().partition("\n")[0]
         raise ExportError(
             f"torch.onnx.export failed on {type(model).__name__}: {first}. Check that "
             "torch.export.export(model, args, strict=False) works with these inputs"

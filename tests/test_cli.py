@@ -346,7 +346,6 @@ def test_missing_cuda_is_code_3(here: Path, capsys: pytest.CaptureFixture[str]) 
     for argv in (
         ["verify", "nets:small", "a.onnx", *X, "--provider", "cuda"],
         ["deploy", "nets:small", "b.onnx", *X, "--provider", "cuda"],
-        ["bench", "a.onnx", "--provider", "cuda:1"],
         ["doctor", "--require", "cuda"],
     ):
         assert main(argv) == 3

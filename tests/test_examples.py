@@ -29,15 +29,30 @@ def operators(f: Path) -> set[str]:
     return {node.op_type for node in onnx.load(f).graph.node}
 
 
+def readme_examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
 def test_readme_example_runs(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert "passed" in run_script("-c", example, cwd=tmp_path)
+    assert "passed" in run_script("-c", readme_examples()[0], cwd=tmp_path)
     assert (tmp_path / "net.onnx").exists()
 
 
+def test_readme_example_of_a_trained_network_runs(tmp_path: Path) -> None:
+    before = """
+import torch, bnfx
+from torch import nn
+trained = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+loader = [(torch.randn(8, 3), torch.zeros(8)) for _ in range(3)]
+"""
+    after = "print(len(optimizer.param_groups), net.get_submodule('0_bn'))"
+    text = run_script("-c", before + readme_examples()[1] + after, cwd=tmp_path)
+    assert text.startswith("2 BatchNorm1d(4")
+
+
 def test_readme_example_is_short() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    lines = readme_examples()[0].splitlines()
+    assert len([line for line in lines if line.strip()]) <= 10
 
 
 @pytest.mark.slow
@@ -55,3 +70,24 @@ def test_digits(tmp_path: Path) -> None:
     accuracy = report["networks"]["mlp"]["test_accuracy"]
     assert accuracy["torch, without BatchNorm"] < 0.2 < 0.7 < accuracy["onnxruntime, folded"]
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_retrofit(tmp_path: Path) -> None:
+    text = run_script(ROOT / "examples" / "retrofit.py", "--quick", "--out", tmp_path, cwd=tmp_path)
+    assert "calibrated" in text
+    outcomes = json.loads((tmp_path / "retrofit.json").read_text())["outcomes"]
+    first = {outcome["test_accuracy"][0] for outcome in outcomes}
+    assert len(first) == 1  # no form changes what the network computes at once
+    assert (tmp_path / "retrofit.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.zoo
+def test_zoo_of_insertion(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "benchmarks" / "insert_zoo.py"
+    text = run_script(script, "--quick", "--out", tmp_path, cwd=tmp_path)
+    assert "networks, in" in text
+    rows = json.loads((tmp_path / "insert_zoo.json").read_text())["rows"]
+    assert len(rows) >= 4
+    assert all(row["status"] == "ok" for row in rows)

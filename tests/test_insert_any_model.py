@@ -420,3 +420,31 @@ def test_models_that_fix_a_dtype_inside() -> None:
             return out
 
     check(Fixed(), torch.randn(5, 4))
+
+
+def test_parts_inside_a_part_that_is_kept_whole() -> None:
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seq = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Functional1d())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.seq(x) if x.dim() == 2 else self.seq(x.flatten(0, 1))
+
+    class Functional1d(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(F.linear(x, self.weight))
+
+    model = nn.Sequential(Kept(), nn.Linear(4, 2))
+    done = bnfx.insert_bn(model)
+    assert sites(done)["0.seq.0"] == ("inserted", "0.seq.0.bn")
+    assert sites(done)["0.seq.2"] == ("inserted", "0.seq.2.bn")
+    with_example = bnfx.insert_bn(model, torch.randn(5, 4))
+    assert sites(with_example) == sites(done)
+    done.load_state_dict(model.state_dict(), strict=True)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(done.eval()(x), model.eval()(x))

@@ -83,9 +83,8 @@ def torchvision_networks() -> Iterator[Network]:
             build = functools.partial(models.get_model, name, weights=None)
             yield Network("torchvision video", name, build, _clips, sides=(64, 112, 224))
         else:
-            options = {"aux_logits": True, "init_weights": False} if "v3" in name[:12] else {}
-            if name not in ("inception_v3",):
-                options = {"init_weights": False} if name == "googlenet" else {}
+            slow = name in ("googlenet", "inception_v3")  # drawing their initial weights is
+            options = {"init_weights": False} if slow else {}
             build = functools.partial(models.get_model, name, weights=None, **options)
             yield Network("torchvision classification", name, build, images)
 

@@ -95,10 +95,13 @@ def _ready(network: Network) -> tuple[nn.Module, Any, Any]:
     try:
         with meta:
             model = network.build()
-        if sum(p.numel() for p in model.parameters()) > _LARGE:
-            return (model, *_fitting(network, model, meta))
-    except (NotImplementedError, RuntimeError):  # it computes with values
-        pass
+    except (NotImplementedError, RuntimeError):  # it computes with values when it is made
+        model = network.build()
+    if sum(p.numel() for p in model.parameters()) > _LARGE:
+        try:
+            return (model.to(meta), *_fitting(network, model, meta))
+        except (NotImplementedError, RuntimeError):  # or when it runs
+            pass
     model = network.build()
     return (model, *_fitting(network, model, torch.device("cpu")))
 
@@ -152,9 +155,11 @@ def _kind(reason: str) -> str:
 
 
 def _rows(networks: Iterable[Network], out: Path, console: Console) -> list[dict[str, Any]]:
-    """All rows; the files are written after each, so that a long run can be looked at."""
-    rows: list[dict[str, Any]] = []
-    for network in track([*networks], "inserting", console=console):
+    """All rows; files are written after each, and what went well in an earlier run is kept."""
+    rows = _earlier(out)
+    done = {(row["suite"], row["network"]) for row in rows}
+    left = [n for n in networks if (n.suite, n.name) not in done]
+    for network in track(left, "inserting", console=console):
         row = {"suite": network.suite, "network": network.name}
         try:
             rows.append({**row, "status": "ok", **measure(network)})
@@ -164,6 +169,12 @@ def _rows(networks: Iterable[Network], out: Path, console: Console) -> list[dict
             console.print(f"{network.name}: {text}", markup=False)
         write(rows, out)
     return rows
+
+
+def _earlier(out: Path) -> list[dict[str, Any]]:
+    path = out / "insert_zoo.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if row["status"] == "ok"]
 
 
 def write(rows: list[dict[str, Any]], out: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +36,15 @@ def version_of(package: str) -> str | None:
     return None
 
 
+def revision() -> str:
+    """Commit of the checkout; "unknown" outside of one."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def environment() -> dict[str, Any]:
     """Hardware and versions, to go with every result."""
     cpu = platform.processor() or platform.machine()
@@ -48,6 +58,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        "revision": revision(),
         **{package: version_of(package) or "missing" for package in _PACKAGES},
     }
 
