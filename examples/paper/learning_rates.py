@@ -37,7 +37,7 @@ def judge(results: dict[str, Any]) -> list[Row]:
     highest = {arm: max(values, default=0.0) for arm, values in good.items()}
     factor = highest["with"] / highest["without"] if highest["without"] else float("inf")
     at_the_end = highest["with"] == max(results["values"])
-    size = f"x{factor:g}" + (", or more: higher rates were not tried" if at_the_end else "")
+    size = f"x{factor:.2g}" + (", or more: higher rates were not tried" if at_the_end else "")
     verdict = (
         "does not hold" if factor <= 1 else f"{'holds' if factor >= 30 else 'smaller'}: {size}"
     )
