@@ -137,7 +137,7 @@ class Propagation:
         value = self.shapes.values.get(node)
         if is_tensor(value):
             return ground_map([int(n) for n in value.shape])
-        if isinstance(value, tuple | list):
+        if isinstance(value, tuple | list | dict):
             return pytree.tree_map(lambda v: ground_map(v.shape) if is_tensor(v) else None, value)
         return None
 
