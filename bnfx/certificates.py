@@ -17,7 +17,7 @@ from bnfx.constraints import Constraints, Demand, Kind, Site
 from bnfx.gauges import ZERO, Gauges, Refused, attempt, equations
 from bnfx.linear_system import Floats, Ints
 from bnfx.rewriting import Change
-from bnfx.words import channels, describe, path_of
+from bnfx.words import channels, describe, norm_path, path_of
 
 #: Forced values closer than this, relatively, are not taken for a contradiction.
 _APART = 1e-9
@@ -104,7 +104,7 @@ class Explanation:
         rivals = self._rivals(site)
         where = channels(refused.channels)
         if rivals:
-            shown = ", ".join(repr(path_of(r.node)) for r in rivals[:4])
+            shown = ", ".join(repr(_path(r)) for r in rivals[:4])
             more = f" and {len(rivals) - 4} more" if len(rivals) > 4 else ""
             return f"its {refused.part} on {where} conflicts with that of {shown}{more}"
         return f"its {refused.part} on {where} conflicts with other BatchNorms on the same tensors"
@@ -231,6 +231,10 @@ class Explanation:
                     count += len(hit)
                     left -= hit
         return count
+
+
+def _path(site: Site) -> str:
+    return norm_path(site.node) if site.kind is Kind.BATCH_NORM else path_of(site.node)
 
 
 def _apart(a: Floats, b: Floats) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:

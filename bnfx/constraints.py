@@ -44,6 +44,7 @@ class Site:
         constant: Value of the constant operand of SCALE and SHIFT, float64.
         mean: Mean of the input for each entry of `x` where it is known (BatchNorm), else empty.
         std: Standard deviation, likewise.
+        size: Sizes of the input behind the channels, where a border map may be needed.
     """
 
     node: fx.Node
@@ -59,6 +60,7 @@ class Site:
     constant: Tensor | None = None
     mean: Floats = field(default_factory=lambda: np.zeros(0))
     std: Floats = field(default_factory=lambda: np.zeros(0))
+    size: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,23 @@ class Cause:
 
     node: fx.Node
     words: str
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """A nonlinearity that clamps, whose bounds can carry a gauge.
+
+    Attributes:
+        labels: Labels of its values, of size 1 along axes where they are equal.
+        lower: Its lower bound, -inf without any.
+        upper: Its upper bound, inf without any.
+        like: A tensor with dtype and device of its values.
+    """
+
+    labels: Tensor
+    lower: float
+    upper: float
+    like: Tensor
 
 
 class Demand(Enum):
@@ -82,12 +101,13 @@ class Demand(Enum):
 
 @dataclass(frozen=True)
 class Batch:
-    """Equations of one form and cause."""
+    """Equations of one form and cause; soft ones are only kept where nothing is lost by it."""
 
     demand: Demand
     labels: tuple[Ints, ...]
     factors: tuple[Floats | float, ...]
     cause: Cause
+    soft: bool = False
 
 
 @dataclass
@@ -99,13 +119,14 @@ class Constraints:
     sites: dict[fx.Node, Site] = field(default_factory=dict)
     readers: dict[tuple[fx.Node, int], Ints] = field(default_factory=dict)
     absorbers: list[Ints] = field(default_factory=list)
+    bounds: dict[fx.Node, Bounds] = field(default_factory=dict)
     _known: dict[tuple[fx.Node, str, int], Ints] = field(default_factory=dict)
 
     def copy(self) -> Constraints:
         """An independent copy."""
         return Constraints(
             *(self.count, list(self.batches), dict(self.sites), dict(self.readers)),
-            *(list(self.absorbers), dict(self._known)),
+            *(list(self.absorbers), dict(self.bounds), dict(self._known)),
         )
 
     def fresh(self, node: fx.Node, slot: str, count: int) -> Ints:
@@ -117,11 +138,16 @@ class Constraints:
         return self._known[key]
 
     def demand(
-        self, demand: Demand, *labels: Ints, factors: tuple[Floats | float, ...] = (), cause: Cause
+        self,
+        demand: Demand,
+        *labels: Ints,
+        factors: tuple[Floats | float, ...] = (),
+        cause: Cause,
+        soft: bool = False,
     ) -> None:
         """Add equations; `labels` have equal lengths."""
         if len(labels[0]):
-            self.batches.append(Batch(demand, labels, factors, cause))
+            self.batches.append(Batch(demand, labels, factors, cause, soft))
 
     def ground(self, labels: Ints, cause: Cause) -> None:
         """Demand a = 1 and d = 0."""
@@ -191,20 +217,19 @@ def hard_systems(found: Constraints) -> Systems:
         {Demand.SAME_SCALE, Demand.POSITIVE, Demand.UNSHIFTED},
         {Demand.SUM, Demand.GATE},
     ):
-        for system, rows in _equations(found, of, forms, systems):
+        hard = [batch for batch in found.batches if batch.demand in forms and not batch.soft]
+        for system, rows in equations_of(hard, systems):
             system.add(rows)
     for system in (systems.scale, systems.sign, systems.shift):
         system.flatten()
     return systems
 
 
-def _equations(
-    found: Constraints, of: Ints, forms: set[Demand], systems: Systems
-) -> list[tuple[LinearSystem, Rows]]:
+def equations_of(batches: list[Batch], systems: Systems) -> list[tuple[LinearSystem, Rows]]:
+    """The rows that demands other than SAME add to the systems."""
+    of = systems.of
     gathered: dict[Demand, list[tuple[Ints, ...]]] = {}
-    for batch in found.batches:
-        if batch.demand not in forms:
-            continue
+    for batch in batches:
         count = len(batch.labels[0])
         parts = (*(of[labels] for labels in batch.labels),)
         factors = tuple(np.broadcast_to(factor, (count,)) for factor in batch.factors)

@@ -96,6 +96,7 @@ def deploy(
     max_ratio: float = 4.0,
     benchmark: bool = False,
     bundle: str | os.PathLike[str] | None = None,
+    fold_options: Mapping[str, Any] | None = None,
 ) -> DeployReport:
     """Fold `model`, export it, verify the file against `model`, then move it into place.
 
@@ -118,7 +119,8 @@ def deploy(
         max_ratio: Limit of the error, in budgets.
         benchmark: Whether to measure the file against the unfolded model.
         bundle: Folder to fill, after a failure, with what reproduces it: the file, the inputs, the
-            outputs, the report and the environment.
+            report and the environment.
+        fold_options: Options of `fold_bn`, such as `{"merge_branches": False}`.
 
     Raises:
         VerificationError: The file does not compute what `model` computes; `.report` of the error
@@ -130,7 +132,7 @@ def deploy(
         check_report_path(Path(report))
     with _timed(seconds, "fold"):
         _try_example(model, args, kwargs)
-        folded = fold_bn(model, args, example_kwargs=kwargs)
+        folded = fold_bn(model, args, example_kwargs=kwargs, **(fold_options or {}))
         plan = report_of(folded)
     assert isinstance(plan, FoldReport)
     options: dict[str, Any] = {
@@ -141,46 +143,40 @@ def deploy(
         "opset_version": opset_version,
         "external_data": external_data,
     }
+    checks: dict[str, Any] = {
+        "provider": provider,
+        "num_inputs": num_inputs,
+        "inputs": inputs,
+        "batch_sizes": batch_sizes,
+        "precision": precision,
+        "max_ratio": max_ratio,
+    }
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         written = Path(folder) / target.name
         with _timed(seconds, "export"):
             exported = export_onnx(folded, args, written, **options)
         with _timed(seconds, "verify"):
-            verified = verify_onnx(
-                model,
-                written,
-                args,
-                kwargs=kwargs,
-                provider=provider,
-                num_inputs=num_inputs,
-                inputs=inputs,
-                batch_sizes=batch_sizes,
-                precision=precision,
-                max_ratio=max_ratio,
-            )
+            verified = verify_onnx(model, written, args, kwargs=kwargs, **checks)
         with _timed(seconds, "ledger"):
             stages = ledger_of(plan, written)
         measured = None
         if benchmark and verified:
             with _timed(seconds, "benchmark"):
-                unfolded = Path(folder) / "unfolded.onnx"
-                export_onnx(model, args, unfolded, **options)
-                measured = benchmark_onnx(
-                    written, args, baseline=unfolded, kwargs=kwargs, provider=provider
-                )
+                measured = _measure(model, args, written, provider, options)
         kept = None
         if not verified and bundle is not None:
             kept = str(write_bundle(Path(bundle), written, args, kwargs, verified))
         if verified:
             move_into_place(written, target)
+    status: Literal["deployed", "failed"] = "deployed" if verified else "failed"
     done = DeployReport(
-        "deployed" if verified else "failed",
+        status,
         str(target),
         plan,
         stages,
         replace(exported, path=str(target)),
         replace(verified, path=str(target)),
-        None if measured is None else _renamed(measured, {str(written): str(target)}),
+        measured and _renamed(measured, {str(written): str(target)}),
         kept,
         seconds,
     )
@@ -198,6 +194,17 @@ def _renamed(measured: BenchReport, names: Mapping[str, str]) -> BenchReport:
     """The report with the file's place instead of where it was measured; what is gone has none."""
     arms = (replace(arm, path=names.get(arm.path, "-")) for arm in measured.arms)
     return replace(measured, arms=tuple(arms))
+
+
+def _measure(
+    model: nn.Module, args: Any, written: Path, provider: str, options: Mapping[str, Any]
+) -> BenchReport:
+    """Against what the exporter makes of the unfolded model by itself."""
+    unfolded = written.with_name("unfolded.onnx")
+    export_onnx(model, args, unfolded, **options)
+    return benchmark_onnx(
+        written, args, baseline=unfolded, kwargs=options["kwargs"], provider=provider
+    )
 
 
 def _try_example(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from onnx.reference.op_run import OpRun
 
 from bnfx.compare import Array
-from bnfx.layers import Geometry, Layer, apply
+from bnfx.layers import Geometry, Layer, apply, as_tensor
 
 
 def _given(value: Any, default: int, rank: int) -> tuple[int, ...]:
@@ -41,10 +41,6 @@ def _pads(
     small = tuple(n // 2 for n in total)
     large = tuple(n - s for n, s in zip(total, small, strict=True))
     return (small, large) if automatic == "SAME_UPPER" else (large, small)
-
-
-def _tensor(array: Array) -> torch.Tensor:
-    return torch.from_numpy(np.require(array, requirements=("C", "W")))
 
 
 class Conv(OpRun):
@@ -109,8 +105,8 @@ class ConvTranspose(OpRun):
 
 
 def _applied(kind: Any, x: Array, w: Array, b: Array | None, geometry: Geometry) -> Array:
-    parts = {"weight": _tensor(w)} | ({} if b is None else {"bias": _tensor(b)})
-    return np.asarray(apply(Layer(kind, "", parts, geometry=geometry), _tensor(x)).numpy())
+    parts = {"weight": as_tensor(w)} | ({} if b is None else {"bias": as_tensor(b)})
+    return np.asarray(apply(Layer(kind, "", parts, geometry=geometry), as_tensor(x)).numpy())
 
 
 class MaxPool(OpRun):
@@ -138,8 +134,8 @@ class MaxPool(OpRun):
         if ceil_mode:
             end = _ceiled(x.shape[2:], begin, end, window, stride)
         flat = [n for pair in zip(reversed(begin), reversed(end), strict=True) for n in pair]
-        low = float("-inf") if x.dtype.kind == "f" else int(torch.iinfo(_tensor(x).dtype).min)
-        padded = F.pad(_tensor(x), flat, value=low)
+        low = float("-inf") if x.dtype.kind == "f" else int(torch.iinfo(as_tensor(x).dtype).min)
+        padded = F.pad(as_tensor(x), flat, value=low)
         pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[rank - 1]
         out = pool(padded, tuple(kernel_shape), stride, 0, dilation)
         return (np.asarray(out.numpy()),)
@@ -168,7 +164,7 @@ class AveragePool(OpRun):
         begin, end = _pads(auto_pad, pads, rank, x.shape[2:], kernel_shape, stride)
         flat = [n for pair in zip(reversed(begin), reversed(end), strict=True) for n in pair]
         pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
-        value = _tensor(x)
+        value = as_tensor(x)
         total = pool(F.pad(value, flat), tuple(kernel_shape), stride)
         if count_include_pad:
             return (np.asarray(total.numpy()),)

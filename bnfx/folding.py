@@ -9,9 +9,11 @@ from torch import Tensor, fx, nn
 
 from bnfx.aliasing import barred, freshen, restore
 from bnfx.capture import Example, assemble, example
+from bnfx.errors import FoldError
 from bnfx.inference_graph import inference_graph
 from bnfx.operators import name_inplace_flag
 from bnfx.passes import FoldBatchNorm, MergeBranches, Merged
+from bnfx.propagation import Options
 from bnfx.reports import FoldReport, remember, report
 from bnfx.shapes import EXACT
 from bnfx.writing import round_exact
@@ -23,6 +25,8 @@ def fold_bn(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     merge_branches: bool = True,
+    thresholds: bool = False,
+    border_maps: bool = False,
 ) -> fx.GraphModule:
     """An inference graph of `model` with every provable BatchNorm folded into the layer before it.
 
@@ -39,6 +43,10 @@ def fold_bn(
         example_kwargs: Keyword arguments that go with them.
         merge_branches: Whether convolutions and identities of one input that are added become one
             convolution (RepVGG, MobileOne, FastViT).
+        thresholds: Whether ReLU, ReLU6, Hardtanh and clamp may get a bound for each channel, which
+            lets any map through. Fewer BatchNorms stay; a bound may cost more than a BatchNorm.
+        border_maps: Whether a convolution that pads zeros may get a constant map added, which ties
+            the result to the spatial size of the example. Needs example inputs.
 
     Returns:
         A `torch.fx.GraphModule` with the parameters at their original names.
@@ -47,7 +55,10 @@ def fold_bn(
         CaptureError: The model cannot be captured; the message says what to do.
     """
     given = example(example_inputs, example_kwargs)
-    return _folded(model, given, merge_branches=merge_branches, rounded=True)
+    if border_maps and given is None:
+        raise FoldError("border_maps=True needs example_inputs: a map has the size of its input")
+    options = Options(thresholds, border_maps)
+    return _folded(model, given, options, merge_branches=merge_branches, rounded=True)
 
 
 def exact_weights(
@@ -56,6 +67,8 @@ def exact_weights(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     merge_branches: bool = True,
+    thresholds: bool = False,
+    border_maps: bool = False,
 ) -> dict[str, Tensor]:
     """The state of `fold_bn`'s result before it is rounded: floating-point tensors in float64.
 
@@ -63,12 +76,19 @@ def exact_weights(
     precision model may fold otherwise. Arguments and errors are those of `fold_bn`.
     """
     given = example(example_inputs, example_kwargs)
-    state = _folded(model, given, merge_branches=merge_branches, rounded=False).state_dict()
+    options = Options(thresholds, border_maps)
+    exact = _folded(model, given, options, merge_branches=merge_branches, rounded=False)
+    state = exact.state_dict()
     return {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
 
 
 def _folded(
-    model: nn.Module, given: Example | None, *, merge_branches: bool, rounded: bool
+    model: nn.Module,
+    given: Example | None,
+    options: Options,
+    *,
+    merge_branches: bool,
+    rounded: bool,
 ) -> fx.GraphModule:
     captured = inference_graph(model, given)
     graph = captured.module
@@ -77,7 +97,7 @@ def _folded(
     old = freshen(graph.graph, barred(graph.graph))
     order = {node.name: at for at, node in enumerate(graph.graph.nodes)}
     merged = _merge(graph, captured.inputs) if merge_branches else Merged()
-    folding = FoldBatchNorm(captured.inputs)
+    folding = FoldBatchNorm(captured.inputs, options)
     plan = folding.match(graph)
     done = folding.rewrite(graph, plan, rounded=rounded)
     if rounded:
@@ -119,6 +139,8 @@ def plan_fold(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     merge_branches: bool = True,
+    thresholds: bool = False,
+    border_maps: bool = False,
 ) -> FoldReport:
     """What `fold_bn` would do with the same arguments; nothing is changed."""
     done = report(
@@ -127,6 +149,8 @@ def plan_fold(
             example_inputs,
             example_kwargs=example_kwargs,
             merge_branches=merge_branches,
+            thresholds=thresholds,
+            border_maps=border_maps,
         )
     )
     assert isinstance(done, FoldReport)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import fx
 
-from bnfx.constraints import Constraints, Kind, Site, Systems, hard_systems
+from bnfx.constraints import Batch, Constraints, Kind, Site, Systems, equations_of, hard_systems
 from bnfx.evaluation import readers
 from bnfx.linear_system import Flags, Floats, Ints, LinearSystem, Rows
 
@@ -96,6 +96,7 @@ class Solver:
             systems = hard.copy()
             self.refused = dict(ill)
             chosen = self._greedy(systems, ill)
+            self._soften(systems)
             scale, shift = self._values(systems)
             bad = self._ill(systems, chosen, scale, shift)
             if not bad:
@@ -119,6 +120,35 @@ class Solver:
                 self.refused.pop(site.node, None)
         place = {node: at for at, node in enumerate(self.found.sites)}
         return sorted(chosen, key=lambda site: place[site.node])
+
+    def _soften(self, systems: Systems) -> None:
+        """Soft demands, node by node, where they contradict nothing and cost no digits."""
+        by_node: dict[fx.Node, list[Batch]] = {}
+        for batch in self.found.batches:
+            if batch.soft:
+                by_node.setdefault(batch.cause.node, []).append(batch)
+        norms = [site for site in self.found.sites.values() if len(site.mean)]
+        for batches in by_node.values():
+            mark = systems.mark()
+            wrong = any(len(s.add(rows)) for s, rows in equations_of(batches, systems))
+            if wrong or self._any_far(systems, norms):
+                systems.undo(mark)
+        if by_node:  # what is free yet stays where several read it
+            several = np.flatnonzero(self._several(systems) & (np.arange(len(systems.of)) > 0))
+            systems.shift.add(Rows.of((np.unique(systems.of[several]), 1.0)))
+
+    def _any_far(self, systems: Systems, norms: list[Site]) -> bool:
+        if not norms:
+            return False
+        labels = systems.of[np.concatenate([site.x for site in norms])]
+        known = systems.shift.substituted(Rows.of((labels, 1.0)))
+        shift = np.where((known.unknowns < 0).all(axis=1), known.constant, 0.0)
+        ends = np.cumsum([len(site.x) for site in norms])[:-1]
+        parts = np.split(shift, ends)
+        return any(
+            bool(self._far(systems, site, part).any())
+            for site, part in zip(norms, parts, strict=True)
+        )
 
     def _try(self, systems: Systems, site: Site, gone: set[fx.Node]) -> bool:
         mark = systems.mark()

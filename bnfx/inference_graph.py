@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
 from bnfx.capture import OWNER, RANKS, Example, Tracer, assemble, clone, has_hooks, skeleton, trace
@@ -138,7 +139,9 @@ def _hides_norms(traced: fx.GraphModule) -> bool:
         if any(has_hooks(module) for module in inside):
             continue
         if any(
-            isinstance(m, _BatchNorm) and not m.training and m.running_mean is not None
+            isinstance(m, _BatchNorm | _InstanceNorm)
+            and not m.training
+            and m.running_mean is not None
             for m in inside
         ):
             return True
@@ -207,6 +210,19 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(a, b, rtol=bound, atol=bound * largest, equal_nan=True))
 
 
+def _two_of_each(given: Example) -> Example:
+    """The example with a batch of 2 where it has one of 1."""
+    args, kwargs = pytree.tree_map(
+        lambda leaf: (
+            leaf.repeat(2, *[1] * (leaf.dim() - 1))
+            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == 1
+            else leaf
+        ),
+        (given.args, dict(given.kwargs)),
+    )
+    return Example(args, kwargs)
+
+
 def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
     errors = [f"symbolic tracing: {cause}"]
     dynamic = pytree.tree_map(
@@ -225,11 +241,21 @@ def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
             f"the example does not fit {type(root).__name__}.forward: {error}"
         ) from error
     shapes = dict(zip(names, [*dynamic[0], *dynamic[1].values()], strict=False))
-    for dynamic_shapes in (shapes, None):
+    wide = _two_of_each(given)  # the exporter takes an axis of size 1 for one that stays so
+    for example, dynamic_shapes in ((wide, shapes), (given, shapes), (given, None)):
         try:
             program = torch.export.export(
-                root, given.args, dict(given.kwargs), dynamic_shapes=dynamic_shapes, strict=False
+                root,
+                example.args,
+                dict(example.kwargs),
+                dynamic_shapes=dynamic_shapes,
+                strict=False,
             )
+            if example is wide:
+                with torch.no_grad():
+                    clone(program.module())(
+                        *copy.deepcopy(given.args), **copy.deepcopy(dict(given.kwargs))
+                    )
         except Exception as error:  # noqa: BLE001  # the exporter and the user's forward raise anything
             errors.append(f"torch.export: {str(error).partition(chr(10))[0]}")
             continue

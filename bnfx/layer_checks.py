@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnfx.compare import UNIT, Array
-from bnfx.layers import Layer, apply, rounding_scale, samples
+from bnfx.layers import Layer, apply, as_tensor, rounding_scale, samples
 from bnfx.pairing import Pair, flow_error
 from bnfx.verdicts import LayerCheck
 
@@ -40,7 +40,7 @@ def check_layer(
     truth, ours = pair.truth, pair.ours
     if ours.x not in values or ours.y not in values:
         return None
-    x, y = (torch.from_numpy(_floats(values[name])) for name in (ours.x, ours.y))
+    x, y = (as_tensor(values[name]) for name in (ours.x, ours.y))
     unit = _UNITS.get(str(values[ours.y].dtype), UNIT["fp32"])
     kind = ours.kind
     flow = flow_error(expected[truth.y], samples(y)) if truth.y in expected else math.nan
@@ -58,10 +58,6 @@ def check_layer(
     ratio, channel = _worst_channel(truth, y.double() - exact, own - exact, unit * scale)
     passed = ratio <= MAX_LAYER_RATIO
     return LayerCheck(truth.name, ours.name, kind, ratio, channel, flow, passed)
-
-
-def _floats(array: Array) -> Array:
-    return array if str(array.dtype) in ("float32", "float64", "float16") else array.astype("f4")
 
 
 def _worst_channel(

@@ -12,9 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bnfx.compare import Array
 
 Kind = Literal["conv", "conv_transpose", "linear", "batch_norm", "layer_norm"]
 
@@ -210,6 +213,13 @@ def composed(layers: Sequence[Layer]) -> list[Layer]:
         for layer in layers
         if id(layer) not in gone
     ]
+
+
+def as_tensor(array: Array) -> Tensor:
+    """The array as a tensor, in float32 where its dtype is none of torch's."""
+    known = array.dtype.kind in "fiub" and array.dtype.itemsize <= 8
+    plain = np.ascontiguousarray(array if known else array.astype(np.float32))
+    return torch.from_numpy(plain if plain.flags.writeable else plain.copy())
 
 
 def samples(value: Tensor, count: int = 2048) -> Tensor:

@@ -11,13 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import onnx
-import torch
 from torch import Tensor
 
 from bnfx.compare import Array
-from bnfx.layers import Geometry, Kind, Layer
+from bnfx.layers import Geometry, Kind, Layer, as_tensor
 from bnfx.onnx_files import stored_tensors, tensor_array, type_name
 
 #: Position of each part among a node's inputs.
@@ -177,7 +175,7 @@ def file_layers(graph: FileGraph, values: Mapping[str, Array]) -> Iterator[Layer
                 array = values[name]
             else:
                 continue
-            parts[part] = _tensor(array)
+            parts[part] = as_tensor(array).double()
         layer = _made(node, parts)
         if layer is not None:
             yield replace(layer, rank=values[node.y].ndim if node.y in values else 0)
@@ -188,11 +186,6 @@ def stored_dtype(graph: FileGraph, name: str, values: Mapping[str, Array]) -> st
     if name in graph.stored:
         return type_name(graph.stored[name].data_type)
     return str(values[name].dtype) if name in values else ""
-
-
-def _tensor(array: Array) -> Tensor:
-    wide = array.astype(np.float64)
-    return torch.from_numpy(np.array(wide))  # a copy: what is read may be a view of a file
 
 
 def _made(node: Node, parts: dict[str, Tensor]) -> Layer | None:

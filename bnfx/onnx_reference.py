@@ -23,11 +23,11 @@ from bnfx.compare import Array
 from bnfx.errors import VerificationError
 from bnfx.evaluators import OPERATORS
 from bnfx.isolated import execute_apart
-from bnfx.layers import composed, samples
+from bnfx.layers import as_tensor, composed, samples
 from bnfx.onnx_files import all_nodes, describe_type, read_onnx, tensor_array, type_name
 from bnfx.onnx_layers import file_layers
 from bnfx.onnx_types import BFLOAT16, DOUBLE, FLOAT, HALF, float_types, retyped
-from bnfx.references import Form, Precision, Runs, Sample, arrays
+from bnfx.references import COMPOSED, Form, Precision, Runs, Sample, arrays
 from bnfx.runner import Answer, Request
 from bnfx.staging import stage
 from bnfx.torch_layers import Constant, Traced
@@ -149,18 +149,15 @@ class OnnxReference:
         values = dict(answer.values)
         values |= {v.name: a for v, a in zip(self.inputs, self._feed(sample), strict=True)}
         layers = tuple(file_layers(graph, values))
-        flow = {
-            name: samples(torch.from_numpy(np.array(array, np.float64)))
-            for name, array in values.items()
-        }
+        flow = {name: samples(as_tensor(array)) for name, array in values.items()}
         used = {name for layer in layers for name in layer.names.values()}
         constants = tuple(
-            Constant(tensor.name, _tensor(tensor_array(tensor, graph.folder)), untouched=True)
+            Constant(tensor.name, _constant(tensor_array(tensor, graph.folder)), untouched=True)
             for tensor in graph.tensors
             if tensor.name not in used and tensor.data_type != onnx.TensorProto.STRING
         )
-        yield Form("with each BatchNorm in the layer before it", _traced(layers, constants, flow))
-        yield Form("as it is", Traced(layers, constants, flow))
+        yield Form(COMPOSED, _traced(layers, constants, flow), rounded_once=False)
+        yield Form("as it is", Traced(layers, constants, flow), rounded_once=False)
 
     def unfolded(self, sample: Sample) -> Traced:
         """The layers as they are."""
@@ -173,6 +170,6 @@ def _traced(
     return Traced(tuple(composed(layers)), constants, flow)
 
 
-def _tensor(array: Array) -> Tensor:
-    plain = array if array.dtype.kind in "iub" else array.astype(np.float64)
-    return torch.from_numpy(np.array(plain))
+def _constant(array: Array) -> Tensor:
+    value = as_tensor(array)
+    return value.double() if value.is_floating_point() else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from bnfx.constraints import Cause, Constraints, Demand, Kind, Site
+from bnfx.constraints import Bounds, Cause, Constraints, Demand, Kind, Site
 from bnfx.evaluation import Values, reads_elements
 from bnfx.labels import along, array, compact, concatenated, ground_map, rows_along, settled
 from bnfx.linear_system import Ints
@@ -41,6 +42,19 @@ class Opaque(Exception):
     """The rule of an operator does not fit this call."""
 
 
+@dataclass(frozen=True)
+class Options:
+    """What may carry a gauge though it costs something.
+
+    Attributes:
+        thresholds: Bounds of ReLU, ReLU6, Hardtanh and clamp, one for each channel.
+        border_maps: A constant map behind a convolution that pads zeros, for one input size.
+    """
+
+    thresholds: bool = False
+    border_maps: bool = False
+
+
 class Propagation:
     """Walks the graph once and writes its demands into `found`."""
 
@@ -51,12 +65,14 @@ class Propagation:
         values: Values,
         found: Constraints,
         barred: frozenset[fx.Node],
+        options: Options,
     ) -> None:
         self.graph = graph
         self.shapes = shapes
         self.values = values
         self.found = found
         self.barred = barred
+        self.options = options
         self.maps: dict[fx.Node, Any] = {}
         self.data: set[fx.Node] = set()
 
@@ -162,13 +178,13 @@ class Propagation:
             self.found.demand(Demand.SAME, pairs[0], pairs[1], cause=cause)
         return first
 
-    def _unshifted(self, labels: Ints, cause: Cause) -> None:
+    def _unshifted(self, labels: Ints, cause: Cause, *, soft: bool = False) -> None:
         used = np.unique(labels)
-        self.found.demand(Demand.UNSHIFTED, used[used > 0], cause=cause)
+        self.found.demand(Demand.UNSHIFTED, used[used > 0], cause=cause, soft=soft)
 
-    def _positive(self, labels: Ints, cause: Cause) -> None:
+    def _positive(self, labels: Ints, cause: Cause, *, soft: bool = False) -> None:
         used = np.unique(labels)
-        self.found.demand(Demand.POSITIVE, used[used > 0], cause=cause)
+        self.found.demand(Demand.POSITIVE, used[used > 0], cause=cause, soft=soft)
 
     # -- layers --------------------------------------------------------------------------------
 
@@ -182,6 +198,7 @@ class Propagation:
             raise Opaque
         shape = self._shape_of(node)
         groups = int(call["groups"])
+        size: tuple[int, ...] = ()
         outputs = weight.shape[1] * groups if row.transposed else weight.shape[0]
         inputs = weight.shape[0] if row.transposed else weight.shape[1] * groups
         axis = len(shape) - 1 - (row.spatial or 0)
@@ -194,11 +211,14 @@ class Propagation:
         if len(x) != inputs or shape[axis] != outputs:
             raise Opaque
         if pads_with_zeros(row, call, weight):
-            self._unshifted(x, Cause(node, f"the zero padding of {describe(node)}"))
+            soft = self.options.border_maps and not row.transposed and isinstance(source, Tensor)
+            self._unshifted(x, Cause(node, f"the zero padding of {describe(node)}"), soft=soft)
+            if soft and isinstance(source, Tensor):
+                size = tuple(int(n) for n in source.shape[axis + 1 :])
         y = self.found.fresh(node, "y", outputs)
         self.found.absorbers.append(y)
         self.found.readers[node, 0] = np.unique(x)
-        self.found.site(Site(node, Kind.AFFINE, x, y, source=call["input"], like=weight))
+        self.found.site(Site(node, Kind.AFFINE, x, y, source=call["input"], like=weight, size=size))
         return along(y, axis, shape)
 
     def _batch_norm(self, node: fx.Node) -> Tensor:
@@ -260,8 +280,29 @@ class Propagation:
         labels = self._map(argument(node, 0, "input"))
         for other in node.all_input_nodes[1:]:
             self.found.ground(array(self._map(other)), Cause(node, describe(node)))
-        self._positive(array(labels), Cause(node, describe(node)))
-        self._unshifted(array(labels), Cause(node, describe(node)))
+        name = str(node.target) if node.op == "call_method" else function_name(node.target)
+        soft = self.options.thresholds and base_name(name) == "relu"
+        if soft:
+            self._bounded(node, labels, 0.0, np.inf)
+        self._positive(array(labels), Cause(node, describe(node)), soft=soft)
+        self._unshifted(array(labels), Cause(node, describe(node)), soft=soft)
+        return labels
+
+    def _bounded(self, node: fx.Node, labels: Tensor, lower: float, upper: float) -> None:
+        like = self.shapes.values[node]
+        self.found.bounds.setdefault(node, Bounds(compact(labels).contiguous(), lower, upper, like))
+
+    def _clamp(self, node: fx.Node) -> Tensor:
+        if not self.options.thresholds:
+            raise Opaque
+        labels, bounds = self._map(argument(node, 0, "input")), _bounds_of(node)
+        if bounds is None:
+            raise Opaque
+        self._bounded(node, labels, *bounds)
+        used, cause = np.unique(array(labels)), Cause(node, describe(node))
+        zero = np.zeros_like(used)
+        self.found.demand(Demand.SAME_SCALE, used, zero, cause=cause, soft=True)
+        self._unshifted(used, cause, soft=True)
         return labels
 
     def _extremum(self, node: fx.Node) -> Tensor:
@@ -589,6 +630,7 @@ _RULES: dict[Passage, Callable[[Propagation, fx.Node], Any]] = {
     Passage.ATTENTION: Propagation._attention,
     Passage.EXTREMUM: Propagation._extremum,
     Passage.NORM: Propagation._norm,
+    Passage.CLAMP: Propagation._clamp,
 }
 
 
@@ -599,6 +641,26 @@ def _moved(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]  # a function
+
+
+def _bounds_of(node: fx.Node) -> tuple[float, float] | None:
+    """Lower and upper bound of a clamp; None where they are computed."""
+    name = base_name(str(node.target) if node.op == "call_method" else function_name(node.target))
+    lower: Any = None
+    upper: Any = None
+    if name == "relu6":
+        lower, upper = 0.0, 6.0
+    elif name == "hardtanh":
+        lower, upper = argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
+    elif name in ("clamp", "clip"):
+        lower, upper = argument(node, 1, "min"), argument(node, 2, "max")
+    elif name == "clamp_min":
+        lower = argument(node, 1, "min")
+    elif name == "clamp_max":
+        upper = argument(node, 1, "max")
+    if not all(bound is None or isinstance(bound, int | float) for bound in (lower, upper)):
+        return None
+    return (-np.inf if lower is None else lower, np.inf if upper is None else upper)
 
 
 def _casts(node: fx.Node) -> bool:

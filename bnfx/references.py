@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,9 +16,9 @@ from torch.utils import _pytree as pytree
 from bnfx.capture import clone, example
 from bnfx.compare import Array
 from bnfx.errors import BnfxError, VerificationError
-from bnfx.folding import fold_bn
+from bnfx.folding import exact_weights, fold_bn
 from bnfx.inference_graph import inference_graph
-from bnfx.layers import composed
+from bnfx.layers import composed, neighbours
 from bnfx.reports import FoldReport, report
 from bnfx.rounding_modes import StoredAs, Tf32
 from bnfx.torch_layers import Traced, Widened, trace_layers
@@ -76,10 +78,20 @@ class Form:
     Attributes:
         name: How it came about.
         traced: The layers.
+        rounded_once: Whether bnfx folded it, in float64 with one rounding at the end.
     """
 
     name: str
     traced: Traced
+    rounded_once: bool
+
+
+COMPOSED = "with each BatchNorm in the layer before it"
+
+
+def _composed(name: str, traced: Traced) -> Form:
+    layers = tuple(composed(traced.layers))
+    return Form(name, replace(traced, layers=layers), rounded_once=False)
 
 
 class TorchReference:
@@ -150,31 +162,24 @@ class TorchReference:
 
         Folding decides by dtype, and by what it knows of the inputs: so it is done again in
         float64, which gives every weight exactly; then as the exported model was perhaps folded, in
-        its own dtype, with the example and without, which rounds once. Others fold each BatchNorm
-        into the layer before it, or not at all.
+        its own dtype, with the example and without, which rounds once; then with other options.
+        Others fold each BatchNorm into the layer before it, or not at all.
 
         Raises:
             BnfxError: The reference cannot be captured in any way.
         """
         given = widened(sample)
         failures: list[str] = []
-        ways: tuple[tuple[str, Callable[[], fx.GraphModule]], ...] = (
-            (
-                "folded in float64",
-                lambda: fold_bn(self._exact, given.args, example_kwargs=given.kwargs),
-            ),
-            (
-                "folded in its own dtype",
-                lambda: fold_bn(self._own, sample.args, example_kwargs=sample.kwargs).double(),
-            ),
-            ("folded without example inputs", lambda: fold_bn(self._own).double()),
-        )
+        ways = self._ways(sample, given)
         for name, fold in ways:
             try:
                 graph = fold()
                 done = report(graph)
                 assert isinstance(done, FoldReport)
-                yield Form(name, self._traced(graph, given, frozenset(done.provenance)))
+                traced = self._traced(graph, given, frozenset(done.provenance))
+                yield Form(name, traced, rounded_once=True)
+                if neighbours(traced.layers):
+                    yield _composed(f"{name}, the rest {COMPOSED}", traced)
             except BnfxError as error:
                 failures.append(f"{name}: {error}")
         try:
@@ -183,9 +188,30 @@ class TorchReference:
             if len(failures) == len(ways):
                 raise VerificationError("; ".join([*failures, str(error)])) from error
             return
-        layers = tuple(composed(plain.layers))
-        yield Form("with each BatchNorm in the layer before it", replace(plain, layers=layers))
-        yield Form("as it is", plain)
+        yield _composed(COMPOSED, plain)
+        yield Form("as it is", plain, rounded_once=False)
+
+    def _ways(
+        self, sample: Sample, given: Sample
+    ) -> list[tuple[str, Callable[[], fx.GraphModule]]]:
+        """Names and calls of folding; `given` is `sample` in float64."""
+        exact = partial(fold_bn, self._exact, given.args, example_kwargs=given.kwargs)
+        own = partial(self._in_own_dtype, sample)
+        first = [("folded in float64", exact), ("folded by the rules of its own dtype", own)]
+        if self.weights in ("float16", "bfloat16"):
+            first.reverse()
+        return [
+            *first,
+            ("folded without example inputs", lambda: _wide_copy(fold_bn(self._own))),
+            *((f"folded with {options}", partial(exact, **options)) for options in _options()),
+        ]
+
+    def _in_own_dtype(self, sample: Sample) -> fx.GraphModule:
+        """Folded with the decisions for the dtype that the weights are stored in, unrounded."""
+        graph = _wide_copy(fold_bn(self._own, sample.args, example_kwargs=sample.kwargs))
+        state = exact_weights(self._own, sample.args, example_kwargs=sample.kwargs)
+        graph.load_state_dict(state)
+        return graph
 
     def unfolded(self, sample: Sample) -> Traced:
         """The layers as they are, computed in float64.
@@ -210,6 +236,25 @@ class TorchReference:
             return trace_layers(graph, tuple(values), changed)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise VerificationError(f"the folded {self.name} fails in float64: {error}") from error
+
+
+def _wide_copy(graph: fx.GraphModule) -> fx.GraphModule:
+    """In float64; a folded graph shares its unchanged weights with its source."""
+    copy = clone(graph).double()
+    assert isinstance(copy, fx.GraphModule)
+    return copy
+
+
+def _options() -> Iterator[dict[str, Any]]:
+    """Every choice of the options of `fold_bn` but the default; few changes first."""
+    switches = {
+        name: parameter.default
+        for name, parameter in inspect.signature(fold_bn).parameters.items()
+        if isinstance(parameter.default, bool)
+    }
+    for count in range(1, len(switches) + 1):
+        for names in itertools.combinations(switches, count):
+            yield {name: not switches[name] for name in names}
 
 
 def effective_precision(model: nn.Module, precision: Precision) -> Precision:

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from bnfx.constraints import Kind, Site
+from bnfx.constraints import Bounds, Kind, Site
 from bnfx.evaluation import Values
 from bnfx.gauges import Gauges
 from bnfx.linear_system import Floats
@@ -103,7 +104,9 @@ def _affine(site: Site, ends: Ends, values: Values, dead: Mapping[int, float]) -
     wide = weight.detach().cpu().double()
     old = torch.zeros_like(a_o) if bias is None else bias.detach().cpu().double()
     inner = _times_input(wide, d_i, row, groups)
-    moved = _summed(inner, row, groups) if bool((d_i != 0).any()) else 0.0
+    shifted = bool((d_i != 0).any())
+    borders = shifted and bool(site.size)
+    moved = _summed(inner, row, groups) if shifted and not borders else 0.0
     new = _times_output(_times_input(wide, 1.0 / a_i, row, groups), a_o, row, groups)
     new_bias = a_o * (old + d_o - moved)
     for channel, value in dead.items():
@@ -112,9 +115,36 @@ def _affine(site: Site, ends: Ends, values: Values, dead: Mapping[int, float]) -
         new = _times_output(new, kill, row, groups)
         new_bias[channel] = value
     tensors = {"weight": new}
+    if borders:
+        tensors["border"] = -_border(wide, d_i, a_o, call, site.size)
     if bias is not None or bool((new_bias != 0).any()):
         tensors["bias"] = new_bias
     return Change(site, tensors, _sources(values, call["weight"], call["bias"]))
+
+
+def _border(
+    weight: Tensor, d: Tensor, a: Tensor, call: Mapping[str, Any], size: tuple[int, ...]
+) -> Tensor:
+    """What a convolution makes of the image d under zero padding, times a: (1, out, ...)."""
+    image = d.reshape(1, -1, *[1] * len(size)).expand(1, -1, *size)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
+    options = (call["stride"], call["padding"], call["dilation"], call["groups"])
+    return convolve(image, weight, None, *options) * a.reshape(1, -1, *[1] * len(size))
+
+
+def bounds_of(bounds: Bounds, gauges: Gauges) -> tuple[Tensor | None, Tensor | None] | None:
+    """Bounds that carry the gauge, a (bound + d), swapped where a < 0; None if none is needed."""
+    a, d = _tensor(gauges.scale)[bounds.labels], _tensor(gauges.shift)[bounds.labels]
+    plain = bounds.lower == 0.0 and bounds.upper == np.inf
+    same = bool((a > 0).all()) if plain else bool((a == 1).all())
+    if same and bool((d == 0).all()):
+        return None
+    low, high = a * (bounds.lower + d), a * (bounds.upper + d)
+    lower, upper = torch.minimum(low, high), torch.maximum(low, high)
+    return (
+        None if bool(torch.isneginf(lower).all()) else lower,
+        None if bool(torch.isposinf(upper).all()) else upper,
+    )
 
 
 def _deadened(change: Change, dead: Mapping[int, float]) -> Change:

@@ -7,18 +7,18 @@ BatchNorm is folded into the layer before it, and judged by what it agrees with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from bnfx.causes import Origin
 from bnfx.compare import Array
 from bnfx.errors import BnfxError, VerificationError
 from bnfx.layer_checks import check_layer
-from bnfx.layers import Layer, neighbours, samples
+from bnfx.layers import Layer, as_tensor, neighbours, samples
 from bnfx.localisation import constant_fault, hint, structure_faults, weight_fault
 from bnfx.onnx_files import tensor_array, type_name
 from bnfx.onnx_layers import FileGraph, file_layers, stored_dtype
@@ -27,6 +27,8 @@ from bnfx.references import Form, Sample
 from bnfx.torch_layers import Traced
 from bnfx.verdicts import Divergence, LayerCheck, WeightCheck
 from bnfx.weight_checks import Rounding, Stored, check_constants, check_pair
+
+_SAME = 0.05  # relative; two values that differ by less are the same one, with errors
 
 
 class Known(Protocol):
@@ -101,7 +103,7 @@ def check_layers(
         rounding: How weights may be rounded.
     """
     ours = list(file_layers(graph, values))
-    found = {name: samples(torch.from_numpy(_plain(array))) for name, array in values.items()}
+    found = {name: samples(as_tensor(array)) for name, array in values.items()}
     names = {name for node in graph.nodes for name in node.operands.values()}
     dtypes = {name: stored_dtype(graph, name, values) for name in names}
     try:
@@ -113,43 +115,36 @@ def check_layers(
         return Findings((), (), 0, (), None, (note,))
     origins = _origins(reference, sample, match)
     faults: list[Divergence] = []
-    notes: list[str] = []
     weights: list[WeightCheck] = []
     layers: list[LayerCheck] = []
-    strangers = []
+    strangers: list[str] = []
+    flow = match.form.traced.flow
     for pair, checks in match.checks:
-        layer = check_layer(pair, values, match.form.traced.flow)
-        fused = layer is not None and layer.ratio == float("inf") and layer.error < 0.05
-        known = pair.recognised or pair.belongs_to or rounding.claimed
         wrong = [check for check in checks if not check.passed]
-        if wrong and not known:
+        if wrong and not (pair.recognised or pair.belongs_to or rounding.claimed):
             strangers.append(pair.truth.name)
             continue
         weights += checks
         origin = origins.get(pair.truth.name)
         faults += [weight_fault(pair, check, origin) for check in wrong if reference.decides]
-        if layer is None or fused:
+        layer = check_layer(pair, values, flow)
+        if layer is None or _fused(layer):
             continue
         layers.append(layer)
-        same_input = close(match.form.traced.flow[pair.truth.x], found[pair.ours.x], float("inf"))
+        same_input = close(flow[pair.truth.x], found[pair.ours.x], math.inf)
         faults += structure_faults(pair, layer, same_input=same_input)
     constants, missing = _constants(match, graph, rounding)
     weights += constants
     faults += [constant_fault(check) for check in constants if not check.passed]
-    notes += _notes(match, strangers, missing, graph)
-    if not reference.decides and not match.perfect:
-        notes.append(
-            "weights: the reference still has BatchNorms, and folding may spread them over several "
-            "layers: other weights may be as right, so outputs decide"
-        )
+    notes = tuple(_notes(reference, match, strangers, missing, graph))
     wanted = len(weights) + len(strangers) + len(missing) + len(match.pairing.missing)
-    pairs, flow = match.pairing.pairs, match.form.traced.flow
-    first = hint(pairs, layers, flow, found, graph, rounding.precision)
-    return Findings(tuple(weights), tuple(layers), wanted, tuple(faults), first, tuple(notes))
+    first = hint(match.pairing.pairs, layers, flow, found, graph, rounding.precision)
+    return Findings(tuple(weights), tuple(layers), wanted, tuple(faults), first, notes)
 
 
-def _plain(array: Array) -> Array:
-    return array if array.dtype.kind in "fiub" and array.dtype.itemsize <= 8 else array.astype("f4")
+def _fused(layer: LayerCheck) -> bool:
+    """Whether a layer took its neighbour in, a padding say: other inputs, the same output."""
+    return layer.ratio == math.inf and layer.error < _SAME
 
 
 def _best(
@@ -164,7 +159,9 @@ def _best(
     best: _Match | None = None
     for form in reference.forms(sample):
         pairing = pair_layers(form.traced.layers, ours, form.traced.flow, found)
-        checks = tuple((p, tuple(check_pair(p, dtypes, rounding))) for p in pairing.pairs)
+        # Others fold in float32, so that only what bnfx folded is held to one rounding.
+        how = replace(rounding, claimed=rounding.claimed and form.rounded_once)
+        checks = tuple((p, tuple(check_pair(p, dtypes, how))) for p in pairing.pairs)
         match = _Match(form, best is None, pairing, checks)
         if match.perfect:
             return match
@@ -203,18 +200,23 @@ def _constants(
             continue
         array = tensor_array(tensor, graph.folder)
         plain = array if array.dtype.kind in "iub" else array.astype("f8")
-        values = torch.from_numpy(plain.copy())
+        values = as_tensor(plain)
         stored.append(Stored(tensor.name, values, type_name(tensor.data_type)))
     return check_constants(truth, stored, rounding)
 
 
 def _notes(
-    match: _Match, strangers: list[str], missing: list[str], graph: FileGraph
+    reference: Known, match: _Match, strangers: list[str], missing: list[str], graph: FileGraph
 ) -> Iterator[str]:
     if not match.first:
         yield (
             f"weights: compared with the reference {match.form.name}, with which the file agrees "
             "most"
+        )
+    if not reference.decides and not match.perfect:
+        yield (
+            "weights: the reference still has BatchNorms, and folding may spread them over several "
+            "layers: other weights may be as right, so outputs decide"
         )
     if match.pairing.missing:
         names = _few(layer.name for layer in match.pairing.missing)

@@ -27,11 +27,11 @@ from bnfx.export import training_modules
 from bnfx.isolated import execute_apart
 from bnfx.layer_checks import MAX_LAYER_RATIO
 from bnfx.localisation import output_fault
-from bnfx.onnx_files import FOLDED, VERSION, all_nodes, metadata_of, read_onnx, type_name
+from bnfx.onnx_files import FOLDED, all_nodes, metadata_of, read_onnx, type_name
 from bnfx.onnx_reference import OnnxReference
 from bnfx.references import DTYPES, Precision, Runs, Sample, TorchReference, arrays
 from bnfx.runner import Answer, Request, execute
-from bnfx.sampling import as_sample, batch_of, other_batches, pool, resized
+from bnfx.sampling import as_sample, batch_of, other_batches, pool, resized, symbolic_batch
 from bnfx.staging import Staged, stage
 from bnfx.tiers import Findings, check_layers
 from bnfx.verdicts import Divergence, TierCheck, VerifyReport
@@ -103,7 +103,8 @@ def verify_onnx(
             f"{len(reference.leaves(example))} tensors"
         )
     pooled = pool(example, inputs, num_inputs)
-    sizes = other_batches(values, example, batch_sizes)
+    fixed = isinstance(reference, OnnxReference) and symbolic_batch(reference.inputs) is None
+    sizes = () if fixed and batch_sizes is None else other_batches(values, example, batch_sizes)
     small = [resized(pooled, size) for size in sizes]
     plan = _Plan(path, proto, provider, reference, pooled, small, sizes, names, values)
     began = time.perf_counter()
@@ -249,7 +250,7 @@ def _check_layers(plan: _Plan, staged: Staged, answer: Answer) -> Findings:
     rounding = Rounding(
         plan.reference.weights,
         plan.reference.precision,
-        claimed=FOLDED in claims or VERSION in claims,
+        claimed=FOLDED in claims,
     )
     values = dict(answer.values)
     if staged.values_model:
@@ -287,7 +288,7 @@ def _report(
         num_inputs=len(plan.pooled),
         batch_sizes=(*([own] if own is not None else []), *plan.sizes),
         batch_norms_left=counts["BatchNormalization"],
-        tiers=_tiers(found, outputs, max_ratio),
+        tiers=_tiers(found, outputs, max_ratio, decides=plan.reference.decides),
         outputs=tuple(outputs),
         layers=found.layers,
         weights=found.weights,
@@ -306,13 +307,15 @@ def _first(wrong: Sequence[Divergence], hint: Divergence | None) -> Divergence |
 
 
 def _tiers(
-    found: Findings, outputs: Sequence[OutputCheck], max_ratio: float
+    found: Findings, outputs: Sequence[OutputCheck], max_ratio: float, *, decides: bool
 ) -> tuple[TierCheck, ...]:
+    decisive = {"weights": decides, "layers": False, "outputs": True}
+
     def tier(kind: Any, checks: Sequence[Any], limit: float, of: int, reason: str) -> TierCheck:
         failed = any(not check.passed for check in checks)
         status: Any = "failed" if failed else "passed" if checks else "skipped"
         worst = max((check.ratio for check in checks), default=math.nan)
-        return TierCheck(kind, status, len(checks), of, worst, limit, kind != "layers", reason)
+        return TierCheck(kind, status, len(checks), of, worst, limit, decisive[kind], reason)
 
     why = "; ".join(found.notes)
     return (

@@ -36,7 +36,7 @@ class Rounding:
     Attributes:
         reference: Name of the dtype of the reference's weights.
         precision: Precision of the deployment.
-        claimed: Whether the file says that bnfx wrote it. Then each channel is held to its own
+        claimed: Whether the file says that bnfx folded it. Then each channel is held to its own
             unit; others compute the folding in float32, so that the largest channel counts.
     """
 

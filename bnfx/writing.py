@@ -58,6 +58,7 @@ def write(
     changes: Sequence[Change],
     eliminated: Sequence[Site],
     *,
+    bounds: Mapping[fx.Node, tuple[Tensor | None, Tensor | None]],
     rounded: bool,
 ) -> dict[str, tuple[str, ...]]:
     """Carry out changes on `module`. New parameter -> the source's that it was computed from."""
@@ -72,10 +73,15 @@ def write(
     for part in parts:
         name = _place(module, part, known, agreed)
         provenance[name] = part.sources
+        if part.argument == "border":
+            _add_border(module.graph, part.site.node, name)
+            continue
         with module.graph.inserting_before(part.site.node):
             renamed.setdefault(part.site.node, {})[part.argument] = module.graph.get_attr(name)
+    for node, (lower, upper) in bounds.items():
+        _clamp(module, node, lower, upper)
     for site in {part.site.node: part.site for part in parts}.values():
-        _rename(site, renamed[site.node])
+        _rename(site, renamed.get(site.node, {}))
     instead: dict[fx.Node, fx.Node] = {}
     for site in eliminated:
         source = site.source
@@ -114,7 +120,7 @@ def _parts(change: Change, *, rounded: bool) -> list[Part]:
             if passage_of(site.node) is Passage.DIVIDE:
                 value = value.reciprocal()  # or dividing
         stored = value.to(site.like.dtype if rounded else value.dtype).to(site.like.device)
-        found.append(Part(site, name, call[name], stored, change.sources))
+        found.append(Part(site, name, call.get(name), stored, change.sources))
     return found
 
 
@@ -214,6 +220,38 @@ def _signature(site: Site) -> tuple[str, ...]:
         return row.signature
     target: Any = site.node.target
     return BATCH_NORM[target] if target in BATCH_NORM else INSTANCE_NORM[target]
+
+
+def _add_border(graph: fx.Graph, node: fx.Node, name: str) -> None:
+    """Add the border map to what a convolution gives."""
+    with graph.inserting_after(node):
+        border = graph.get_attr(name)
+    with graph.inserting_after(border):
+        total = graph.call_function(torch.add, (node, border))
+    total.meta = dict(node.meta)
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+
+
+def _clamp(
+    module: fx.GraphModule, node: fx.Node, lower: Tensor | None, upper: Tensor | None
+) -> None:
+    """A clamp with bounds for each channel in place of `node`."""
+    graph, path = module.graph, path_of(node)
+    prefix = f"{node.name}_" if path == node.name else f"{path}."
+    value = argument(node, 0, "input")
+    for bound, part, function in (
+        (lower, "lower", torch.maximum),
+        (upper, "upper", torch.minimum),
+    ):
+        if bound is None:
+            continue
+        name = free_name(module, f"{prefix}{part}")
+        set_tensor(module, name, bound, trained=False, buffer=True)
+        with graph.inserting_before(node):
+            value = graph.call_function(function, (value, graph.get_attr(name)))
+            value.meta = dict(node.meta)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
 
 
 def _take_out(graph: fx.Graph, node: fx.Node, source: fx.Node) -> None:

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfx.aliasing import Aliases, aliases, barred
@@ -41,9 +41,9 @@ from bnfx.operators import (
     passage_of,
     role_of,
 )
-from bnfx.propagation import Propagation
+from bnfx.propagation import Options, Propagation
 from bnfx.reports import FoldRecord, FoldReport
-from bnfx.rewriting import Change, change_of
+from bnfx.rewriting import Change, bounds_of, change_of
 from bnfx.shapes import Shapes, at_other_ranks, is_tensor, shapes_of
 from bnfx.words import describe, norm_path
 from bnfx.writing import write
@@ -59,6 +59,7 @@ class Plan:
         records: One for each evaluation of a BatchNorm, by the name of its node and its own path.
         guards: Nodes whose rank the result must check, and that rank.
         unavoidable: A number of BatchNorms that stay under any choice that the rules allow.
+        bounds: Clamping nodes whose bounds carry a gauge: the new ones, and a tensor like them.
     """
 
     gauges: Gauges
@@ -66,6 +67,7 @@ class Plan:
     records: Mapping[str, FoldRecord]
     guards: Mapping[fx.Node, int]
     unavoidable: int
+    bounds: Mapping[fx.Node, tuple[tuple[Tensor | None, Tensor | None], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,15 @@ class FoldBatchNorm:
 
     Attributes:
         inputs: Example values of the placeholders; None without any.
+        options: What may carry a gauge though it costs something.
     """
 
     inputs: Sequence[Any] | None = None
+    options: Options = field(default_factory=Options)
 
     def match(self, module: fx.GraphModule) -> Plan:
         """What can be folded, and what keeps the rest. Changes nothing."""
-        walk = _Walk.of(module, self.inputs)
+        walk = _Walk.of(module, self.inputs, self.options)
         found = Constraints()
         walk.through(walk.runs, found)
         candidates, refused = _candidates(module.graph, found, walk.runs[0], walk.kept)
@@ -100,7 +104,11 @@ class FoldBatchNorm:
         others = sum(r.verdict == "kept" for r in records.values()) - sum(
             site.kind is Kind.BATCH_NORM and site.node in gauges.refused for site in candidates
         )
-        return Plan(gauges, done, records, guards, others + explanation.unavoidable())
+        bounds = {
+            node: (new, b.like) for node, b in found.bounds.items() if (new := bounds_of(b, gauges))
+        }
+        least = others + explanation.unavoidable()
+        return Plan(gauges, done, records, guards, least, bounds)
 
     def rewrite(self, module: fx.GraphModule, plan: Plan, *, rounded: bool = True) -> FoldReport:
         """Carry out what `match` found, on `module` itself.
@@ -112,8 +120,26 @@ class FoldBatchNorm:
         """
         for node, rank in plan.guards.items():
             _guard_rank(module.graph, node, rank)
-        provenance = write(module, plan.changes, plan.gauges.eliminated, rounded=rounded)
+        provenance = write(
+            module,
+            plan.changes,
+            plan.gauges.eliminated,
+            bounds={
+                node: (
+                    _stored(new[0], like, rounded=rounded),
+                    _stored(new[1], like, rounded=rounded),
+                )
+                for node, (new, like) in plan.bounds.items()
+            },
+            rounded=rounded,
+        )
         return FoldReport(tuple(plan.records.values()), provenance, plan.unavoidable)
+
+
+def _stored(bound: Tensor | None, like: Tensor, *, rounded: bool) -> Tensor | None:
+    if bound is None:
+        return None
+    return bound.to(like.dtype if rounded else bound.dtype).to(like.device)
 
 
 @dataclass(frozen=True)
@@ -124,16 +150,19 @@ class _Walk:
     values: Values
     runs: list[Shapes]
     kept: frozenset[fx.Node]
+    options: Options
 
     @staticmethod
-    def of(module: fx.GraphModule, inputs: Sequence[Any] | None) -> _Walk:
+    def of(module: fx.GraphModule, inputs: Sequence[Any] | None, options: Options) -> _Walk:
         values = Values(module.graph, constants(module))
-        return _Walk(module, values, shapes_of(module, inputs), barred(module.graph))
+        return _Walk(module, values, shapes_of(module, inputs), barred(module.graph), options)
 
     def through(self, runs: Iterable[Shapes], found: Constraints) -> None:
         """Add the demands at the sizes of `runs`."""
         for shapes in runs:
-            Propagation(self.module.graph, shapes, self.values, found, self.kept).run()
+            Propagation(
+                self.module.graph, shapes, self.values, found, self.kept, self.options
+            ).run()
 
 
 def _solved(walk: _Walk, found: Constraints, candidates: list[Site]) -> Gauges:

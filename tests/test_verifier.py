@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -166,10 +167,33 @@ def test_a_file_in_float64_is_the_model_in_float64(tmp_path: Path) -> None:
     model, x = randomise(Pool()), torch.randn(2, 2, 17, 19)
     f = tmp_path / "pool.onnx"
     bnfx.export_onnx(model, x, f)
-    ours = OnnxReference(f, "fp32", 60).run([Sample((x,), {})]).exact[0][0]
-    truth = TorchReference(model, "fp32").run([Sample((x,), {})]).exact[0][0]
+    ours: Any = OnnxReference(f, "fp32", 60).run([Sample((x,), {})]).exact[0][0]
+    truth: Any = TorchReference(model, "fp32").run([Sample((x,), {})]).exact[0][0]
     assert ours.dtype == truth.dtype == np.float64
     np.testing.assert_allclose(ours.astype(float), truth.astype(float), rtol=0, atol=1e-12)
+
+
+class Branches(nn.Module):
+    """Two convolutions of one input that are added: merged into one by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.a_bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.b, self.b_bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.a_bn(self.a(x)) + self.b_bn(self.b(x)))
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_options_of_folding_are_no_fault(tmp_path: Path, *, merge: bool) -> None:
+    model, x = randomise(Branches()), torch.randn(2, 4, 6, 6)
+    f = tmp_path / "branches.onnx"
+    folded = bnfx.fold_bn(model, x, merge_branches=merge)
+    bnfx.export_onnx(folded, x, f)
+    report = bnfx.verify_onnx(model, f, x, isolate=False)
+    assert report, str(report)
+    assert report.tiers[0].checked == report.tiers[0].of == (2 if merge else 4)
 
 
 def test_claims_do_not_help_a_wrong_file(tmp_path: Path, sources: dict[str, Source]) -> None:

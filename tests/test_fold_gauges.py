@@ -1,0 +1,295 @@
+"""fold_bn across the graph: each rung of what can be absorbed, and that it is exact."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bnfx
+from bnfx.folding import exact_weights
+from bnfx.linear_system import LinearSystem, Rows
+from tests import zoo
+from tests.laws import check_fold, count_batch_norms, randomise
+from tests.test_fold_bn import Net, bn, conv
+
+
+def positive(model: nn.Module) -> nn.Module:
+    """Random statistics, gammas between 0.5 and 1.5, small shifts."""
+    randomise(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+                module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
+                module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.3)
+    return model
+
+
+class PreActivation(nn.Module):
+    """Pre-activation residual blocks (He et al. 2016, "Identity Mappings")."""
+
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__()
+        self.stem = conv()
+        self.norms = nn.ModuleList(bn() for _ in range(blocks))
+        self.convs = nn.ModuleList(conv() for _ in range(blocks))
+        self.last, self.head = bn(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        for norm, layer in zip(self.norms, self.convs, strict=True):
+            x = x + layer(F.relu(norm(x)))
+        return self.head(F.relu(self.last(x)).mean((2, 3)))
+
+
+def dense_block(m: Any, x: Tensor) -> Tensor:
+    y = m.c0(x)
+    y = torch.cat([y, m.c1(F.relu(m.a(y)))], 1)
+    out: Tensor = m.c2(F.relu(m.b(y)))
+    return out
+
+
+def shuffled(m: Any, x: Tensor) -> Tensor:
+    y = m.bn(F.channel_shuffle(F.max_pool2d(m.conv(x), 2), 2))
+    return F.gelu(y)
+
+
+RUNGS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "forward, unpadded": (
+        lambda: Net(lambda m, x: m.out(m.bn(F.relu(x))), bn=bn(), out=nn.Conv2d(4, 5, 1)),
+        0,
+    ),
+    "forward, padded": (
+        lambda: Net(lambda m, x: m.out(m.bn(F.relu(x))), bn=bn(), out=conv()),
+        1,
+    ),
+    "forward, reflected": (
+        lambda: Net(
+            lambda m, x: m.out(m.bn(F.relu(x))),
+            bn=bn(),
+            out=nn.Conv2d(4, 5, 3, padding=1, padding_mode="reflect"),
+        ),
+        0,
+    ),
+    "through pooling and shuffling": (lambda: Net(shuffled, conv=conv(), bn=bn()), 0),
+    "flattened features": (
+        lambda: Net(lambda m, x: m.fc(m.bn(x).flatten(1)), bn=bn(), fc=nn.Linear(144, 3)),
+        0,
+    ),
+    "pre-activation": (PreActivation, 0),
+    "concatenation": (
+        lambda: Net(dense_block, c0=conv(), a=bn(), c1=conv(), b=nn.BatchNorm2d(8), c2=wide()),
+        1,
+    ),
+    "layer scale": (
+        lambda: Net(
+            lambda m, x: F.gelu(m.bn(m.conv(x) * m.k.view(-1, 1, 1))),
+            conv=conv(),
+            bn=bn(),
+        ),
+        0,
+    ),
+    "frozen arithmetic": (
+        lambda: Net(lambda m, x: F.relu(m.conv(x) * m.k.view(-1, 1, 1) + 0.5), conv=conv()),
+        0,
+    ),
+    "branches": (
+        lambda: Net(
+            lambda m, x: F.gelu(m.a(m.three(y := F.gelu(x))) + m.b(m.one(y)) + m.c(y)),
+            three=conv(),
+            one=nn.Conv2d(4, 4, 1),
+            a=bn(),
+            b=bn(),
+            c=bn(),
+        ),
+        0,
+    ),
+}
+
+
+def wide() -> nn.Conv2d:
+    return nn.Conv2d(8, 4, 3, padding=1)
+
+
+def build(name: str) -> nn.Module:
+    model = RUNGS[name][0]()
+    model.register_buffer("k", torch.linspace(0.5, 2.0, 4))
+    return positive(model)
+
+
+@pytest.mark.parametrize("with_inputs", [True, False])
+@pytest.mark.parametrize("name", RUNGS)
+def test_rung(name: str, with_inputs: bool) -> None:  # noqa: FBT001  # drawn by pytest
+    x = torch.randn(2, 4, 6, 6)
+    options = {"example_inputs": x.double()} if with_inputs else {}
+    verdicts = check_fold(build(name), x, **options)
+    # without inputs nothing tells that the image is 6 x 6
+    unseen = name == "flattened features" and not with_inputs
+    assert verdicts.count("kept") == RUNGS[name][1] + unseen
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_nothing_stays_with_every_option(name: str) -> None:
+    model = randomise(build(name)).double()  # negative gammas too
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    folded = bnfx.fold_bn(model, x, thresholds=True, border_maps=True)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+    left = count_batch_norms(folded)
+    assert left == sum(r.verdict == "kept" for r in bnfx.plan_fold(
+        model, x, thresholds=True, border_maps=True).batch_norms)  # fmt: skip
+    assert left == (name == "through pooling and shuffling")  # a maximum has no negative scale
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_other_sizes_work(name: str) -> None:
+    model = build(name).double()
+    folded = bnfx.fold_bn(model, torch.randn(1, 4, 6, 6, dtype=torch.float64))
+    sizes = [(3, 4, 6, 6)] if name == "flattened features" else [(3, 4, 6, 6), (2, 4, 10, 8)]
+    for size in sizes:
+        x = torch.randn(size, dtype=torch.float64)
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_branches_become_one_convolution() -> None:
+    folded = bnfx.fold_bn(build("branches"))
+    calls = [n for n in folded.graph.nodes if n.target in (torch.conv2d, F.conv2d)]
+    assert len(calls) == 1
+    assert folded.get_parameter("three.weight").shape == (4, 4, 3, 3)
+    unmerged = bnfx.fold_bn(build("branches"), merge_branches=False)
+    assert len([n for n in unmerged.graph.nodes if n.target in (torch.conv2d, F.conv2d)]) == 2
+
+
+def test_the_reason_names_what_conflicts() -> None:
+    model = positive(Net(lambda m, x: (m.a(y := m.conv(x)), m.b(y)), conv=conv(), a=bn(), b=bn()))
+    first, second = bnfx.plan_fold(model).batch_norms
+    assert first.verdict == "folded"
+    assert second.verdict == "kept"
+    assert "'a'" in second.reason
+    assert "channels 0-3" in second.reason
+
+
+def test_the_best_count_is_proved() -> None:
+    model = positive(Net(lambda m, x: (m.a(y := m.conv(x)), m.b(y)), conv=conv(), a=bn(), b=bn()))
+    report = bnfx.plan_fold(model)
+    assert report.unavoidable == 1
+    assert report.proved
+    assert "proved" in str(report)
+
+
+def test_a_large_shift_on_a_shared_stream_is_refused() -> None:
+    model = positive(PreActivation(1))
+    model.get_parameter("norms.0.weight").data[2] = 1e-6
+    record = bnfx.plan_fold(model).batch_norms[0]
+    assert record.verdict == "kept"
+    assert "standard deviations" in record.reason
+    assert "channel 2" in record.reason
+
+
+def test_zero_gamma_folds_where_the_layer_is_read_by_the_norm_alone() -> None:
+    model = positive(nn.Sequential(conv(), bn(), nn.GELU()))
+    model.get_parameter("1.weight").data[1] = 0.0
+    assert check_fold(model, torch.randn(2, 4, 6, 6)) == ["folded"]
+    shared = positive(Net(lambda m, x: F.gelu(m.bn(y := m.conv(x))) + y, conv=conv(), bn=bn()))
+    shared.get_parameter("bn.weight").data[1] = 0.0
+    record = bnfx.plan_fold(shared).batch_norms[0]
+    assert record.verdict == "kept"
+
+
+def test_untouched_parameters_are_shared_and_the_source_stays() -> None:
+    model = positive(nn.Sequential(conv(), bn(), nn.ReLU(), conv()))
+    before = copy.deepcopy(model.state_dict())
+    folded = bnfx.fold_bn(model)
+    assert folded.get_parameter("3.weight") is model.get_parameter("3.weight")
+    assert folded.get_parameter("0.weight") is not model.get_parameter("0.weight")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_in_place_activations_do_not_reach_the_stream() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.stem(x)
+        return y + m.conv(F.relu(m.bn(y), inplace=True))
+
+    model = positive(Net(forward, stem=conv(), bn=bn(), conv=conv()))
+    model.add_module("out", conv())
+    assert len(check_fold(model, torch.randn(2, 4, 6, 6))) == 1
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_parametrized_weights_are_constants(name: str) -> None:
+    parametrized = getattr(nn.utils.parametrizations, name)(conv())
+    model = positive(Net(lambda m, x: m.bn(m.conv(x)), conv=parametrized, bn=bn()))
+    verdicts = check_fold(model, torch.randn(2, 4, 6, 6))
+    assert verdicts in (["folded"], ["kept"])
+
+
+def test_instance_norm_with_running_statistics() -> None:
+    norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    model = Net(lambda m, x: F.gelu(m.norm(m.conv(x))), conv=conv(), norm=norm).eval()
+    assert norm.running_var is not None
+    norm.running_var.mul_(3.0)
+    x = torch.randn(2, 4, 6, 6)
+    assert check_fold(model, x, example_inputs=x.double()) == ["folded"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_exact_weights_are_what_is_rounded(dtype: torch.dtype) -> None:
+    model = build("pre-activation").to(dtype)
+    exact, folded = exact_weights(model), bnfx.fold_bn(model).state_dict()
+    assert list(exact) == list(folded)
+    assert all(torch.equal(exact[k].to(v.dtype), v) for k, v in folded.items())
+
+
+@pytest.mark.parametrize("name", ["pre-activation", "branches"])
+def test_result_is_an_ordinary_module(name: str) -> None:
+    folded, x = bnfx.fold_bn(build(name)), torch.randn(2, 4, 6, 6)
+    for copied in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
+        assert torch.equal(copied(x), folded(x))
+        assert bnfx.report(copied).to_dict() == bnfx.report(folded).to_dict()
+    torch.testing.assert_close(torch.export.export(folded, (x,)).module()(x), folded(x))
+
+
+def test_border_maps_need_inputs() -> None:
+    with pytest.raises(bnfx.FoldError, match="example_inputs"):
+        bnfx.fold_bn(build("pre-activation"), border_maps=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_linear_systems_agree_with_dense_elimination(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(3, 12))
+    system, kept, right = LinearSystem(rng.permutation(count)), [], []
+    for _ in range(5):
+        index = rng.integers(0, count, (3, 4))
+        factor = rng.integers(-2, 3, (3, 4)).astype(float)
+        constant = rng.integers(-2, 3, 4).astype(float)
+        terms = [(index[i], factor[i]) for i in range(3)]
+        wrong = system.add(Rows.of(*terms, constant=constant))
+        for row in set(range(4)) - set(wrong.tolist()):
+            dense = np.zeros(count)
+            np.add.at(dense, index[:, row], factor[:, row])
+            kept.append(dense)
+            right.append(-constant[row])
+    matrix, values = np.array(kept), system.substituted(Rows.of((np.arange(count), 1.0))).constant
+    np.testing.assert_allclose(matrix @ values, np.array(right), atol=1e-9)
+    assert int(system.defined.sum()) == np.linalg.matrix_rank(matrix)
+
+
+@pytest.mark.zoo
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("resnetv2_18", 0), ("fastvit_t8", 0), ("test_coatnet", 0), ("dpn48b", 17)],
+)
+def test_timm(name: str, left: int) -> None:
+    model = positive(zoo.timm().create_model(name, pretrained=False))
+    size = {"fastvit_t8": 256, "test_coatnet": 224}.get(name, 64)
+    verdicts = check_fold(model, torch.randn(1, 3, size, size))
+    assert verdicts.count("kept") == left
