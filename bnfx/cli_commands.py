@@ -148,7 +148,13 @@ def _fold(options: argparse.Namespace) -> Outcome:
     if exporting:
         given.required()
     with step("folding"):
-        folded = bnfx.fold_bn(given.model, given.args, example_kwargs=given.kwargs)
+        folded = bnfx.fold_bn(
+            given.model,
+            given.args,
+            example_kwargs=given.kwargs,
+            thresholds=options.thresholds,
+            border_maps=options.border_maps,
+        )
     done = bnfx.report(folded)
     failure = _policy(options, _left(done))
     if options.file and not failure:

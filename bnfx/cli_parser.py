@@ -188,6 +188,12 @@ def _insert(command: argparse.ArgumentParser) -> None:
     group.add_argument("--exclude", action="append", metavar="GLOB", help="layers to leave alone")
 
 
+_FOLDING = {
+    "thresholds": "bounds per channel may take a shift through a ReLU; may cost time",
+    "border-maps": "constant maps may take a shift through zero padding; may cost time",
+}
+
+
 def _fold(command: argparse.ArgumentParser) -> None:
     _model(command)
     command.add_argument(
@@ -198,6 +204,8 @@ def _fold(command: argparse.ArgumentParser) -> None:
     )
     _inputs(command)
     _dynamic(command)
+    for name, what in _FOLDING.items():
+        command.add_argument(f"--{name}", action="store_true", help=what)
     _policy(command)
 
 

@@ -176,7 +176,7 @@ def deploy(
         stages,
         replace(exported, path=str(target)),
         replace(verified, path=str(target)),
-        None if measured is None else _renamed(measured, {str(written): str(target)}),
+        measured and _renamed(measured, {str(written): str(target)}),
         kept,
         seconds,
     )

@@ -220,7 +220,8 @@ def test_words_of_pictures() -> None:
 def test_blocks_follow_what_a_report_draws() -> None:
     report = FoldReport((FoldRecord("bn", "folded", ("conv",), ""),), {})
     text, table = blocks(report)
-    assert text == Paragraph("fold_bn: 1 folded")
+    assert isinstance(text, Paragraph)
+    assert text.text.startswith("fold_bn: 1 folded")
     assert isinstance(table, Table)
     assert table.rows == (("bn", "folded", "conv", "-"),)
 
