@@ -156,10 +156,11 @@ def _equal(a: object, b: object) -> bool:
     return a == b
 
 
-def options_of_fold_bn() -> tuple[str, ...]:
-    """The switches that this `fold_bn` has, by name."""
+def options_of_fold_bn(*, given: bool) -> tuple[str, ...]:
+    """The switches that this `fold_bn` has, by name; some need example inputs."""
     parameters = inspect.signature(bnfx.fold_bn).parameters.values()
-    return tuple(p.name for p in parameters if isinstance(p.default, bool))
+    names = tuple(p.name for p in parameters if isinstance(p.default, bool))
+    return names if given else tuple(name for name in names if name != "border_maps")
 
 
 def check(

@@ -36,7 +36,8 @@ repeatable = settings(
 @settings(repeatable, max_examples=300)
 @given(sample=networks, with_inputs=st.booleans(), data=st.data())
 def test_laws_hold(sample: Sample, with_inputs: bool, data: st.DataObject) -> None:  # noqa: FBT001  # drawn
-    options = {name: data.draw(st.booleans(), label=name) for name in options_of_fold_bn()}
+    switches = options_of_fold_bn(given=with_inputs)
+    options = {name: data.draw(st.booleans(), label=name) for name in switches}
     others = [sample.inputs(5)] if sample.batched else []
     check(sample.build(), sample.inputs(), given=with_inputs, others=others, **options)
 

@@ -355,5 +355,5 @@ def test_trap_with_negative_gammas_and_every_option(name: str) -> None:
     net = trap.build()
     if any(isinstance(m, _BatchNorm) and m.weight is None for m in net.modules()):
         pytest.skip("a BatchNorm of this case has no gamma")
-    options = dict.fromkeys(options_of_fold_bn(), True)
+    options = dict.fromkeys(options_of_fold_bn(given=True), True)
     held(trap, given=True, net=negative(net), **options)

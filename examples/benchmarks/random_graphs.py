@@ -64,8 +64,9 @@ def case(seed: int) -> Case:
     """The network and the call of one seed."""
     rng = random.Random(seed)
     sample = random_network(rng, MOVES)
-    options = {name: rng.random() < 0.5 for name in options_of_fold_bn()}
-    return Case(seed, sample, rng.random() < 0.6, options)
+    given = rng.random() < 0.6
+    options = {name: rng.random() < 0.5 for name in options_of_fold_bn(given=given)}
+    return Case(seed, sample, given, options)
 
 
 def kind(finding: Outcome | str) -> str | None:
