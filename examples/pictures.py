@@ -78,7 +78,7 @@ def draw_retrofit(outcomes: Sequence[tuple[str, int, Run]], path: Path) -> None:
     colors = dict(zip(dict.fromkeys(form for form, _, _ in outcomes), COLORS, strict=True))
     factors = [*dict.fromkeys(factor for _, factor, _ in outcomes)]
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.05)
-    figure = Figure(figsize=(3.9 * len(factors), 3.9), dpi=150, layout=layout)
+    figure = Figure(figsize=(3.9 * len(factors), 3.9), dpi=120, layout=layout)
     axes = figure.subplots(1, len(factors), sharey=True, squeeze=False)[0]
     for ax, factor in zip(axes, factors, strict=True):
         for form, color in colors.items():
@@ -94,7 +94,7 @@ def draw_retrofit(outcomes: Sequence[tuple[str, int, Run]], path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("Test accuracy (%)")
     axes[0].legend(loc="lower right", frameon=False, fontsize=9.5)
-    figure.savefig(path)
+    save(figure, path)
 
 
 COLORS = (WITHOUT_BN, WITH_BN, CALIBRATED)
