@@ -176,7 +176,7 @@ class _Runner:
             return leaf
         if leaf.device.type == "meta":
             return torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
-        return self.mode.from_tensor(leaf.detach(), static_shapes=True)
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
 
     def _attribute(self, name: str) -> Any:
         if name not in self.fixed:

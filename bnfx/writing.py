@@ -78,16 +78,14 @@ def write(
             continue
         with module.graph.inserting_before(part.site.node):
             renamed.setdefault(part.site.node, {})[part.argument] = module.graph.get_attr(name)
-    for node, (lower, upper) in bounds.items():
-        _clamp(module, node, lower, upper)
+    instead = {node: _clamp(module, node, lower, upper) for node, (lower, upper) in bounds.items()}
     for site in {part.site.node: part.site for part in parts}.values():
         _rename(site, renamed.get(site.node, {}))
-    instead: dict[fx.Node, fx.Node] = {}
     for site in eliminated:
         source = site.source
+        assert source is not None
         while source in instead:
             source = instead[source]
-        assert source is not None
         instead[site.node] = source
         _take_out(module.graph, site.node, source)
     _erase(module.graph, before)
@@ -234,11 +232,11 @@ def _add_border(graph: fx.Graph, node: fx.Node, name: str) -> None:
 
 def _clamp(
     module: fx.GraphModule, node: fx.Node, lower: Tensor | None, upper: Tensor | None
-) -> None:
+) -> fx.Node:
     """A clamp with bounds for each channel in place of `node`."""
     graph, path = module.graph, path_of(node)
     prefix = f"{node.name}_" if path == node.name else f"{path}."
-    value = argument(node, 0, "input")
+    value: fx.Node = argument(node, 0, "input")
     for bound, part, function in (
         (lower, "lower", torch.maximum),
         (upper, "upper", torch.minimum),
@@ -252,6 +250,7 @@ def _clamp(
             value.meta = dict(node.meta)
     node.replace_all_uses_with(value)
     graph.erase_node(node)
+    return value
 
 
 def _take_out(graph: fx.Graph, node: fx.Node, source: fx.Node) -> None:

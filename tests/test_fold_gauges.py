@@ -293,3 +293,9 @@ def test_timm(name: str, left: int) -> None:
     size = {"fastvit_t8": 256, "test_coatnet": 224}.get(name, 64)
     verdicts = check_fold(model, torch.randn(1, 3, size, size))
     assert verdicts.count("kept") == left
+
+
+def test_a_norm_behind_a_threshold_reads_the_threshold() -> None:
+    layers = [nn.Conv2d(4, 4, 3), nn.ReLU(), bn(), nn.Conv2d(4, 4, 3), nn.ReLU(), bn(), nn.GELU()]
+    model = randomise(nn.Sequential(*layers))
+    assert check_fold(model, torch.randn(2, 4, 9, 9), thresholds=True) == ["folded", "folded"]
