@@ -51,6 +51,9 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 class _FunctionalTracer(Tracer):
     """Goes through the torch.nn modules of the operator table; what is left whole stays a call."""
 
+    #: A buffer that the forward changes must be read when it runs, not when it is traced.
+    proxy_buffer_attributes = True
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A value under tracing."""
         return _Proxy(node, self)
