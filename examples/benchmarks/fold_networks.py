@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision_door import open_torchvision
 
 #: One for each family of timm that holds BatchNorm, and those that are hard to fold.
 TIMM = (
@@ -61,32 +60,11 @@ NAMED: tuple[str, ...] = (
 )
 
 
-@functools.cache
-def _schemas() -> torch.library.Library:
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
-def _torchvision() -> Any:
-    """`torchvision.models`; its wheel is for a CUDA torch and fails to import beside others."""
-    try:
-        return importlib.import_module("torchvision.models")
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _schemas()
-        return importlib.import_module("torchvision.models")
-
-
 def build(network: str) -> nn.Module:
     """The network "suite:name", in eval mode, weights from a fixed seed."""
     torch.manual_seed(0)
     suite, _, name = network.partition(":")
-    models = _torchvision()
+    models = open_torchvision()
     if suite == "timm":
         made = importlib.import_module("timm").create_model(name, pretrained=False)
     else:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision_door import open_torchvision
 
 #: Words of timm's names, smallest networks first.
 _SIZES = (
@@ -43,28 +43,6 @@ class Network:
 def images(side: int) -> tuple[Tensor, ...]:
     """Two RGB images."""
     return (torch.randn(2, 3, side, side),)
-
-
-@functools.cache
-def _schemas() -> torch.library.Library:
-    """What torchvision's Python code describes and a CPU torch lacks; classification needs none."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
-def open_torchvision() -> Any:
-    """`torchvision.models`; its wheel is for a CUDA torch, and fails to import beside others."""
-    try:
-        return importlib.import_module("torchvision.models")
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _schemas()
-        return importlib.import_module("torchvision.models")
 
 
 def torchvision_networks() -> Iterator[Network]:
