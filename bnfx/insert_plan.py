@@ -45,8 +45,8 @@ class InsertPlan:
 def make_plan(model: nn.Module, given: Example | None, insertion: InsertBatchNorm) -> InsertPlan:
     """Look at `model` (once it is clear that it can be looked at), and change nothing."""
     _require_model(model)
-    evidences = [] if given is None else _observed(model, given)
     whole = _whole(model, given)
+    evidences = [] if given is None else _observed(model, given, whole)
     root = clone(model) if whole is None else whole.root
     if given is None:
         evidences = [traced(whole)] if whole is not None else []
@@ -79,10 +79,12 @@ def _path(entry: InsertSite | InsertRecord) -> str:
     return entry.call.path if isinstance(entry, InsertSite) else entry.path
 
 
-def _observed(model: nn.Module, given: Example) -> list[Evidence]:
-    """Evidence from a run in eval mode, and from one in train mode where that works."""
+def _observed(model: nn.Module, given: Example, whole: ModuleGraph | None) -> list[Evidence]:
+    """Evidence from a run in eval mode, and from one in train mode where that can tell more."""
     root = clone(model)
     found = [observed(root, observe(root, given, training=False))]
+    if whole is not None and not whole.opaque:
+        return found  # one graph serves both modes
     try:
         found.append(observed(root, observe(root, given, training=True)))
     except CaptureError:
