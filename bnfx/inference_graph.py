@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from bnfx.capture import OWNER, RANKS, Example, Tracer, assemble, clone, has_hooks, skeleton, trace
 from bnfx.errors import CaptureError
+from bnfx.ledger import erase_dead
 from bnfx.operators import TRANSPARENT_MODULES
 from bnfx.shapes import SEEN
 
@@ -267,6 +268,8 @@ def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
         # The exporter's own hooks look at its class; its guards are a node and stay.
         captured._forward_pre_hooks.clear()
         captured._forward_pre_hooks_with_kwargs.clear()
+        # It names all state; what no operator reads (num_batches_tracked) is none of this graph.
+        erase_dead(captured.graph, [n for n in captured.graph.nodes if n.op == "get_attr"])
         assert program.example_inputs is not None
         return Captured(captured, tuple(pytree.tree_leaves(program.example_inputs)))
     raise CaptureError(f"{type(root).__name__} cannot be captured. " + "; ".join(errors))

@@ -277,19 +277,17 @@ def _rewrite(module: fx.GraphModule, site: Site, rest: Sequence[Any], done: Merg
     row = affine_of(layer, {})
     assert row is not None
     call = arguments(layer, row.signature)
-    readers = constants(module).readers
     weight = str(call["weight"].target)
     stored = attribute(module, weight)
     assert isinstance(stored, Tensor)
-    names = {"weight": weight, "bias": f"{weight.removesuffix('weight')}bias"}
-    if isinstance(call["bias"], fx.Node) and call["bias"].op == "get_attr":
-        names["bias"] = str(call["bias"].target)
+    # A name of its own: under the layer's, the weight would load into the model that has the
+    # branches, and mean something else there.
+    own = f"{owner_of(weight)}.merged"
+    names = {part: free_name(module, f"{own}.{part}") for part in ("weight", "bias")}
     sources = tuple(dict.fromkeys(name for leaf in site.merged for name in leaf.names))
     new = {}
     for part, value in (("weight", site.branch.weight), ("bias", site.branch.bias)):
         name = names[part]
-        if any(reader is not layer for reader in readers.get(name, ())):
-            name = free_name(module, f"{owner_of(name)}.{part}_of_{site.root.name}")
         exact = value.to(stored.device)
         set_tensor(module, name, exact, trained=stored.requires_grad)
         done.exact[name] = done.exact.get(weight, stored.dtype)

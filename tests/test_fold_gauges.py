@@ -162,7 +162,7 @@ def test_branches_become_one_convolution() -> None:
     folded = bnfx.fold_bn(build("branches"))
     calls = [n for n in folded.graph.nodes if n.target in (torch.conv2d, F.conv2d)]
     assert len(calls) == 1
-    assert folded.get_parameter("three.weight").shape == (4, 4, 3, 3)
+    assert folded.get_parameter("three.merged.weight").shape == (4, 4, 3, 3)
     unmerged = bnfx.fold_bn(build("branches"), merge_branches=False)
     assert len([n for n in unmerged.graph.nodes if n.target in (torch.conv2d, F.conv2d)]) == 2
 

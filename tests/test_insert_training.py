@@ -150,8 +150,11 @@ def test_checkpoints_both_ways(*, traceable: bool) -> None:
             if name.startswith(norm) and ("bn.weight" in name or "running" in name):
                 value.add_(torch.rand_like(value))
     done.load_state_dict(own)
-    folded = bnfx.fold_bn(done, X)
+    merged = bnfx.fold_bn(done, X)  # the residual is in the weights of conv2 now
     back = Net(traceable=traceable).eval()
+    with pytest.raises(RuntimeError, match=r"conv2\.merged"):
+        back.load_state_dict(merged.state_dict(), strict=True)
+    folded = bnfx.fold_bn(done, X, merge_branches=False)
     back.load_state_dict(folded.state_dict(), strict=True)
     torch.testing.assert_close(back(X), done(X), rtol=1e-4, atol=1e-5)
 
