@@ -457,7 +457,7 @@ class Propagation:
     def _reduction(self, node: fx.Node) -> Tensor:
         labels = self._map(argument(node, 0, "input"))
         dims = argument(node, 1, "dim")
-        if dims is None or (isinstance(dims, fx.Node)):
+        if dims is None or dims == () or dims == [] or isinstance(dims, fx.Node):
             dims = tuple(range(labels.dim()))
         dims = (dims,) if isinstance(dims, int) else tuple(dims)
         if not all(isinstance(d, int) for d in dims) or not labels.dim():

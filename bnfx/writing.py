@@ -70,15 +70,17 @@ def write(
     before += [value for site in eliminated for value in site.node.all_input_nodes]
     provenance: dict[str, tuple[str, ...]] = {}
     renamed: dict[fx.Node, dict[str, fx.Node]] = {}
+    instead: dict[fx.Node, fx.Node] = {}
     for part in parts:
         name = _place(module, part, known, agreed)
         provenance[name] = part.sources
         if part.argument == "border":
-            _add_border(module.graph, part.site.node, name)
+            instead[part.site.node] = _add_border(module.graph, part.site.node, name)
             continue
         with module.graph.inserting_before(part.site.node):
             renamed.setdefault(part.site.node, {})[part.argument] = module.graph.get_attr(name)
-    instead = {node: _clamp(module, node, lower, upper) for node, (lower, upper) in bounds.items()}
+    for node, (lower, upper) in bounds.items():
+        instead[node] = _clamp(module, node, lower, upper)
     for site in {part.site.node: part.site for part in parts}.values():
         _rename(site, renamed.get(site.node, {}))
     for site in eliminated:
@@ -220,14 +222,15 @@ def _signature(site: Site) -> tuple[str, ...]:
     return BATCH_NORM[target] if target in BATCH_NORM else INSTANCE_NORM[target]
 
 
-def _add_border(graph: fx.Graph, node: fx.Node, name: str) -> None:
-    """Add the border map to what a convolution gives."""
+def _add_border(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
+    """Add the border map to what a convolution gives; the sum takes its place."""
     with graph.inserting_after(node):
         border = graph.get_attr(name)
     with graph.inserting_after(border):
         total = graph.call_function(torch.add, (node, border))
     total.meta = dict(node.meta)
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    return total
 
 
 def _clamp(

@@ -299,3 +299,27 @@ def test_a_norm_behind_a_threshold_reads_the_threshold() -> None:
     layers = [nn.Conv2d(4, 4, 3), nn.ReLU(), bn(), nn.Conv2d(4, 4, 3), nn.ReLU(), bn(), nn.GELU()]
     model = randomise(nn.Sequential(*layers))
     assert check_fold(model, torch.randn(2, 4, 9, 9), thresholds=True) == ["folded", "folded"]
+
+
+@pytest.mark.parametrize("case", [
+    lambda m, x: m.bn(m.conv(0.5 * x + 0.25)),
+    lambda m, x: m.conv(m.bn(x)) / 3,
+    lambda m, x: m.conv(m.bn(x)) - 2,
+    lambda m, x: F.relu(m.conv(m.bn(x)) * 2),
+])  # fmt: skip
+def test_what_goes_behind_a_border_map_leaves_the_map(case: Callable[..., Any]) -> None:
+    model = positive(Net(case, conv=conv(), bn=bn())).double()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    folded = bnfx.fold_bn(model, x, thresholds=True, border_maps=True)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+    assert count_batch_norms(folded) == 0
+
+
+@pytest.mark.parametrize("name", ["mean", "sum"])
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_no_axes_are_all_axes(name: str, keepdim: bool) -> None:  # noqa: FBT001  # drawn by pytest
+    def forward(m: Any, x: Tensor) -> Any:
+        return getattr(m.bn(m.conv(x)), name)((), keepdim=keepdim)
+
+    model = positive(Net(forward, conv=conv(), bn=bn()))
+    assert check_fold(model, torch.randn(2, 4, 6, 6)) == ["folded"]
