@@ -65,8 +65,18 @@ def clone(model: nn.Module) -> nn.Module:
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares the parameters; buffers are its own."""
-    return _copied(model, {id(parameter): parameter for parameter in model.parameters()})
+    """A copy of the modules whose parameters share their storage; buffers are its own.
+
+    The parameters are objects of their own, so that `.half()` or `.to()` on the copy, which replace
+    the data behind an object, leave the model alone. Writing into them in place does not.
+    """
+    return _copied(model, {id(p): _shared(p) for p in model.parameters()})
+
+
+def _shared(parameter: nn.Parameter) -> Tensor:
+    if type(parameter) is not nn.Parameter:
+        return parameter
+    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
 
 
 def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:

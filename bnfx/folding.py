@@ -28,12 +28,18 @@ def fold_bn(
     thresholds: bool = False,
     border_maps: bool = False,
 ) -> fx.GraphModule:
-    """An inference graph of `model` with every provable BatchNorm folded into the layer before it.
+    """An inference graph of `model` with every BatchNorm folded that an exact rewrite can remove.
 
-    With s = gamma / sqrt(var + eps) and t = beta - mean s, the weight W becomes s W along its
-    output channels and the bias b becomes s b + t (Ioffe & Szegedy 2015, Algorithm 2), computed in
-    float64 and rounded once to the stored dtype. A BatchNorm for which that is not proved stays,
-    with the reason in `bnfx.report(result)`.
+    In eval mode a BatchNorm is, per channel, y = s x + t with s = gamma / sqrt(var + eps) and
+    t = beta - mean s (Ioffe & Szegedy 2015, Algorithm 2). Every tensor of the graph may be carried
+    as x' = a (x + d), with a scale a and a displacement d per channel; one linear system says which
+    BatchNorms vanish. Weights become a_o W / a_i and biases a_o (b + d_o - W d_i), computed in
+    float64 and rounded once to the stored dtype. A BatchNorm for which that is not proved stays as
+    one BatchNorm, with the reason in `bnfx.report(result)`; nothing is added to the graph.
+
+    Weights that folding leaves as they are share their storage with the model's, so that memory
+    holds them once: training or loading into the result in place would change the model too. Copy
+    the result first (`copy.deepcopy`) to do that.
 
     Args:
         model: Any module, in eval mode; a BatchNorm in train mode is left alone. Any device, any
@@ -49,10 +55,12 @@ def fold_bn(
             the result to the spatial size of the example. Needs example inputs.
 
     Returns:
-        A `torch.fx.GraphModule` with the parameters at their original names.
+        A `torch.fx.GraphModule` with the parameters at their original names; a convolution that
+        branches were merged into is `<layer>.merged`.
 
     Raises:
         CaptureError: The model cannot be captured; the message says what to do.
+        FoldError: border_maps without example inputs.
     """
     given = example(example_inputs, example_kwargs)
     if border_maps and given is None:

@@ -323,3 +323,12 @@ def test_torchvision(name: str) -> None:
     model = randomise(getattr(zoo.torchvision_models(), name)(weights=None))
     verdicts = check_fold(model, torch.randn(1, 3, 64, 64))
     assert verdicts.count("folded") > len(verdicts) // 3
+
+
+def test_casting_the_result_leaves_the_source_alone() -> None:
+    model = randomise(nn.Sequential(conv(), bn(), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+    folded = bnfx.fold_bn(model)
+    shared = folded.get_parameter("3.weight")
+    assert shared.data_ptr() == model.get_parameter("3.weight").data_ptr()  # no copy
+    folded.half()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
