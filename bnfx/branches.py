@@ -94,7 +94,11 @@ class Branch:
     def per_channel(self, constant: Tensor) -> Tensor | None:
         """(out,): a constant that is broadcast to y, where it depends on the channel alone."""
         shape = [1] * (self.rank - constant.dim()) + list(constant.shape)
-        if len(shape) != self.rank or any(n != 1 for i, n in enumerate(shape) if i != 1):
+        if (
+            self.rank < 2
+            or len(shape) != self.rank
+            or any(n != 1 for i, n in enumerate(shape) if i != 1)
+        ):
             return None
         if shape[1] not in (1, self.outputs):
             return None

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from bnfx.capture import OWNER, RANKS, Example, Tracer, assemble, clone, has_hooks, skeleton, trace
 from bnfx.errors import CaptureError
 from bnfx.ledger import erase_dead
-from bnfx.operators import TRANSPARENT_MODULES
+from bnfx.operators import BATCH_NORM, TRANSPARENT_MODULES, argument
 from bnfx.shapes import SEEN
 
 _RANKS: tuple[tuple[type[nn.Module], frozenset[int]], ...] = (
@@ -120,6 +120,7 @@ def inference_graph(model: nn.Module, given: Example | None) -> Captured:
                 f"{error}. Pass example_inputs, so that torch.export can capture the model"
             ) from error
         return _exported(root, given, str(error))
+    _restore_ranks(root, graph)
     traced = assemble(root, graph)
     if given is not None and not _agree(root, traced, given):
         return _exported(root, given, "the traced graph and the model disagree on the example")
@@ -132,6 +133,26 @@ def inference_graph(model: nn.Module, given: Example | None) -> Captured:
             pass  # then they stay, inside the modules that could not be traced
     _observe(root, traced, given)
     return Captured(traced, tuple(_bound(root, traced, given).values()))
+
+
+def _restore_ranks(root: nn.Module, graph: fx.Graph) -> None:
+    """BatchNorms of a graph that was folded accept the ranks that their classes accepted."""
+    known: dict[str, set[frozenset[int]]] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            mean = argument(node, 1, "running_mean")
+            if RANKS in node.meta and isinstance(mean, fx.Node) and mean.op == "get_attr":
+                name = f"{path}.{mean.target}" if path else str(mean.target)
+                known.setdefault(name, set()).add(node.meta[RANKS])
+    for node in graph.nodes:
+        if node.target not in BATCH_NORM or RANKS in node.meta:
+            continue
+        mean = argument(node, 1, "running_mean")
+        ranks = known.get(str(mean.target), set()) if isinstance(mean, fx.Node) else set()
+        if len(ranks) == 1:
+            node.meta[RANKS] = next(iter(ranks))
 
 
 def _hides_norms(traced: fx.GraphModule) -> bool:

@@ -125,11 +125,11 @@ def _affine(site: Site, ends: Ends, values: Values, dead: Mapping[int, float]) -
 def _border(
     weight: Tensor, d: Tensor, a: Tensor, call: Mapping[str, Any], size: tuple[int, ...]
 ) -> Tensor:
-    """What a convolution makes of the image d under zero padding, times a: (1, out, ...)."""
+    """What a convolution makes of the image d under zero padding, times a: (out, ...)."""
     image = d.reshape(1, -1, *[1] * len(size)).expand(1, -1, *size)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
     options = (call["stride"], call["padding"], call["dilation"], call["groups"])
-    return convolve(image, weight, None, *options) * a.reshape(1, -1, *[1] * len(size))
+    return convolve(image, weight, None, *options)[0] * a.reshape(-1, *[1] * len(size))
 
 
 def bounds_of(bounds: Bounds, gauges: Gauges) -> tuple[Tensor | None, Tensor | None] | None:

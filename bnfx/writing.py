@@ -67,7 +67,13 @@ def write(
     gone = {site.node for site in eliminated}
     agreed = _agreed(parts, known, gone)
     before = [value for part in parts for value in part.site.node.all_input_nodes]
-    before += [value for site in eliminated for value in site.node.all_input_nodes]
+    unread = _unread(module.graph)
+    before += [
+        value
+        for site in eliminated
+        for value in site.node.all_input_nodes
+        if value is not site.source or value not in unread
+    ]
     provenance: dict[str, tuple[str, ...]] = {}
     renamed: dict[fx.Node, dict[str, fx.Node]] = {}
     instead: dict[fx.Node, fx.Node] = {}
@@ -92,6 +98,15 @@ def write(
         _take_out(module.graph, site.node, source)
     _erase(module.graph, before)
     return provenance
+
+
+def _unread(graph: fx.Graph) -> set[fx.Node]:
+    """Calls of which the output depends on none. They stay: erased, they would demand nothing."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op != "output" and all(user in found for user in node.users):
+            found.add(node)
+    return found
 
 
 def _call(site: Site) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from bnfx.shapes import Shapes, is_tensor, shapes_of
 from bnfx.words import norm_path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Leaf:
     """One operand of a sum, as a branch of `source`.
 

@@ -325,3 +325,49 @@ def test_no_axes_are_all_axes(name: str, keepdim: bool) -> None:  # noqa: FBT001
 
     model = positive(Net(forward, conv=conv(), bn=bn()))
     assert check_fold(model, torch.randn(2, 4, 6, 6)) == ["folded"]
+
+
+@pytest.mark.parametrize(("layers", "shape"), [
+    ((nn.Conv2d(4, 4, 3), nn.BatchNorm1d(4)), (4, 6, 6)),
+    ((nn.Linear(4, 4), nn.BatchNorm3d(2)), (2, 2, 4, 4, 4)),
+])  # fmt: skip
+def test_a_second_fold_knows_the_ranks_of_the_first(
+    layers: tuple[nn.Module, ...], shape: tuple[int, ...]
+) -> None:
+    model, x = positive(nn.Sequential(*layers)), torch.randn(shape)
+    once = bnfx.fold_bn(model)
+    for twice in (bnfx.fold_bn(once), bnfx.fold_bn(nn.Sequential(once))):
+        assert torch.equal(twice(x), once(x))
+        assert count_batch_norms(twice) == count_batch_norms(once) == 1
+
+
+def test_calls_that_nothing_reads_demand_the_same_of_a_second_fold() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.bn(x)
+        m.dead(F.gelu(y))
+        return m.out(y)
+
+    model = positive(Net(forward, bn=bn(), out=nn.Conv2d(4, 4, 1), dead=bn()))
+    x = torch.randn(2, 4, 6, 6)
+    once = bnfx.fold_bn(model, x)
+    assert count_batch_norms(bnfx.fold_bn(once, x)) == count_batch_norms(once)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 6), (2, 4, 6, 6)])
+def test_a_border_map_has_the_rank_of_an_image(shape: tuple[int, ...]) -> None:
+    model = positive(Net(lambda m, x: m.conv(x - 0.5), conv=conv())).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    folded = bnfx.fold_bn(model, x, border_maps=True)
+    assert any(name.endswith("border") for name, _ in folded.named_parameters())
+    assert folded(x).shape == model(x).shape
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", [
+    lambda m, x: m.bn((y := m.conv(x)) + y),
+    lambda m, x: F.gelu((y := m.bn(m.conv(x))) + y + x),
+    lambda m, x: 0.5 * (y := F.gelu(m.bn(m.conv(x))).flatten()) + y,
+])  # fmt: skip
+def test_sums_of_equal_branches_and_of_vectors(case: Callable[..., Any]) -> None:
+    model = positive(Net(case, conv=conv(), bn=bn()))
+    assert check_fold(model, torch.randn(2, 4, 6, 6)) == ["folded"]
