@@ -59,6 +59,9 @@ class Explanation:
         self.gone = [site.node in gone for site in self.candidates]
         self._forced = {part: self._forces(part) for part in ("scale", "shift")}
         self._touching: tuple[Ints, Ints, Ints] | None = None
+        of = gauges.systems.of
+        self._of_changed = _by_class(of, self.changed)
+        self._of_gone = _by_class(of, gauges.eliminated)
 
     # -- into ----------------------------------------------------------------------------------
 
@@ -66,17 +69,15 @@ class Explanation:
         """Layers whose weights carry the site now: those next to it that were rewritten."""
         of = self.gauges.systems.of
         labels = np.unique(of[np.append(site.x, site.y)])
-        bridges = [s for s in self.gauges.eliminated if s is not site]
-        for _ in range(len(self.gauges.eliminated) + _HOPS):
-            names = [
-                owner(changed)
-                for changed in self.changed
-                if np.isin(of[np.append(changed.x, changed.y)], labels[labels > 0]).any()
-            ]
-            if names:
-                return tuple(dict.fromkeys(names))
-            more = [b for b in bridges if np.isin(of[np.append(b.x, b.y)], labels).any()]
-            bridges = [b for b in bridges if b not in more]
+        eliminated = self.gauges.eliminated
+        crossed = {i for i, s in enumerate(eliminated) if s is site}
+        for _ in range(len(eliminated) + _HOPS):
+            hit = _touched(self._of_changed, labels[labels > 0])
+            if hit:
+                return tuple(dict.fromkeys(owner(self.changed[i]) for i in sorted(hit)))
+            new = sorted(_touched(self._of_gone, labels) - crossed)
+            crossed.update(new)
+            more = [eliminated[i] for i in new]
             ends = [of[np.append(b.x, b.y)] for b in more] or self._beside(labels)
             labels = np.unique(np.concatenate([labels, *ends]))
         return ()
@@ -220,17 +221,29 @@ class Explanation:
             order = np.lexsort((forced.value, forced.gauge))
             gauge, value, site = forced.gauge[order], forced.value[order], forced.site[order]
             bounds = np.flatnonzero(np.diff(gauge)) + 1
-            for members, values in zip(
-                np.split(site, bounds), np.split(value, bounds), strict=True
-            ):
-                if len(members) < 2:
-                    continue
+            starts, ends = np.append(0, bounds), np.append(bounds, len(gauge))
+            several = np.flatnonzero(ends - starts > 1)
+            for start, end in zip(starts[several].tolist(), ends[several].tolist(), strict=True):
+                members, values = site[start:end], value[start:end]
                 distinct = np.append(True, _apart(values[1:], values[:-1]))
                 group = {int(m) for m in members[distinct]}
                 if any(self.gone[m] for m in group) and len(hit := group & left):
                     count += len(hit)
                     left -= hit
         return count
+
+
+def _by_class(of: Ints, sites: Sequence[Site]) -> dict[int, list[int]]:
+    """Class of labels -> indices of the sites at which one of them ends."""
+    found: dict[int, list[int]] = {}
+    for index, site in enumerate(sites):
+        for label in np.unique(of[np.append(site.x, site.y)]).tolist():
+            found.setdefault(label, []).append(index)
+    return found
+
+
+def _touched(by_class: dict[int, list[int]], labels: Ints) -> set[int]:
+    return {index for label in labels.tolist() for index in by_class.get(label, ())}
 
 
 def _path(site: Site) -> str:

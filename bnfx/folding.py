@@ -15,7 +15,7 @@ from bnfx.operators import name_inplace_flag
 from bnfx.passes import FoldBatchNorm, MergeBranches, Merged
 from bnfx.propagation import Options
 from bnfx.reports import FoldReport, remember, report
-from bnfx.shapes import EXACT
+from bnfx.shapes import EXACT, Shapes, shapes_of
 from bnfx.writing import round_exact
 
 
@@ -104,9 +104,12 @@ def _folded(
         name_inplace_flag(node)
     old = freshen(graph.graph, barred(graph.graph))
     order = {node.name: at for at, node in enumerate(graph.graph.nodes)}
-    merged = _merge(graph, captured.inputs) if merge_branches else Merged()
+    runs = shapes_of(graph, captured.inputs)
+    merged = Merged()
+    if merge_branches:
+        merged, runs = _merge(graph, captured.inputs, runs)
     folding = FoldBatchNorm(captured.inputs, options)
-    plan = folding.match(graph)
+    plan = folding.match(graph, runs)
     done = folding.rewrite(graph, plan, rounded=rounded)
     if rounded:
         round_exact(graph, merged.exact)
@@ -118,16 +121,22 @@ def _folded(
     return remember(assemble(graph, graph.graph), told)
 
 
-def _merge(graph: fx.GraphModule, inputs: Sequence[Any] | None) -> Merged:
-    """Merge branches until none are left: a sum may become a branch of the next one."""
+def _merge(
+    graph: fx.GraphModule, inputs: Sequence[Any] | None, runs: list[Shapes]
+) -> tuple[Merged, list[Shapes]]:
+    """Merge branches until none are left: a sum may become a branch of the next one.
+
+    Shapes are derived anew only where something was merged; those of the result come back too.
+    """
     merging, done = MergeBranches(inputs), Merged()
-    while sites := merging.match(graph):
+    while sites := merging.match(graph, runs[0]):
         new = merging.rewrite(graph, sites)
         done.records.update(new.records)
         done.provenance.update(_traced_back(done.provenance, new.provenance))
         done.exact.update({name: done.exact.get(name, dtype) for name, dtype in new.exact.items()})
         graph.meta[EXACT] = dict(done.exact)
-    return done
+        runs = shapes_of(graph, inputs)
+    return done, runs
 
 
 def _traced_back(

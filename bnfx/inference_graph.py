@@ -54,10 +54,24 @@ class _FunctionalTracer(Tracer):
 
     #: A buffer that the forward changes must be read when it runs, not when it is traced.
     proxy_buffer_attributes = True
+    _names: dict[int, tuple[str, dict[str, Any]]] | None = None
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A value under tracing."""
         return _Proxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """As torch.fx does it, which goes through all names for each tensor that is read."""
+        if self._names is None:
+            self._names = _names_of_tensors(self.root)
+        if id(attr_val) not in self._names:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        name, owner = self._names[id(attr_val)]
+        if owner.get(name.rpartition(".")[2]) is not attr_val:  # the forward has replaced it
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque or has_hooks(m):
@@ -86,6 +100,19 @@ class _FunctionalTracer(Tracer):
         ranks = [ranks for kind, ranks in _RANKS if isinstance(m, kind)]
         out.node.meta[RANKS] = ranks[0] if ranks else frozenset()
         return out
+
+
+def _names_of_tensors(root: nn.Module) -> dict[int, tuple[str, dict[str, Any]]]:
+    """Identity of each parameter and buffer -> its first name, and where its module keeps it."""
+    names: dict[int, tuple[str, dict[str, Any]]] = {}
+    modules = list(root.named_modules())
+    for kind in ("_parameters", "_buffers"):
+        for path, module in modules:
+            owner = vars(module)[kind]
+            for leaf, tensor in owner.items():
+                if tensor is not None:
+                    names.setdefault(id(tensor), (f"{path}.{leaf}" if path else leaf, owner))
+    return names
 
 
 def _is_stock_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:

@@ -82,9 +82,14 @@ class FoldBatchNorm:
     inputs: Sequence[Any] | None = None
     options: Options = field(default_factory=Options)
 
-    def match(self, module: fx.GraphModule) -> Plan:
-        """What can be folded, and what keeps the rest. Changes nothing."""
-        walk = _Walk.of(module, self.inputs, self.options)
+    def match(self, module: fx.GraphModule, runs: list[Shapes] | None = None) -> Plan:
+        """What can be folded, and what keeps the rest. Changes nothing.
+
+        Args:
+            module: The inference graph.
+            runs: What `shapes_of` gives for it; None to have it derived here.
+        """
+        walk = _Walk.of(module, runs or shapes_of(module, self.inputs), self.options)
         found = Constraints()
         walk.through(walk.runs, found)
         candidates, refused = _candidates(module.graph, found, walk.runs[0], walk.kept)
@@ -153,9 +158,9 @@ class _Walk:
     options: Options
 
     @staticmethod
-    def of(module: fx.GraphModule, inputs: Sequence[Any] | None, options: Options) -> _Walk:
+    def of(module: fx.GraphModule, runs: list[Shapes], options: Options) -> _Walk:
         values = Values(module.graph, constants(module))
-        return _Walk(module, values, shapes_of(module, inputs), barred(module.graph), options)
+        return _Walk(module, values, runs, barred(module.graph), options)
 
     def through(self, runs: Iterable[Shapes], found: Constraints) -> None:
         """Add the demands at the sizes of `runs`."""
