@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,9 +64,10 @@ def clone(model: nn.Module) -> nn.Module:
     return _copied(model, {})
 
 
-def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares the parameters; buffers are its own."""
-    return _copied(model, {id(parameter): parameter for parameter in model.parameters()})
+def skeleton(model: nn.Module, shared: Iterable[Tensor] | None = None) -> nn.Module:
+    """A copy of the modules with its own tensors, except `shared`: all parameters by default."""
+    shared = model.parameters() if shared is None else shared
+    return _copied(model, {id(tensor): tensor for tensor in shared})
 
 
 def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
