@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,19 +64,21 @@ def clone(model: nn.Module) -> nn.Module:
     return _copied(model, {})
 
 
-def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the modules whose parameters share their storage; buffers are its own.
+def skeleton(model: nn.Module, shared: Iterable[Tensor] | None = None) -> nn.Module:
+    """A copy of the modules with its own tensors, except that `shared` share their storage.
 
-    The parameters are objects of their own, so that `.half()` or `.to()` on the copy, which replace
-    the data behind an object, leave the model alone. Writing into them in place does not.
+    These are all parameters by default. Parameters are objects of their own even so: `.half()` or
+    `.to()` on the copy, which replace the data behind an object, leave the model alone. Writing
+    into them in place does not.
     """
-    return _copied(model, {id(p): _shared(p) for p in model.parameters()})
+    shared = model.parameters() if shared is None else shared
+    return _copied(model, {id(tensor): _sharing(tensor) for tensor in shared})
 
 
-def _shared(parameter: nn.Parameter) -> Tensor:
-    if type(parameter) is not nn.Parameter:
-        return parameter
-    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+def _sharing(tensor: Tensor) -> Tensor:
+    if type(tensor) is not nn.Parameter:
+        return tensor
+    return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
 
 
 def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:

@@ -16,7 +16,7 @@ import numpy as np
 from bnfx.constraints import Constraints, Demand, Kind, Site
 from bnfx.gauges import ZERO, Gauges, Refused, attempt, equations
 from bnfx.linear_system import Floats, Ints
-from bnfx.rewriting import Change
+from bnfx.rewriting import Pending
 from bnfx.words import channels, describe, norm_path, path_of
 
 #: Forced values closer than this, relatively, are not taken for a contradiction.
@@ -47,7 +47,7 @@ class Explanation:
         self,
         found: Constraints,
         gauges: Gauges,
-        changes: Sequence[Change],
+        changes: Sequence[Pending],
         candidates: Sequence[Site],
     ) -> None:
         self.found = found

@@ -42,7 +42,7 @@ class Values:
         if not all(n in self._constant for n in node.all_input_nodes) or writes(node):
             return False
         name = str(node.target) if node.op == "call_method" else function_name(node.target)
-        ours = node.op == "call_method" or passage_of(node) is not None or _is_torch(node.target)
+        ours = node.op == "call_method" or passage_of(node) is not None or is_torch(node.target)
         written = any(writes(user) for user in node.users)
         return ours and name not in _IMPURE and not written
 
@@ -92,7 +92,8 @@ class Values:
         return value
 
 
-def _is_torch(target: Any) -> bool:
+def is_torch(target: Any) -> bool:
+    """Whether a function is one of torch's own or of Python's."""
     if isinstance(target, torch._ops.OpOverload):
         return target.namespace == "aten"
     module = getattr(target, "__module__", None) or ""

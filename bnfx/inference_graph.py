@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from bnfx.capture import OWNER, RANKS, Example, Tracer, assemble, clone, has_hooks, skeleton, trace
 from bnfx.errors import CaptureError
-from bnfx.ledger import erase_dead
+from bnfx.evaluation import is_torch
+from bnfx.ledger import constants, erase_dead
 from bnfx.operators import BATCH_NORM, TRANSPARENT_MODULES, argument
 from bnfx.shapes import SEEN
 
@@ -217,7 +218,7 @@ def _observe(root: nn.Module, traced: fx.GraphModule, given: Example) -> None:
 
     inputs = copy.deepcopy(list(_bound(root, traced, given).values()))
     with torch.no_grad(), torch.random.fork_rng():
-        Recorder(clone(traced)).run(*inputs)
+        Recorder(_runnable(traced, traced)).run(*inputs)
     for node in traced.graph.nodes:
         if node.name in seen:
             node.meta[SEEN] = seen[node.name]
@@ -230,6 +231,22 @@ def _bound(root: nn.Module, traced: fx.GraphModule, given: Example) -> dict[str,
     return {name: signature.arguments[name] for name in names}
 
 
+def _runnable(model: nn.Module, traced: fx.GraphModule) -> Any:
+    """A copy to run, whose run leaves `model` as it is; it shares weights that nothing writes.
+
+    Where code that the graph does not show may write them, hooks say, nothing is shared.
+    """
+    hidden = any(has_hooks(module) for module in model.modules()) or any(
+        node.op == "call_function"
+        and (isinstance(node.target, torch._ops.OpOverloadPacket) or not is_torch(node.target))
+        for node in traced.graph.nodes
+    )
+    if hidden:
+        return clone(model)
+    known = constants(traced)
+    return skeleton(model, [t for name, t in known.tensors.items() if name not in known.written])
+
+
 def _agree(root: nn.Module, traced: fx.GraphModule, given: Example) -> bool:
     """Whether model and graph give bit-equal outputs on the example (in train mode: not asked)."""
     if any(module.training for module in root.modules()):
@@ -237,10 +254,10 @@ def _agree(root: nn.Module, traced: fx.GraphModule, given: Example) -> bool:
     tensors = _bound(root, traced, given)
     with torch.no_grad():
         truth = pytree.tree_leaves(
-            clone(root)(*copy.deepcopy(given.args), **copy.deepcopy(given.kwargs))
+            _runnable(root, traced)(*copy.deepcopy(given.args), **copy.deepcopy(given.kwargs))
         )
         try:
-            ours = pytree.tree_leaves(clone(traced)(**copy.deepcopy(tensors)))
+            ours = pytree.tree_leaves(_runnable(traced, traced)(**copy.deepcopy(tensors)))
         except (RuntimeError, TypeError, ValueError, IndexError):
             return False
     return len(ours) == len(truth) and all(

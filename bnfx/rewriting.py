@@ -12,7 +12,7 @@ With x' = a (x + d) on inputs (i) and outputs (o):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,19 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Pending:
+    """A change to come: its float64 tensors exist for one call at a time, while it is written.
+
+    Attributes:
+        site: The call.
+        compute: Gives the change; None if nothing changes after all.
+    """
+
+    site: Site
+    compute: Callable[[], Change | None]
+
+
+@dataclass(frozen=True)
 class Ends:
     """Gauges of one site, float64."""
 
@@ -68,6 +81,11 @@ class Ends:
         ones = np.abs(np.concatenate([self.a_i, self.a_o]) - 1.0)
         zeros = np.abs(np.concatenate([self.d_i, self.d_o]))
         return bool((ones <= _TRIVIAL).all() and (zeros == 0).all())
+
+
+def is_changed(site: Site, gauges: Gauges, dead: Mapping[int, float]) -> bool:
+    """Whether `change_of` has anything to give."""
+    return bool(dead) or not Ends.of(site, gauges).trivial()
 
 
 def change_of(
@@ -103,11 +121,15 @@ def _affine(site: Site, ends: Ends, values: Values, dead: Mapping[int, float]) -
     a_i, d_i, a_o, d_o = map(_tensor, (ends.a_i, ends.d_i, ends.a_o, ends.d_o))
     wide = weight.detach().cpu().double()
     old = torch.zeros_like(a_o) if bias is None else bias.detach().cpu().double()
-    inner = _times_input(wide, d_i, row, groups)
     shifted = bool((d_i != 0).any())
     borders = shifted and bool(site.size)
-    moved = _summed(inner, row, groups) if shifted and not borders else 0.0
-    new = _times_output(_times_input(wide, 1.0 / a_i, row, groups), a_o, row, groups)
+    moved: Tensor | float = 0.0
+    if shifted and not borders:
+        moved = _summed(_times_input(wide, d_i, row, groups), row, groups)
+    border = _border(wide, d_i, a_o, call, site.size) if borders else None
+    new = _times_input(wide, 1.0 / a_i, row, groups)
+    del wide  # at most two float64 copies of a weight at once
+    new = _times_output(new, a_o, row, groups)
     new_bias = a_o * (old + d_o - moved)
     for channel, value in dead.items():
         kill = torch.ones_like(a_o)
@@ -115,8 +137,8 @@ def _affine(site: Site, ends: Ends, values: Values, dead: Mapping[int, float]) -
         new = _times_output(new, kill, row, groups)
         new_bias[channel] = value
     tensors = {"weight": new}
-    if borders:
-        tensors["border"] = -_border(wide, d_i, a_o, call, site.size)
+    if border is not None:
+        tensors["border"] = -border
     if bias is not None or bool((new_bias != 0).any()):
         tensors["bias"] = new_bias
     return Change(site, tensors, _sources(values, call["weight"], call["bias"]))

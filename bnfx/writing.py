@@ -22,7 +22,7 @@ from bnfx.operators import (
     arguments,
     passage_of,
 )
-from bnfx.rewriting import Change
+from bnfx.rewriting import Change, Pending
 from bnfx.words import path_of
 
 
@@ -55,7 +55,7 @@ def round_exact(module: fx.GraphModule, exact: Mapping[str, torch.dtype]) -> Non
 
 def write(
     module: fx.GraphModule,
-    changes: Sequence[Change],
+    changes: Sequence[Pending],
     eliminated: Sequence[Site],
     *,
     bounds: Mapping[fx.Node, tuple[Tensor | None, Tensor | None]],
@@ -63,7 +63,7 @@ def write(
 ) -> dict[str, tuple[str, ...]]:
     """Carry out changes on `module`. New parameter -> the source's that it was computed from."""
     known = constants(module)
-    parts = [part for change in changes for part in _parts(change, rounded=rounded)]
+    parts = [part for pending in changes for part in _parts(pending.compute(), rounded=rounded)]
     gone = {site.node for site in eliminated}
     agreed = _agreed(parts, known, gone)
     before = [value for part in parts for value in part.site.node.all_input_nodes]
@@ -123,7 +123,9 @@ def _call(site: Site) -> dict[str, Any]:
     return {"input": argument(node, 0, "input"), "other": argument(node, 1, "other")}
 
 
-def _parts(change: Change, *, rounded: bool) -> list[Part]:
+def _parts(change: Change | None, *, rounded: bool) -> list[Part]:
+    if change is None:
+        return []
     site, call = change.site, _call(change.site)
     assert site.like is not None
     found = []

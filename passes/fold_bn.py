@@ -15,6 +15,7 @@ All weights are computed in float64 and rounded once. A BatchNorm that stays, st
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ from bnfx.operators import (
 )
 from bnfx.propagation import Options, Propagation
 from bnfx.reports import FoldRecord, FoldReport
-from bnfx.rewriting import Change, bounds_of, change_of
+from bnfx.rewriting import Pending, bounds_of, change_of, is_changed
 from bnfx.shapes import Shapes, at_other_ranks, is_tensor, shapes_of
 from bnfx.words import describe, norm_path
 from bnfx.writing import write
@@ -55,7 +56,7 @@ class Plan:
 
     Attributes:
         gauges: Scale and displacement of every label.
-        changes: New parameters.
+        changes: New parameters, computed when they are written.
         records: One for each evaluation of a BatchNorm, by the name of its node and its own path.
         guards: Nodes whose rank the result must check, and that rank.
         unavoidable: A number of BatchNorms that stay under any choice that the rules allow.
@@ -63,7 +64,7 @@ class Plan:
     """
 
     gauges: Gauges
-    changes: tuple[Change, ...]
+    changes: tuple[Pending, ...]
     records: Mapping[str, FoldRecord]
     guards: Mapping[fx.Node, int]
     unavoidable: int
@@ -98,12 +99,12 @@ class FoldBatchNorm:
         gauges.refused.update(refused)
         constant = _constant_outputs(found, gauges)
         vanished = {site.node for site in gauges.eliminated}
-        changes = [
-            change_of(site, gauges, walk.values, constant.get(site.node, {}))
+        done = tuple(
+            Pending(site, functools.partial(change_of, site, gauges, walk.values, dead))
             for site in found.sites.values()
             if site.node not in vanished
-        ]
-        done = tuple(change for change in changes if change is not None)
+            and is_changed(site, gauges, dead := constant.get(site.node, {}))
+        )
         explanation = Explanation(found, gauges, done, candidates)
         records = dict(_records(module, found, gauges, walk.values, explanation))
         others = sum(r.verdict == "kept" for r in records.values()) - sum(

@@ -131,6 +131,8 @@ class _Look:
         operands = list(_operands(root))
         if any(isinstance(o, fx.Node) and o in self.kept for o in (root, *operands)):
             return None
+        if not _meet(operands):
+            return None
         leaves = [self._leaf(operand, shape) for operand in operands]
         layers = [leaf for leaf in leaves if leaf.layer is not None]
         layers.sort(key=lambda leaf: (leaf.branch.groups, -leaf.branch.taps) if leaf.branch else ())
@@ -238,6 +240,30 @@ class _Look:
         if not is_tensor(value) or not value.is_floating_point():
             return None
         return tuple(int(n) for n in value.shape)
+
+
+def _meet(operands: Iterable[object]) -> bool:
+    """Whether two operands may be branches of one tensor; asked before a weight is copied."""
+    seen: set[fx.Node] = set()
+    for operand in operands:
+        if isinstance(operand, fx.Node):
+            behind = _behind(operand)
+            if seen & behind:
+                return True
+            seen |= behind
+    return False
+
+
+def _behind(value: fx.Node) -> set[fx.Node]:
+    """`value` and all that may lie before it in a branch."""
+    seen, queue = {value}, [value]
+    while queue:
+        node = queue.pop()
+        passed = passage_of(node) in (Passage.IDENTITY, Passage.MULTIPLY)
+        if passed or affine_of(node, {}) is not None or is_norm(node):
+            queue += [n for n in node.all_input_nodes if n not in seen]
+            seen.update(node.all_input_nodes)
+    return seen
 
 
 def _asks_rank(user: fx.Node) -> bool:
