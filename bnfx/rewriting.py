@@ -30,6 +30,8 @@ from bnfx.operators import Affine, affine_of, argument, arguments
 
 #: Gauges closer to trivial than this leave their weights untouched.
 _TRIVIAL = 1e-13
+#: Numbers of a weight that are held in float64 at once.
+_SLAB = 2**17
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Change:
 
     Attributes:
         site: The call.
-        tensors: Argument name -> new value in float64.
+        tensors: Argument name -> new value, in float64 or in the stored dtype.
         sources: Names of the parameters and buffers that the values were computed from.
     """
 
@@ -53,11 +55,11 @@ class Pending:
 
     Attributes:
         site: The call.
-        compute: Gives the change; None if nothing changes after all.
+        compute: `change_of` for the call, short of `rounded`.
     """
 
     site: Site
-    compute: Callable[[], Change | None]
+    compute: Callable[..., Change | None]
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,12 @@ def is_changed(site: Site, gauges: Gauges, dead: Mapping[int, float]) -> bool:
 
 
 def change_of(
-    site: Site, gauges: Gauges, values: Values, dead: Mapping[int, float]
+    site: Site,
+    gauges: Gauges,
+    values: Values,
+    dead: Mapping[int, float],
+    *,
+    rounded: bool = False,
 ) -> Change | None:
     """The new parameters of a site that stays in the graph; None if they are the old ones.
 
@@ -98,12 +105,13 @@ def change_of(
         gauges: The solution.
         values: Values of the constants.
         dead: Output channels that become constant -> that constant.
+        rounded: Whether weights of layers get their stored dtype at once, which takes less memory.
     """
     ends = Ends.of(site, gauges)
     if ends.trivial() and not dead:
         return None
     if site.kind is Kind.AFFINE:
-        return _affine(site, ends, values, dead)
+        return _affine(site, ends, values, dead, rounded=rounded)
     if site.kind is Kind.NORM:
         return _deadened(_norm(site, ends, values), dead)
     if site.kind is Kind.BATCH_NORM:
@@ -111,7 +119,17 @@ def change_of(
     return _constant(site, ends)
 
 
-def _affine(site: Site, ends: Ends, values: Values, dead: Mapping[int, float]) -> Change:
+def _slabs(weight: Tensor, row: Affine, groups: int) -> list[slice]:
+    """Output channels that are computed at once, so that no whole weight exists in float64."""
+    if row.transposed or groups > 1:
+        return [slice(None)]
+    step = max(1, _SLAB * len(weight) // max(1, weight.numel()))
+    return [slice(start, start + step) for start in range(0, len(weight), step)]
+
+
+def _affine(
+    site: Site, ends: Ends, values: Values, dead: Mapping[int, float], *, rounded: bool
+) -> Change:
     row = affine_of(site.node, {})
     assert row is not None
     call = arguments(site.node, row.signature)
@@ -119,26 +137,27 @@ def _affine(site: Site, ends: Ends, values: Values, dead: Mapping[int, float]) -
     assert weight is not None
     groups = int(call["groups"])
     a_i, d_i, a_o, d_o = map(_tensor, (ends.a_i, ends.d_i, ends.a_o, ends.d_o))
-    wide = weight.detach().cpu().double()
     old = torch.zeros_like(a_o) if bias is None else bias.detach().cpu().double()
+    kill = torch.ones_like(a_o)
+    kill[list(dead)] = 0.0
     shifted = bool((d_i != 0).any())
     borders = shifted and bool(site.size)
-    moved: Tensor | float = 0.0
-    if shifted and not borders:
-        moved = _summed(_times_input(wide, d_i, row, groups), row, groups)
-    border = _border(wide, d_i, a_o, call, site.size) if borders else None
-    new = _times_input(wide, 1.0 / a_i, row, groups)
-    del wide  # at most two float64 copies of a weight at once
-    new = _times_output(new, a_o, row, groups)
+    moved = torch.zeros_like(a_o)
+    assert site.like is not None
+    new = torch.empty(weight.shape, dtype=site.like.dtype if rounded else torch.float64)
+    for part in _slabs(weight, row, groups):
+        wide = weight.detach()[part].cpu().double()
+        if shifted and not borders:
+            moved[part] = _summed(_times_input(wide, d_i, row, groups), row, groups)
+        scaled = _times_output(_times_input(wide, 1.0 / a_i, row, groups), a_o[part], row, groups)
+        new[part] = _times_output(scaled, kill[part], row, groups) if dead else scaled
     new_bias = a_o * (old + d_o - moved)
     for channel, value in dead.items():
-        kill = torch.ones_like(a_o)
-        kill[channel] = 0.0
-        new = _times_output(new, kill, row, groups)
         new_bias[channel] = value
     tensors = {"weight": new}
-    if border is not None:
-        tensors["border"] = -border
+    if borders:
+        wide = weight.detach().cpu().double()
+        tensors["border"] = -_border(wide, d_i, a_o, call, site.size)
     if bias is not None or bool((new_bias != 0).any()):
         tensors["bias"] = new_bias
     return Change(site, tensors, _sources(values, call["weight"], call["bias"]))

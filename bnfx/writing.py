@@ -63,7 +63,11 @@ def write(
 ) -> dict[str, tuple[str, ...]]:
     """Carry out changes on `module`. New parameter -> the source's that it was computed from."""
     known = constants(module)
-    parts = [part for pending in changes for part in _parts(pending.compute(), rounded=rounded)]
+    parts = [
+        part
+        for pending in changes
+        for part in _parts(pending.compute(rounded=rounded), rounded=rounded)
+    ]
     gone = {site.node for site in eliminated}
     agreed = _agreed(parts, known, gone)
     before = [value for part in parts for value in part.site.node.all_input_nodes]
