@@ -557,6 +557,8 @@ class Propagation:
         if not isinstance(axis, int) or not isinstance(parts, tuple | list):
             raise Opaque
         maps = [self._map(part) for part in parts]
+        if len({m.shape for m in maps}) > 1:  # of assumed ranks: torch takes equal shapes only
+            raise Opaque
         return concatenated([m.unsqueeze(axis) for m in maps], axis)
 
     def _shape(self, node: fx.Node) -> Any:
