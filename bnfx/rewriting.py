@@ -157,7 +157,7 @@ def _affine(
     tensors = {"weight": new}
     if borders:
         wide = weight.detach().cpu().double()
-        tensors["border"] = -_border(wide, d_i, a_o, call, site.size)
+        tensors["border"] = -_border(wide, d_i, a_o * kill, call, site.size)
     if bias is not None or bool((new_bias != 0).any()):
         tensors["bias"] = new_bias
     return Change(site, tensors, _sources(values, call["weight"], call["bias"]))

@@ -371,3 +371,14 @@ def test_a_border_map_has_the_rank_of_an_image(shape: tuple[int, ...]) -> None:
 def test_sums_of_equal_branches_and_of_vectors(case: Callable[..., Any]) -> None:
     model = positive(Net(case, conv=conv(), bn=bn()))
     assert check_fold(model, torch.randn(2, 4, 6, 6)) == ["folded"]
+
+
+def test_a_channel_that_becomes_constant_has_no_border_map() -> None:
+    model = randomise(nn.Sequential(bn(), conv(), bn()))
+    model.get_parameter("2.weight").data[1] = 0.0
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    folded = bnfx.fold_bn(model.double(), x, border_maps=True)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+    assert {
+        record.verdict for record in bnfx.plan_fold(model, x, border_maps=True).batch_norms
+    } == {"folded"}
