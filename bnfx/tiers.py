@@ -23,7 +23,8 @@ from bnfx.localisation import constant_fault, hint, structure_faults, weight_fau
 from bnfx.onnx_files import tensor_array, type_name
 from bnfx.onnx_layers import FileGraph, file_layers, stored_dtype
 from bnfx.pairing import Pair, Pairing, close, pair_layers
-from bnfx.references import Form, Sample
+from bnfx.references import Form
+from bnfx.runs import Sample
 from bnfx.torch_layers import Traced
 from bnfx.verdicts import Divergence, LayerCheck, WeightCheck
 from bnfx.weight_checks import Rounding, Stored, check_constants, check_pair

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnfx
-from bnfx.folding import exact_weights
+from bnfx.folding import exact_graph
 from bnfx.linear_system import LinearSystem, Rows
 from tests import zoo
 from tests.laws import check_fold, count_batch_norms, randomise
@@ -244,7 +244,7 @@ def test_instance_norm_with_running_statistics() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_exact_weights_are_what_is_rounded(dtype: torch.dtype) -> None:
     model = build("pre-activation").to(dtype)
-    exact, folded = exact_weights(model), bnfx.fold_bn(model).state_dict()
+    exact, folded = exact_graph(model).state_dict(), bnfx.fold_bn(model).state_dict()
     assert list(exact) == list(folded)
     assert all(torch.equal(exact[k].to(v.dtype), v) for k, v in folded.items())
 
