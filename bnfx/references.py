@@ -43,11 +43,13 @@ class Form:
         name: How it came about.
         traced: The layers.
         rounded_once: Whether bnfx folded it, in float64 with one rounding at the end.
+        changed: Names of the parameters that folding changed; None where that is not known.
     """
 
     name: str
     traced: Traced
     rounded_once: bool
+    changed: frozenset[str] | None = None
 
 
 COMPOSED = "with each BatchNorm in the layer before it"
@@ -149,15 +151,16 @@ class TorchReference:
                 graph = fold()
                 done = report(graph)
                 assert isinstance(done, FoldReport)
-                traced = self._traced(graph, given, frozenset(done.provenance))
-                yield Form(name, traced, rounded_once=True)
+                changed = frozenset(done.provenance)
+                traced = self._traced(graph, given, changed)
+                yield Form(name, traced, rounded_once=True, changed=changed)
                 if neighbours(traced.layers):
                     yield _composed(f"{name}, the rest {COMPOSED}", traced)
             except (BnfxError, RuntimeError, TypeError, ValueError, AssertionError) as error:
                 # A form that cannot be made is one that the file need not be compared with.
                 failures.append(f"{name}: {str(error).partition(chr(10))[0]}")
         try:
-            plain = self.unfolded(sample)
+            plain = self._plain(sample)
         except BnfxError as error:
             if len(failures) == len(ways):
                 raise VerificationError("; ".join([*failures, str(error)])) from error
@@ -182,14 +185,21 @@ class TorchReference:
         ]
 
     def unfolded(self, sample: Sample) -> Traced:
-        """The layers as they are, computed in float64.
+        """The layers as they are, computed in float64, captured as cheaply as possible.
 
         Raises:
             BnfxError: The reference cannot be captured.
         """
-        given = widened(sample)
-        captured = inference_graph(self._exact, example(given.args, given.kwargs))
-        return self._traced(captured.module, given, frozenset())
+        try:
+            graph = inference_graph(self._own, None).module
+        except BnfxError:
+            return self._plain(sample)
+        return self._traced(graph.double(), widened(sample), frozenset())
+
+    def _plain(self, sample: Sample) -> Traced:
+        """The layers as they are, of a graph that is seen to agree with the reference."""
+        captured = inference_graph(self._own, example(sample.args, dict(sample.kwargs)))
+        return self._traced(captured.module.double(), widened(sample), frozenset())
 
     def _traced(self, graph: fx.GraphModule, given: Sample, changed: frozenset[str]) -> Traced:
         slots = sum(node.op == "placeholder" for node in graph.graph.nodes)
