@@ -130,8 +130,9 @@ def weight_ratio(
 ) -> tuple[float, int]:
     """Largest distance of a weight from its float64 value, in units of rounding, and its channel.
 
-    The unit of output channel c is `unit` times the largest magnitude in that channel, so that a
-    small channel is judged as strictly as a large one.
+    The unit of output channel c is `unit` times the largest finite magnitude in that channel, so
+    that a small channel is judged as strictly as a large one. Infinities (bounds that bound
+    nothing) must be the same ones.
 
     Args:
         stored: (channels, everything else).
@@ -142,12 +143,12 @@ def weight_ratio(
     wide, truth = stored.astype(np.float64), exact.astype(np.float64)
     if not exact.size:
         return 0.0, 0
-    rows = np.abs(truth).max(axis=1)
+    rows = np.where(np.isfinite(truth), np.abs(truth), 0.0).max(axis=1)
     scale = (rows if per_channel else np.full_like(rows, rows.max())) * unit
     # Half of the smallest subnormal is lost below the normal range whatever one does.
     scale = scale + (2.0**-25 if unit == UNIT["fp16"] else float(_TINY))
     with np.errstate(invalid="ignore", over="ignore"):
-        distance = np.abs(wide - truth).max(axis=1) / scale
+        distance = np.where(wide == truth, 0.0, np.abs(wide - truth)).max(axis=1) / scale
     distance = np.where(np.isfinite(distance), distance, math.inf)
     worst = int(np.argmax(distance))
     return float(distance[worst]), worst

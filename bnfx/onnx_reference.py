@@ -51,8 +51,9 @@ class OnnxReference:
         stored = {tensor.name for tensor in self.proto.graph.initializer}
         self.inputs = [v for v in self.proto.graph.input if v.name not in stored]
         norms = sum(node.op_type == "BatchNormalization" for node in all_nodes(self.proto))
-        #: Folding may spread a BatchNorm over several layers, so that other weights are as right.
+        # Folding may spread a BatchNorm over several layers, so that other weights are as right.
         self.decides = norms == 0
+        self.failures: list[str] = []
 
     def example(self) -> Sample:
         """An input drawn by what the file declares; every symbolic size is 2.

@@ -77,6 +77,7 @@ class TorchReference:
         self._rounded = self._own if same else clone(model).to(self.dtype)
         self._same = same and self.precision != "tf32"
         self._exact = clone(model).double()
+        self.failures: list[str] = []
 
     def leaves(self, sample: Sample) -> list[Tensor]:
         """The tensors of an input in the order of the exporter's inputs."""
@@ -144,7 +145,7 @@ class TorchReference:
             BnfxError: The reference cannot be captured in any way.
         """
         given = widened(sample)
-        failures: list[str] = []
+        self.failures = failures = []
         ways = self._ways(sample, given)
         for name, fold in ways:
             try:

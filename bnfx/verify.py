@@ -315,7 +315,7 @@ def _report(
         num_inputs=len(plan.pooled),
         batch_sizes=(*([own] if own is not None else []), *plan.sizes),
         batch_norms_left=counts["BatchNormalization"],
-        tiers=_tiers(found, outputs, max_ratio, decides=plan.reference.decides),
+        tiers=_tiers(found, outputs, max_ratio),
         outputs=tuple(outputs),
         layers=found.layers,
         weights=found.weights,
@@ -334,9 +334,9 @@ def _first(wrong: Sequence[Divergence], hint: Divergence | None) -> Divergence |
 
 
 def _tiers(
-    found: Findings, outputs: Sequence[OutputCheck], max_ratio: float, *, decides: bool
+    found: Findings, outputs: Sequence[OutputCheck], max_ratio: float
 ) -> tuple[TierCheck, ...]:
-    decisive = {"weights": decides, "layers": False, "outputs": True}
+    decisive = {"weights": found.decides, "layers": False, "outputs": True}
 
     def tier(kind: Any, checks: Sequence[Any], limit: float, of: int, reason: str) -> TierCheck:
         failed = any(not check.passed for check in checks)
@@ -347,6 +347,6 @@ def _tiers(
     why = "; ".join(found.notes)
     return (
         tier("weights", found.weights, MAX_WEIGHT_RATIO, found.wanted, why),
-        tier("layers", found.layers, MAX_LAYER_RATIO, len(found.layers), ""),
+        tier("layers", found.layers, MAX_LAYER_RATIO, len(found.layers) + found.hidden, ""),
         tier("outputs", outputs, max_ratio, len(outputs), ""),
     )
