@@ -29,6 +29,7 @@ _KINDS: Mapping[str, tuple[Kind, Mapping[str, int]]] = {
     "LayerNormalization": ("layer_norm", _CONV),
 }
 _LAYERS = {*_KINDS, "MatMul"}
+_LARGE = ("conv", "conv_transpose", "linear")
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,9 @@ def file_layers(graph: FileGraph, values: Mapping[str, Array]) -> Iterator[Layer
                 array = values[name]
             else:
                 continue
-            parts[part] = as_tensor(array).double()
+            # Large weights stay as they are stored: in float64 they would take twice the file.
+            held = part == "weight" and node.kind in _LARGE
+            parts[part] = as_tensor(array) if held else as_tensor(array).double()
         layer = _made(node, parts)
         if layer is not None:
             yield replace(layer, rank=values[node.y].ndim if node.y in values else 0)
@@ -198,7 +201,9 @@ def _made(node: Node, parts: dict[str, Tensor]) -> Layer | None:
         if weight.dim() != 2:
             return None
         transposed = node.proto.op_type == "Gemm" and bool(settings.get("transB", 0))
-        parts["weight"] = (weight if transposed else weight.T) * _number(settings, "alpha", 1.0)
+        parts["weight"] = weight if transposed else weight.T
+        if (alpha := _number(settings, "alpha", 1.0)) != 1:
+            parts["weight"] = parts["weight"].double() * alpha
         if "bias" in parts:
             bias = parts["bias"] * _number(settings, "beta", 1.0)
             out = parts["weight"].shape[0]

@@ -120,6 +120,9 @@ class OnnxReference:
             ) from error
         return Runs(own, own, exact, declared)
 
+    def release(self) -> None:
+        """Nothing is kept between runs."""
+
     def _evaluate(self, evaluator: Any, sample: Sample) -> list[Array]:
         feed = {
             value.name: array.astype(np.float64) if array.dtype.kind == "f" else array

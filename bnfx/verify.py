@@ -121,10 +121,12 @@ def verify_onnx(
     first = reference.run(pooled[:1])
     each = time.perf_counter() - began
     limit = max(120.0, 100 * each * (len(pooled) + sum(sizes))) if timeout is None else timeout
+    reference.release()  # while onnxruntime holds the weights too
     staged, answer = _run(plan, localize=localize, timeout=limit, isolate=isolate)
     runs = first + reference.run(pooled[1:])
     rows = [rows_of(pooled, size) for size in sizes]
     runs += reference.run(small, RowTruths(runs, batch_of(pooled[0]), rows))
+    reference.release()
     outputs = _check_outputs(plan, answer, runs, max_ratio)
     findings = _check_layers(plan, staged, answer)
     return _report(plan, staged, answer, outputs, findings, max_ratio, localize, start)
