@@ -30,8 +30,9 @@ from bnfx.aliasing import Aliases, aliases, barred
 from bnfx.capture import RANKS, has_hooks
 from bnfx.certificates import Explanation
 from bnfx.constraints import Constraints, Kind, Site
+from bnfx.elimination import Refused, absorber
 from bnfx.evaluation import Values, readers
-from bnfx.gauges import NARROW, WIDE, Gauges, Refused, Solver, absorber
+from bnfx.gauges import Gauges, Solver
 from bnfx.ledger import constants
 from bnfx.norms import affine_map_of, is_norm
 from bnfx.operators import (
@@ -46,6 +47,7 @@ from bnfx.propagation import Options, Propagation
 from bnfx.reports import FoldRecord, FoldReport
 from bnfx.rewriting import Pending, bounds_of, change_of, is_changed
 from bnfx.shapes import Shapes, at_other_ranks, is_tensor, shapes_of
+from bnfx.soundness import NARROW, WIDE
 from bnfx.words import describe, norm_path
 from bnfx.writing import write
 
@@ -105,15 +107,16 @@ class FoldBatchNorm:
             if site.node not in vanished
             and is_changed(site, gauges, dead := constant.get(site.node, {}))
         )
-        explanation = Explanation(found, gauges, done, candidates)
+        explanation = Explanation(found, gauges, done)
         records = dict(_records(module, found, gauges, walk.values, explanation))
+        stayed = [(s, gauges.refused[s.node]) for s in candidates if s.node not in vanished]
         others = sum(r.verdict == "kept" for r in records.values()) - sum(
-            site.kind is Kind.BATCH_NORM and site.node in gauges.refused for site in candidates
+            site.kind is Kind.BATCH_NORM for site, _ in stayed
         )
         bounds = {
             node: (new, b.like) for node, b in found.bounds.items() if (new := bounds_of(b, gauges))
         }
-        least = others + explanation.unavoidable()
+        least = others + gauges.bound.unavoidable(stayed)
         return Plan(gauges, done, records, guards, least, bounds)
 
     def rewrite(self, module: fx.GraphModule, plan: Plan, *, rounded: bool = True) -> FoldReport:
