@@ -33,8 +33,8 @@ class Explanation:
         self.changed = [change.site for change in changes]
         self._touching: tuple[Ints, Ints, Ints] | None = None
         of = gauges.systems.of
-        self._of_changed = _by_class(of, self.changed)
-        self._of_gone = _by_class(of, gauges.eliminated)
+        self._of_changed = _Ends(of, self.changed)
+        self._of_gone = _Ends(of, gauges.eliminated)
 
     # -- into ----------------------------------------------------------------------------------
 
@@ -45,10 +45,10 @@ class Explanation:
         eliminated = self.gauges.eliminated
         crossed = {i for i, s in enumerate(eliminated) if s is site}
         for _ in range(len(eliminated) + _HOPS):
-            hit = _touched(self._of_changed, labels[labels > 0])
+            hit = self._of_changed.at(labels[labels > 0])
             if hit:
                 return tuple(dict.fromkeys(owner(self.changed[i]) for i in sorted(hit)))
-            new = sorted(_touched(self._of_gone, labels) - crossed)
+            new = sorted(self._of_gone.at(labels) - crossed)
             crossed.update(new)
             more = [eliminated[i] for i in new]
             ends = [of[np.append(b.x, b.y)] for b in more] or self._beside(labels)
@@ -143,17 +143,22 @@ class Explanation:
         yield from zip(batches[low:high].tolist(), places[low:high].tolist(), strict=True)
 
 
-def _by_class(of: Ints, sites: Sequence[Site]) -> dict[int, list[int]]:
-    """Class of labels -> indices of the sites at which one of them ends."""
-    found: dict[int, list[int]] = {}
-    for index, site in enumerate(sites):
-        for label in np.unique(of[np.append(site.x, site.y)]).tolist():
-            found.setdefault(label, []).append(index)
-    return found
+class _Ends:
+    """At which of `sites` a class of labels ends, one of its inputs or outputs."""
 
+    def __init__(self, of: Ints, sites: Sequence[Site]) -> None:
+        ends = [np.unique(of[np.append(site.x, site.y)]) for site in sites]
+        names = np.concatenate([*ends, np.zeros(0, np.int64)])
+        order = np.argsort(names, kind="stable")
+        self._names = names[order]
+        self._sites = np.repeat(np.arange(len(ends)), [len(e) for e in ends])[order]
 
-def _touched(by_class: dict[int, list[int]], labels: Ints) -> set[int]:
-    return {index for label in labels.tolist() for index in by_class.get(label, ())}
+    def at(self, labels: Ints) -> set[int]:
+        """Indices of the sites that have one of `labels`."""
+        low = np.searchsorted(self._names, labels, "left")
+        counts = np.searchsorted(self._names, labels, "right") - low
+        starts = np.repeat(low - np.cumsum(counts) + counts, counts)
+        return set(self._sites[starts + np.arange(len(starts))].tolist())
 
 
 def _path(site: Site) -> str:

@@ -97,7 +97,7 @@ class FoldBatchNorm:
         walk.through(walk.runs, found)
         candidates, refused = _candidates(module.graph, found, walk.runs[0], walk.kept)
         gauges = _solved(walk, found, candidates)
-        found, gauges, guards = _guarded(walk, found, gauges)
+        found, gauges, guards = _guarded(walk, found, gauges, candidates)
         gauges.refused.update(refused)
         constant = _constant_outputs(found, gauges)
         vanished = {site.node for site in gauges.eliminated}
@@ -260,7 +260,7 @@ def _why_unseen() -> str:
 
 
 def _guarded(
-    walk: _Walk, found: Constraints, gauges: Gauges
+    walk: _Walk, found: Constraints, gauges: Gauges, candidates: list[Site]
 ) -> tuple[Constraints, Gauges, dict[fx.Node, int]]:
     """Assumed ranks: where others give the same result no guard is needed."""
     guards: dict[fx.Node, int] = {}
@@ -270,9 +270,8 @@ def _guarded(
         others = at_other_ranks(walk.module, walk.runs, node)
         wider = found.copy()
         walk.through(others, wider)
-        again = _solved(walk, wider, list(gauges.eliminated))
-        if others and len(again.eliminated) == len(gauges.eliminated):
-            again.refused.update(gauges.refused)
+        again = _solved(walk, wider, candidates)
+        if others and again.eliminated == gauges.eliminated:
             found, gauges = wider, again
         else:
             guards[node] = rank
