@@ -4,8 +4,8 @@ With x' = a (x + d) on inputs (i) and outputs (o):
 
     y = W * x + b       W' = a_o W / a_i            b' = a_o (b + d_o - sum W d_i)
     layer, group norm   w' = a_o w                  b' = a_o (b + d_o)
-    BatchNorm, kept     gamma' = gamma a_o / a_i    beta' = a_o (beta + d_o)
-                        mean' = a_i (mean + d_i)
+    BatchNorm, kept     mean' = a_i (mean + d_i)    var' + eps = a_i^2 (var + eps)
+                        gamma' = +- gamma a_o       beta' = a_o (beta + d_o)
     y = k x             k' = a_o k / a_i
     y = x + k           k' = a_o (k + d_o - d_i)
 """
@@ -208,19 +208,28 @@ def _norm(site: Site, ends: Ends, values: Values) -> Change:
 
 
 def _batch_norm(site: Site, ends: Ends, values: Values) -> Change:
+    """Its statistics stay those of its input: folded again, the result gives the same choice."""
     call = norm_call(site.node)
-    mean, gamma, beta = (values.of(call[k]) for k in ("running_mean", "weight", "bias"))
+    mean, var, gamma, beta = (values.of(call[k]) for k in STATE)
     assert mean is not None
+    assert var is not None
     a_i, d_i, a_o, d_o = map(_tensor, (ends.a_i, ends.d_i, ends.a_o, ends.d_o))
-    center = mean.detach().cpu().double()
+    center, spread = mean.detach().cpu().double(), var.detach().cpu().double()
     g = torch.ones_like(a_o) if gamma is None else gamma.detach().cpu().double()
     b = torch.zeros_like(a_o) if beta is None else beta.detach().cpu().double()
-    tensors = {
-        "running_mean": a_i * (center + d_i),
-        "weight": g * a_o / a_i,
-        "bias": a_o * (b + d_o),
-    }
-    return Change(site, tensors, _sources(values, *(call[k] for k in STATE)))
+    shown = (spread + call["eps"]) * a_i.square() - call["eps"]
+    span = torch.finfo(var.dtype)  # eps is one number for all channels: it can't be less
+    fits = (shown >= span.tiny) & (shown <= span.max) & (a_i.abs() != 1)
+    return Change(
+        site,
+        {
+            "running_mean": a_i * (center + d_i),
+            "running_var": torch.where(fits, shown, spread),
+            "weight": g * a_o * torch.where(fits, a_i.sign(), 1.0 / a_i),
+            "bias": a_o * (b + d_o),
+        },
+        _sources(values, *(call[k] for k in STATE)),
+    )
 
 
 def _constant(site: Site, ends: Ends) -> Change:
