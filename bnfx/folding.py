@@ -9,13 +9,13 @@ from torch import Tensor, fx, nn
 
 from bnfx.aliasing import barred, freshen, restore
 from bnfx.capture import Example, assemble, example
+from bnfx.effects import name_inplace_flag
 from bnfx.errors import FoldError
 from bnfx.inference_graph import inference_graph
-from bnfx.operators import name_inplace_flag
 from bnfx.passes import FoldBatchNorm, MergeBranches, Merged
-from bnfx.propagation import Options
 from bnfx.reports import FoldReport, remember, report
 from bnfx.shapes import EXACT, Shapes, shapes_of
+from bnfx.walk import Options
 from bnfx.writing import round_exact
 
 

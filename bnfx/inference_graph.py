@@ -20,11 +20,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
+from bnfx.calls import argument
 from bnfx.capture import OWNER, RANKS, Example, Tracer, assemble, clone, has_hooks, skeleton, trace
 from bnfx.errors import CaptureError
 from bnfx.evaluation import is_torch
 from bnfx.ledger import constants, erase_dead
-from bnfx.operators import BATCH_NORM, TRANSPARENT_MODULES, argument
+from bnfx.operators import BATCH_NORM
+from bnfx.roles import TRANSPARENT_MODULES
 from bnfx.shapes import SEEN
 
 _RANKS: tuple[tuple[type[nn.Module], frozenset[int]], ...] = (

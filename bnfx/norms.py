@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx
 
+from bnfx.calls import arguments
 from bnfx.evaluation import Values
 from bnfx.linear_system import Floats
-from bnfx.operators import BATCH_NORM, INSTANCE_NORM, arguments
+from bnfx.operators import BATCH_NORM, INSTANCE_NORM
 
 #: The tensors of a BatchNorm call.
 STATE = ("running_mean", "running_var", "weight", "bias")

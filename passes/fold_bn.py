@@ -34,18 +34,14 @@ from bnfx.evaluation import Values, readers
 from bnfx.gauges import NARROW, WIDE, Gauges, Refused, Solver, absorber
 from bnfx.ledger import constants
 from bnfx.norms import affine_map_of, is_norm
-from bnfx.operators import (
-    BATCH_NORM,
-    Passage,
-    Role,
-    affine_of,
-    passage_of,
-    role_of,
-)
-from bnfx.propagation import Options, Propagation
+from bnfx.operators import BATCH_NORM, affine_of
+from bnfx.passages import Passage, passage_of
+from bnfx.propagation import propagate
 from bnfx.reports import FoldRecord, FoldReport
 from bnfx.rewriting import Pending, bounds_of, change_of, is_changed
+from bnfx.roles import Role, role_of
 from bnfx.shapes import Shapes, at_other_ranks, is_tensor, shapes_of
+from bnfx.walk import Options, Walk
 from bnfx.words import describe, norm_path
 from bnfx.writing import write
 
@@ -166,9 +162,8 @@ class _Walk:
     def through(self, runs: Iterable[Shapes], found: Constraints) -> None:
         """Add the demands at the sizes of `runs`."""
         for shapes in runs:
-            Propagation(
-                self.module.graph, shapes, self.values, found, self.kept, self.options
-            ).run()
+            graph = self.module.graph
+            propagate(Walk(graph, shapes, self.values, found, self.kept, self.options))
 
 
 def _solved(walk: _Walk, found: Constraints, candidates: list[Site]) -> Gauges:
