@@ -25,6 +25,7 @@ from bnfx.capture import OWNER, RANKS, Example, Tracer, assemble, clone, has_hoo
 from bnfx.errors import CaptureError
 from bnfx.evaluation import is_torch
 from bnfx.ledger import constants, erase_dead
+from bnfx.norms import holds_norm
 from bnfx.operators import BATCH_NORM
 from bnfx.roles import TRANSPARENT_MODULES
 from bnfx.shapes import SEEN
@@ -194,9 +195,9 @@ def _hides_norms(traced: fx.GraphModule) -> bool:
         if any(has_hooks(module) for module in inside):
             continue
         if any(
-            isinstance(m, _BatchNorm | _InstanceNorm)
-            and not m.training
-            and m.running_mean is not None
+            not m.training and m.running_mean is not None
+            if isinstance(m, _BatchNorm | _InstanceNorm)
+            else holds_norm(m)
             for m in inside
         ):
             return True

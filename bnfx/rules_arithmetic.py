@@ -105,16 +105,20 @@ def _constant_site(
     """The labels of a call with a constant; whether it is equal where labels are."""
     shape = walk.shape_of(node)
     labels = compact(walk.labels_of(value).expand(shape))
-    keys, where = np.unique(labels.reshape(-1).numpy(), return_inverse=True)
-    y = walk.found.fresh(node, "y", len(keys))
-    out = torch.from_numpy(y[where.reshape(-1)]).reshape(labels.shape)
     if k.dim() > len(shape):
         raise Opaque
-    spread, wide = torch.broadcast_tensors(
-        torch.from_numpy(where.reshape(-1)).reshape(labels.shape), k
-    )
+    split = sum(n > 1 for n in k.shape) <= 1
+    if split:  # one number for each channel gives each a gauge of its own
+        labels = torch.broadcast_tensors(labels, k)[0]
+    known = k.expand_as(labels) if split else torch.zeros_like(labels)
+    pairs = np.stack([labels.reshape(-1).numpy(), known.reshape(-1).double().numpy()])
+    keys, inverse = np.unique(pairs, axis=1, return_inverse=True)
+    x = keys[0].astype(np.int64)
+    y = walk.found.fresh(node, "y", len(x))
+    where = torch.from_numpy(inverse.reshape(-1)).reshape(labels.shape)
+    spread, wide = torch.broadcast_tensors(where, k)
     flat, numbers = spread.reshape(-1).numpy(), wide.reshape(-1).double().numpy()
-    first = np.zeros(len(keys))
+    first = np.zeros(len(x))
     first[flat[::-1]] = numbers[::-1]
     uniform = bool(np.array_equal(first[flat], numbers))
     kind = Kind.SHIFT if passage_of(node) in (Passage.ADD, Passage.SUBTRACT) else Kind.SCALE
@@ -122,19 +126,18 @@ def _constant_site(
     s, t = (one, first) if kind is Kind.SHIFT else (first, np.zeros_like(first))
     if not uniform:
         s = t = np.zeros(0)
-    index = torch.from_numpy(where.reshape(-1)).reshape(labels.shape)
     operand = "other" if value is argument(node, 0, "input") else "input"
     site = Site(
-        *(node, kind, keys, y, s, t),
+        *(node, kind, x, y, s, t),
         source=value if isinstance(value, fx.Node) else None,
         operand=operand,
         like=walk.shapes.values[node],
-        where=index,
+        where=where,
         constant=k,
     )
-    walk.found.readers[node, 0] = keys
+    walk.found.readers[node, 0] = np.unique(x)
     walk.found.site(site)
-    return site, out.expand(shape), uniform
+    return site, torch.from_numpy(y)[where].expand(shape), uniform
 
 
 def _pair(walk: Walk, node: fx.Node) -> tuple[Ints, Ints, tuple[int, ...]]:
