@@ -7,15 +7,16 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from bnfx import arithmetic
 from bnfx.aliasing import barred, freshen, restore
 from bnfx.capture import Example, assemble, example
+from bnfx.effects import name_inplace_flag
 from bnfx.errors import FoldError
 from bnfx.inference_graph import inference_graph
-from bnfx.operators import name_inplace_flag
 from bnfx.passes import FoldBatchNorm, MergeBranches, Merged
-from bnfx.propagation import Options
 from bnfx.reports import FoldReport, remember, report
 from bnfx.shapes import EXACT, Shapes, shapes_of
+from bnfx.walk import Options
 from bnfx.writing import round_exact
 
 
@@ -105,6 +106,7 @@ def _folded(
     old = freshen(graph.graph, barred(graph.graph))
     order = {node.name: at for at, node in enumerate(graph.graph.nodes)}
     runs = shapes_of(graph, captured.inputs)
+    written = arithmetic.mark(graph)
     merged = Merged()
     if merge_branches:
         merged, runs = _merge(graph, captured.inputs, runs)
@@ -115,6 +117,7 @@ def _folded(
         round_exact(graph, merged.exact)
     restore(graph.graph, old)
     records = {**merged.records, **plan.records}
+    records |= arithmetic.merged_records(written, plan.records, merged.provenance)
     names = sorted(records, key=lambda name: order[name.partition("/")[0]])
     provenance = _traced_back(merged.provenance, done.provenance)
     told = FoldReport(tuple(records[name] for name in names), provenance, plan.unavoidable)

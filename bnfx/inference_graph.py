@@ -20,11 +20,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
+from bnfx.calls import argument
 from bnfx.capture import OWNER, RANKS, Example, Tracer, assemble, clone, has_hooks, skeleton, trace
 from bnfx.errors import CaptureError
 from bnfx.evaluation import is_torch
 from bnfx.ledger import constants, erase_dead
-from bnfx.operators import BATCH_NORM, TRANSPARENT_MODULES, argument
+from bnfx.norms import holds_norm
+from bnfx.operators import BATCH_NORM
+from bnfx.roles import TRANSPARENT_MODULES
 from bnfx.shapes import SEEN
 
 _RANKS: tuple[tuple[type[nn.Module], frozenset[int]], ...] = (
@@ -192,9 +195,9 @@ def _hides_norms(traced: fx.GraphModule) -> bool:
         if any(has_hooks(module) for module in inside):
             continue
         if any(
-            isinstance(m, _BatchNorm | _InstanceNorm)
-            and not m.training
-            and m.running_mean is not None
+            not m.training and m.running_mean is not None
+            if isinstance(m, _BatchNorm | _InstanceNorm)
+            else holds_norm(m)
             for m in inside
         ):
             return True

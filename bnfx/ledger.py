@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from bnfx.operators import AFFINE, BATCH_NORM, writes
+from bnfx.effects import writes
+from bnfx.operators import AFFINE, BATCH_NORM
 
 _FRESH = {function for row in AFFINE for function in row.functions} | set(BATCH_NORM)
 

@@ -27,9 +27,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from bnfx.calls import function_name
 from bnfx.capture import Example, clone
 from bnfx.errors import CaptureError
-from bnfx.operators import AFFINE, BATCH_NORM, function_name
+from bnfx.operators import AFFINE, BATCH_NORM
 
 #: node.meta key: shape of the (first) tensor that the call returned.
 SHAPE = "bnfx_shape"

@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bnfx.calls import argument, arguments
 from bnfx.constraints import Bounds, Kind, Site
 from bnfx.evaluation import Values
 from bnfx.gauges import Gauges
 from bnfx.linear_system import Floats
 from bnfx.norms import STATE, norm_call
-from bnfx.operators import Affine, affine_of, argument, arguments
+from bnfx.operators import Affine, affine_of
 
 #: Gauges closer to trivial than this leave their weights untouched.
 _TRIVIAL = 1e-13

@@ -9,19 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from bnfx.calls import argument, arguments
 from bnfx.capture import owner_of
 from bnfx.constraints import Kind, Site
 from bnfx.ledger import Constants, attribute, constants, erase_dead, free_name, set_tensor
 from bnfx.norms import norm_call
-from bnfx.operators import (
-    BATCH_NORM,
-    INSTANCE_NORM,
-    Passage,
-    affine_of,
-    argument,
-    arguments,
-    passage_of,
-)
+from bnfx.operators import BATCH_NORM, INSTANCE_NORM, affine_of
+from bnfx.passages import Passage, passage_of
 from bnfx.rewriting import Change, Pending
 from bnfx.words import path_of
 

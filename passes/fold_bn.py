@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfx import arithmetic
 from bnfx.aliasing import Aliases, aliases, barred
 from bnfx.capture import RANKS, has_hooks
 from bnfx.certificates import Explanation
@@ -34,20 +35,16 @@ from bnfx.elimination import Refused, absorber
 from bnfx.evaluation import Values, readers
 from bnfx.gauges import Gauges, Solver
 from bnfx.ledger import constants
-from bnfx.norms import affine_map_of, is_norm
-from bnfx.operators import (
-    BATCH_NORM,
-    Passage,
-    Role,
-    affine_of,
-    passage_of,
-    role_of,
-)
-from bnfx.propagation import Options, Propagation
+from bnfx.norms import affine_map_of, holds_norm, is_norm
+from bnfx.operators import BATCH_NORM, affine_of
+from bnfx.passages import Passage, passage_of
+from bnfx.propagation import propagate
 from bnfx.reports import FoldRecord, FoldReport
 from bnfx.rewriting import Pending, bounds_of, change_of, is_changed
+from bnfx.roles import Role, role_of
 from bnfx.shapes import Shapes, at_other_ranks, is_tensor, shapes_of
 from bnfx.soundness import NARROW, WIDE
+from bnfx.walk import Options, Walk
 from bnfx.words import describe, norm_path
 from bnfx.writing import write
 
@@ -113,6 +110,8 @@ class FoldBatchNorm:
         others = sum(r.verdict == "kept" for r in records.values()) - sum(
             site.kind is Kind.BATCH_NORM for site, _ in stayed
         )
+        written = arithmetic.records(module.graph, found, vanished, explanation)
+        records.update(written)  # whether one of these must stay is not proved
         bounds = {
             node: (new, b.like) for node, b in found.bounds.items() if (new := bounds_of(b, gauges))
         }
@@ -169,9 +168,8 @@ class _Walk:
     def through(self, runs: Iterable[Shapes], found: Constraints) -> None:
         """Add the demands at the sizes of `runs`."""
         for shapes in runs:
-            Propagation(
-                self.module.graph, shapes, self.values, found, self.kept, self.options
-            ).run()
+            graph = self.module.graph
+            propagate(Walk(graph, shapes, self.values, found, self.kept, self.options))
 
 
 def _solved(walk: _Walk, found: Constraints, candidates: list[Site]) -> Gauges:
@@ -328,22 +326,22 @@ def _guard_rank(graph: fx.Graph, node: fx.Node, rank: int) -> None:
 def _kept_whole(node: fx.Node, module: nn.Module) -> Iterable[FoldRecord]:
     """Records of the BatchNorms inside a module that the graph calls as a whole."""
     for name, inner in module.named_modules():
-        if not isinstance(inner, _BatchNorm):
+        if not holds_norm(inner):
             continue
         path = f"{node.target}.{name}" if name else str(node.target)
         why = _why_whole(inner, outer=None if inner is module else module)
         yield FoldRecord(path, "kept", (), why)
 
 
-def _why_whole(norm: _BatchNorm, *, outer: nn.Module | None) -> str:
+def _why_whole(norm: nn.Module, *, outer: nn.Module | None) -> str:
     if outer is not None:
         return (
             f"it lies inside a {type(outer).__name__} that cannot be traced or has hooks; "
             "pass example_inputs, or remove the hooks"
         )
-    if norm.training:
+    if isinstance(norm, _BatchNorm) and norm.training:
         return "it normalises with batch statistics (train mode); call model.eval() first"
-    if norm.running_mean is None or norm.running_var is None:
+    if isinstance(norm, _BatchNorm) and (norm.running_mean is None or norm.running_var is None):
         return "it has no running statistics, so its scale depends on the batch"
     if has_hooks(norm):
         return "it has hooks, which see its input and output; remove them first"
