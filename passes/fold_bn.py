@@ -39,14 +39,14 @@ from bnfx.norms import affine_map_of, holds_norm, is_norm
 from bnfx.operators import BATCH_NORM, affine_of
 from bnfx.passages import Passage, passage_of
 from bnfx.propagation import propagate
-from bnfx.reports import FoldRecord, FoldReport
+from bnfx.reports import FoldRecord
 from bnfx.rewriting import Pending, bounds_of, change_of, is_changed
 from bnfx.roles import Role, role_of
 from bnfx.shapes import Shapes, at_other_ranks, is_tensor, shapes_of
 from bnfx.soundness import NARROW, WIDE
 from bnfx.walk import Options, Walk
 from bnfx.words import describe, norm_path
-from bnfx.writing import write
+from bnfx.writing import Written, write
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class FoldBatchNorm:
         least = others + gauges.bound.unavoidable(stayed)
         return Plan(gauges, done, records, guards, least, bounds)
 
-    def rewrite(self, module: fx.GraphModule, plan: Plan, *, rounded: bool = True) -> FoldReport:
+    def rewrite(self, module: fx.GraphModule, plan: Plan, *, rounded: bool = True) -> Written:
         """Carry out what `match` found, on `module` itself.
 
         Args:
@@ -128,26 +128,8 @@ class FoldBatchNorm:
         """
         for node, rank in plan.guards.items():
             _guard_rank(module.graph, node, rank)
-        provenance = write(
-            module,
-            plan.changes,
-            plan.gauges.eliminated,
-            bounds={
-                node: (
-                    _stored(new[0], like, rounded=rounded),
-                    _stored(new[1], like, rounded=rounded),
-                )
-                for node, (new, like) in plan.bounds.items()
-            },
-            rounded=rounded,
-        )
-        return FoldReport(tuple(plan.records.values()), provenance, plan.unavoidable)
-
-
-def _stored(bound: Tensor | None, like: Tensor, *, rounded: bool) -> Tensor | None:
-    if bound is None:
-        return None
-    return bound.to(like.dtype if rounded else bound.dtype).to(like.device)
+        gone = plan.gauges.eliminated
+        return write(module, plan.changes, gone, bounds=plan.bounds, rounded=rounded)
 
 
 @dataclass(frozen=True)
