@@ -16,7 +16,7 @@ from bnfx.ledger import Constants, attribute, constants, erase_dead, free_name, 
 from bnfx.norms import norm_call
 from bnfx.operators import BATCH_NORM, INSTANCE_NORM, affine_of
 from bnfx.passages import Passage, passage_of
-from bnfx.rewriting import Change, Pending
+from bnfx.rewriting import Pending
 from bnfx.words import path_of
 
 
@@ -78,11 +78,7 @@ def write(
         rounded: Whether new values get their stored dtype; otherwise they stay in float64.
     """
     known = constants(module)
-    parts = [
-        part
-        for pending in changes
-        for part in _parts(pending.compute(rounded=rounded), rounded=rounded)
-    ]
+    parts = [part for pending in changes for part in _parts(pending, rounded=rounded)]
     gone = {site.node for site in eliminated}
     agreed = _agreed(parts, known, gone)
     before = [value for part in parts for value in part.site.node.all_input_nodes]
@@ -144,9 +140,11 @@ def _call(site: Site) -> dict[str, Any]:
     return {"input": argument(node, 0, "input"), "other": argument(node, 1, "other")}
 
 
-def _parts(change: Change | None, *, rounded: bool) -> list[Part]:
+def _parts(pending: Pending, *, rounded: bool) -> list[Part]:
+    change = pending.compute(rounded=rounded)
     if change is None:
         return []
+    sources = tuple(dict.fromkeys((*change.sources, *pending.carries)))
     site, call = change.site, _call(change.site)
     assert site.like is not None
     found = []
@@ -158,7 +156,7 @@ def _parts(change: Change | None, *, rounded: bool) -> list[Part]:
             if passage_of(site.node) is Passage.DIVIDE:
                 value = value.reciprocal()  # or dividing
         stored = value.to(site.like.dtype if rounded else value.dtype).to(site.like.device)
-        found.append(Part(site, name, call.get(name), stored, change.sources))
+        found.append(Part(site, name, call.get(name), stored, sources))
     return found
 
 

@@ -39,6 +39,7 @@ from bnfx.norms import affine_map_of, holds_norm, is_norm
 from bnfx.operators import BATCH_NORM, affine_of
 from bnfx.passages import Passage, passage_of
 from bnfx.propagation import propagate
+from bnfx.provenance import vanished_into
 from bnfx.reports import FoldRecord
 from bnfx.rewriting import Pending, bounds_of, change_of, is_changed
 from bnfx.roles import Role, role_of
@@ -98,8 +99,11 @@ class FoldBatchNorm:
         gauges.refused.update(refused)
         constant = _constant_outputs(found, gauges)
         vanished = {site.node for site in gauges.eliminated}
+        carries = vanished_into(found, gauges, walk.values)
         done = tuple(
-            Pending(site, functools.partial(change_of, site, gauges, walk.values, dead))
+            Pending(
+                site, functools.partial(change_of, site, gauges, walk.values, dead), carries(site)
+            )
             for site in found.sites.values()
             if site.node not in vanished
             and is_changed(site, gauges, dead := constant.get(site.node, {}))
