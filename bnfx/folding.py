@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from bnfx import arithmetic
 from bnfx.aliasing import barred, freshen, restore
@@ -73,7 +73,7 @@ def fold_bn(
     return _folded(model, given, options, merge_branches=merge_branches, rounded=True)
 
 
-def exact_weights(
+def exact_graph(
     model: nn.Module,
     example_inputs: Any = None,
     *,
@@ -81,8 +81,8 @@ def exact_weights(
     merge_branches: bool = True,
     thresholds: bool = False,
     border_maps: bool = False,
-) -> dict[str, Tensor]:
-    """The state of `fold_bn`'s result before it is rounded: floating-point tensors in float64.
+) -> fx.GraphModule:
+    """`fold_bn`'s result before it is rounded: parameters and buffers in float64.
 
     The gauges are those for the dtype in which `model` is stored; a float64 copy of a half
     precision model may fold otherwise. Arguments and errors are those of `fold_bn`.
@@ -90,8 +90,7 @@ def exact_weights(
     given = example(example_inputs, example_kwargs)
     options = Options(thresholds, border_maps)
     exact = _folded(model, given, options, merge_branches=merge_branches, rounded=False)
-    state = exact.state_dict()
-    return {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+    return exact.double()
 
 
 def _folded(

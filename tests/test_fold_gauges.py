@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import bnfx
 from bnfx.elimination import Refused
-from bnfx.folding import exact_weights
+from bnfx.folding import exact_graph
 from bnfx.gauges import Solver
 from bnfx.linear_system import LinearSystem, Rows
 from bnfx.words import norm_path
@@ -249,7 +249,7 @@ def test_branches_that_a_fold_parts_are_merged() -> None:
     sources = bnfx.report(folded).to_dict()["provenance"]["near.merged.weight"]
     assert {"near.weight", "far.weight", "bn.running_var"} <= set(sources)
     narrow = bnfx.fold_bn(model.float())
-    exact = exact_weights(model)["near.merged.weight"]
+    exact = exact_graph(model).get_parameter("near.merged.weight")
     assert torch.equal(narrow.get_parameter("near.merged.weight"), exact.float())
 
 
@@ -313,7 +313,7 @@ def test_instance_norm_with_running_statistics() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_exact_weights_are_what_is_rounded(dtype: torch.dtype) -> None:
     model = build("pre-activation").to(dtype)
-    exact, folded = exact_weights(model), bnfx.fold_bn(model).state_dict()
+    exact, folded = exact_graph(model).state_dict(), bnfx.fold_bn(model).state_dict()
     assert list(exact) == list(folded)
     assert all(torch.equal(exact[k].to(v.dtype), v) for k, v in folded.items())
 
