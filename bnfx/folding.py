@@ -13,7 +13,7 @@ from bnfx.capture import Example, assemble, example
 from bnfx.effects import name_inplace_flag
 from bnfx.errors import FoldError
 from bnfx.inference_graph import inference_graph
-from bnfx.passes import FoldBatchNorm, MergeBranches, Merged
+from bnfx.passes import FoldBatchNorm, FoldPlan, MergeBranches, Merged
 from bnfx.reports import FoldReport, remember, report
 from bnfx.shapes import EXACT, Shapes, shapes_of
 from bnfx.walk import Options
@@ -105,13 +105,9 @@ def _folded(
         name_inplace_flag(node)
     old = freshen(graph.graph, barred(graph.graph))
     order = {node.name: at for at, node in enumerate(graph.graph.nodes)}
-    runs = shapes_of(graph, captured.inputs)
     written = arithmetic.mark(graph)
-    merged = Merged()
-    if merge_branches:
-        merged, runs = _merge(graph, captured.inputs, runs)
     folding = FoldBatchNorm(captured.inputs, options)
-    plan = folding.match(graph, runs)
+    merged, plan = _planned(graph, folding, merge_branches=merge_branches)
     done = folding.rewrite(graph, plan, rounded=rounded)
     if rounded:
         round_exact(graph, merged.exact)
@@ -122,6 +118,17 @@ def _folded(
     provenance = _traced_back(merged.provenance, done.provenance)
     told = FoldReport(tuple(records[name] for name in names), provenance, plan.unavoidable)
     return remember(assemble(graph, graph.graph), told)
+
+
+def _planned(
+    graph: fx.GraphModule, folding: FoldBatchNorm, *, merge_branches: bool
+) -> tuple[Merged, FoldPlan]:
+    """Merge, and decide what to fold. Shapes and the like are gone before weights are written."""
+    runs = shapes_of(graph, folding.inputs)
+    merged = Merged()
+    if merge_branches:
+        merged, runs = _merge(graph, folding.inputs, runs)
+    return merged, folding.match(graph, runs)
 
 
 def _merge(

@@ -40,7 +40,7 @@ from bnfx.operators import BATCH_NORM, affine_of
 from bnfx.passages import Passage, passage_of
 from bnfx.propagation import propagate
 from bnfx.reports import FoldRecord, FoldReport
-from bnfx.rewriting import Pending, bounds_of, change_of, is_changed
+from bnfx.rewriting import Ends, Pending, bounds_of, change_of, is_changed
 from bnfx.roles import Role, role_of
 from bnfx.shapes import Shapes, at_other_ranks, is_tensor, shapes_of
 from bnfx.soundness import NARROW, WIDE
@@ -54,7 +54,7 @@ class Plan:
     """What will be done to a graph.
 
     Attributes:
-        gauges: Scale and displacement of every label.
+        eliminated: Calls that vanish, in order.
         changes: New parameters, computed when they are written.
         records: One for each evaluation of a BatchNorm, by the name of its node and its own path.
         guards: Nodes whose rank the result must check, and that rank.
@@ -62,7 +62,7 @@ class Plan:
         bounds: Clamping nodes whose bounds carry a gauge: the new ones, and a tensor like them.
     """
 
-    gauges: Gauges
+    eliminated: tuple[Site, ...]
     changes: tuple[Pending, ...]
     records: Mapping[str, FoldRecord]
     guards: Mapping[fx.Node, int]
@@ -99,10 +99,10 @@ class FoldBatchNorm:
         constant = _constant_outputs(found, gauges)
         vanished = {site.node for site in gauges.eliminated}
         done = tuple(
-            Pending(site, functools.partial(change_of, site, gauges, walk.values, dead))
+            Pending(site, functools.partial(change_of, site, ends, walk.values, dead))
             for site in found.sites.values()
             if site.node not in vanished
-            and is_changed(site, gauges, dead := constant.get(site.node, {}))
+            and is_changed(ends := Ends.of(site, gauges), dead := constant.get(site.node, {}))
         )
         explanation = Explanation(found, gauges, done)
         records = dict(_records(module, found, gauges, walk.values, explanation))
@@ -116,7 +116,7 @@ class FoldBatchNorm:
             node: (new, b.like) for node, b in found.bounds.items() if (new := bounds_of(b, gauges))
         }
         least = others + gauges.bound.unavoidable(stayed)
-        return Plan(gauges, done, records, guards, least, bounds)
+        return Plan(gauges.eliminated, done, records, guards, least, bounds)
 
     def rewrite(self, module: fx.GraphModule, plan: Plan, *, rounded: bool = True) -> FoldReport:
         """Carry out what `match` found, on `module` itself.
@@ -131,7 +131,7 @@ class FoldBatchNorm:
         provenance = write(
             module,
             plan.changes,
-            plan.gauges.eliminated,
+            plan.eliminated,
             bounds={
                 node: (
                     _stored(new[0], like, rounded=rounded),
