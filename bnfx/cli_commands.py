@@ -24,6 +24,7 @@ from bnfx.cli_inputs import (
 )
 from bnfx.cli_models import CHECKPOINTS, load_model, save_exported, save_state
 from bnfx.cli_output import step, tell
+from bnfx.cli_parser import FOLDING
 from bnfx.cli_results import DONE, FAILED, Outcome
 from bnfx.document import Picture
 from bnfx.errors import ProviderError, UsageError, VerificationError
@@ -88,8 +89,9 @@ def _inspect(options: argparse.Namespace) -> Outcome:
     if options.model.endswith(".onnx"):
         return _inspect_file(options)
     given = _given(options)
+    folding = _folding(options)
     with step("folding, for the plan"):
-        folded = bnfx.fold_bn(given.model, given.args, example_kwargs=given.kwargs)
+        folded = bnfx.fold_bn(given.model, given.args, example_kwargs=given.kwargs, **folding)
     plan = bnfx.report(folded)
     failure = _policy(options, _left(plan))
 
@@ -99,14 +101,19 @@ def _inspect(options: argparse.Namespace) -> Outcome:
     if given.inputs is None:
         return Outcome(plan, failure, _code(failure), graphs=graphs)
     with step("exporting, for the ledger"):
-        stages = bnfx.removal_ledger(given.model, given.args, kwargs=given.kwargs)
+        stages = bnfx.removal_ledger(
+            given.model, given.args, kwargs=given.kwargs, fold_options=folding
+        )
     return Outcome(stages, failure, _code(failure), {"fold": plan}, graphs)
 
 
 def _inspect_file(options: argparse.Namespace) -> Outcome:
     _require_file(options.model)
-    if options.input or options.checkpoint:
-        raise UsageError("an .onnx file is inspected as it is: leave --input, --checkpoint out")
+    if options.input or options.checkpoint or _asks_folding(options):
+        raise UsageError(
+            "an .onnx file is inspected as it is: leave --input, --checkpoint and options of "
+            "folding out"
+        )
     found = bnfx.inspect_onnx(options.model)
     more: dict[str, Report] = {}
     failure = _policy(options, len(found.batch_norms))
@@ -149,11 +156,7 @@ def _fold(options: argparse.Namespace) -> Outcome:
         given.required()
     with step("folding"):
         folded = bnfx.fold_bn(
-            given.model,
-            given.args,
-            example_kwargs=given.kwargs,
-            thresholds=options.thresholds,
-            border_maps=options.border_maps,
+            given.model, given.args, example_kwargs=given.kwargs, **_folding(options)
         )
     done = bnfx.report(folded)
     failure = _policy(options, _left(done))
@@ -171,13 +174,26 @@ def _fold(options: argparse.Namespace) -> Outcome:
     )
 
 
+def _folding(options: argparse.Namespace) -> dict[str, bool]:
+    """Options of `fold_bn`."""
+    return {name: getattr(options, name) for name in FOLDING}
+
+
+def _asks_folding(options: argparse.Namespace) -> bool:
+    return not options.merge_branches or options.thresholds or options.border_maps
+
+
 def _export(options: argparse.Namespace) -> Outcome:
+    if _asks_folding(options) and not options.fold:
+        raise UsageError("options of folding need --fold")
     given = _given(options)
     inputs = given.required()
     model = given.model
     if options.fold:
         with step("folding"):
-            model = bnfx.fold_bn(model, inputs.args, example_kwargs=inputs.kwargs)
+            model = bnfx.fold_bn(
+                model, inputs.args, example_kwargs=inputs.kwargs, **_folding(options)
+            )
     with step("exporting"):
         done = bnfx.export_onnx(model, inputs.args, options.file, **_onnx_options(options, given))
     return Outcome(done)
@@ -217,26 +233,29 @@ def _verify(options: argparse.Namespace) -> Outcome:
 def _deploy(options: argparse.Namespace) -> Outcome:
     given = _given(options)
     inputs = given.required()
+    folding = _folding(options)
 
     def graphs() -> Sequence[Picture]:
-        folded = bnfx.fold_bn(given.model, inputs.args, example_kwargs=inputs.kwargs)
+        folded = bnfx.fold_bn(given.model, inputs.args, example_kwargs=inputs.kwargs, **folding)
         return fold_pictures(given.model, inputs.args, inputs.kwargs, folded)
 
     if options.max_batch_norms_left is not None:
         with step("planning"):
-            plan = bnfx.plan_fold(given.model, inputs.args, example_kwargs=inputs.kwargs)
+            plan = bnfx.plan_fold(given.model, inputs.args, example_kwargs=inputs.kwargs, **folding)
         if failure := _policy(options, _left(plan)):
             return Outcome(
                 plan, f"{failure}; {options.file} was not written", FAILED, graphs=graphs
             )
     try:
-        with step("folding, exporting, verifying"):
+        with step("deploying") as show:
             done = bnfx.deploy(
                 given.model,
                 inputs.args,
                 options.file,
                 benchmark=options.benchmark,
                 bundle=options.bundle,
+                fold_options=folding,
+                progress=show,
                 **_onnx_options(options, given),
                 **_check_options(options),
             )
@@ -258,6 +277,8 @@ def _bench(options: argparse.Namespace) -> Outcome:
     }
     if not options.model.endswith(".onnx"):
         return _bench_model(options, measured)
+    if _asks_folding(options):
+        raise UsageError("an .onnx file is measured as it is: leave options of folding out")
     if options.baseline is not None:
         _require_file(options.baseline)
     args = _inputs_of_file(options)
@@ -285,7 +306,9 @@ def _bench_model(options: argparse.Namespace, measured: Mapping[str, Any]) -> Ou
     with tempfile.TemporaryDirectory(prefix="bnfx-") as folder:
         files = [Path(folder) / name for name in ("folded.onnx", "unfolded.onnx")]
         with step("exporting"):
-            folded = bnfx.fold_bn(given.model, inputs.args, example_kwargs=inputs.kwargs)
+            folded = bnfx.fold_bn(
+                given.model, inputs.args, example_kwargs=inputs.kwargs, **_folding(options)
+            )
             for model, file in zip((folded, given.model), files, strict=True):
                 bnfx.export_onnx(model, inputs.args, file, kwargs=inputs.kwargs)
         with step("measuring"):

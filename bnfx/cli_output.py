@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import IO
@@ -42,20 +42,23 @@ def results_apart() -> Iterator[IO[str]]:
 
 
 @contextmanager
-def step(what: str) -> Iterator[None]:
-    """Show `what` and the time it has taken on standard error while it runs, on a terminal only."""
+def step(what: str) -> Iterator[Callable[[str], None]]:
+    """Show `what` and the time it has taken on standard error while it runs, on a terminal only.
+
+    Yields what shows something else instead, as the work goes on.
+    """
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(file=sys.stderr)
     if not console.is_terminal:
-        yield
+        yield lambda _: None
         return
     text = TextColumn("{task.description}", markup=False)
     columns = (SpinnerColumn(), text, TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
-        progress.add_task(what, total=None)
-        yield
+        task = progress.add_task(what, total=None)
+        yield lambda now: progress.update(task, description=now, refresh=True)
 
 
 def tell(line: str) -> None:

@@ -111,6 +111,30 @@ def _onnx(command: argparse.ArgumentParser) -> None:
     )
 
 
+#: Options of `fold_bn` by their names there, for every command that folds.
+FOLDING = ("merge_branches", "thresholds", "border_maps")
+
+
+def _folding(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("folding")
+    group.add_argument(
+        "--no-merge-branches",
+        dest="merge_branches",
+        action="store_false",
+        help="convolutions of one input that are added stay apart",
+    )
+    group.add_argument(
+        "--thresholds",
+        action="store_true",
+        help="bounds per channel may take a shift through a ReLU; may cost time",
+    )
+    group.add_argument(
+        "--border-maps",
+        action="store_true",
+        help="constant maps may take a shift through zero padding; may cost time",
+    )
+
+
 def _policy(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("policy (exit code 1 where it is broken)")
     group.add_argument(
@@ -163,6 +187,7 @@ def _provider_name(text: str) -> str:
 def _inspect(command: argparse.ArgumentParser) -> None:
     _model(command, "a model, or an .onnx file")
     _inputs(command)
+    _folding(command)
     _policy(command)
 
 
@@ -188,12 +213,6 @@ def _insert(command: argparse.ArgumentParser) -> None:
     group.add_argument("--exclude", action="append", metavar="GLOB", help="layers to leave alone")
 
 
-_FOLDING = {
-    "thresholds": "bounds per channel may take a shift through a ReLU; may cost time",
-    "border-maps": "constant maps may take a shift through zero padding; may cost time",
-}
-
-
 def _fold(command: argparse.ArgumentParser) -> None:
     _model(command)
     command.add_argument(
@@ -204,8 +223,7 @@ def _fold(command: argparse.ArgumentParser) -> None:
     )
     _inputs(command)
     _dynamic(command)
-    for name, what in _FOLDING.items():
-        command.add_argument(f"--{name}", action="store_true", help=what)
+    _folding(command)
     _policy(command)
 
 
@@ -214,6 +232,7 @@ def _export(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", metavar="FILE", help="the .onnx file to write")
     _inputs(command)
     command.add_argument("--fold", action="store_true", help="fold the BatchNorms first")
+    _folding(command)
     _onnx(command)
 
 
@@ -229,6 +248,7 @@ def _deploy(command: argparse.ArgumentParser) -> None:
     _model(command)
     command.add_argument("file", metavar="FILE", help="the .onnx file to write once it has passed")
     _inputs(command)
+    _folding(command)
     _onnx(command)
     _checks(command)
     command.add_argument(
@@ -244,6 +264,7 @@ def _bench(command: argparse.ArgumentParser) -> None:
     _model(command, "an .onnx file, or a model, which is exported unfolded and folded")
     command.add_argument("--baseline", metavar="FILE", help="an .onnx file to measure in turns")
     _inputs(command)
+    _folding(command)
     _provider(command)
     command.add_argument("--num-runs", type=_count, default=100, metavar="N", help="50 or more")
     command.add_argument(

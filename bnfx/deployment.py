@@ -6,9 +6,10 @@ import copy
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,6 +98,7 @@ def deploy(
     benchmark: bool = False,
     bundle: str | os.PathLike[str] | None = None,
     fold_options: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> DeployReport:
     """Fold `model`, export it, verify the file against `model`, then move it into place.
 
@@ -121,6 +123,8 @@ def deploy(
         bundle: Folder to fill, after a failure, with what reproduces it: the file, the inputs, the
             report and the environment.
         fold_options: Options of `fold_bn`, such as `{"merge_branches": False}`.
+        progress: Called with the name of each step as it starts: "fold", "export", "verify",
+            "ledger", "benchmark", "report".
 
     Raises:
         VerificationError: The file does not compute what `model` computes; `.report` of the error
@@ -128,9 +132,11 @@ def deploy(
         CaptureError, FoldError, ExportError, ProviderError: As from the steps.
     """
     target, seconds = real_target(f), dict[str, float]()
+    tell = progress or (lambda _: None)
+    timed = partial(_timed, seconds, tell)
     if report is not None:
         check_report_path(Path(report))
-    with _timed(seconds, "fold"):
+    with timed("fold"):
         _try_example(model, args, kwargs)
         folded = fold_bn(model, args, example_kwargs=kwargs, **(fold_options or {}))
         plan = report_of(folded)
@@ -153,15 +159,15 @@ def deploy(
     }
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         written = Path(folder) / target.name
-        with _timed(seconds, "export"):
+        with timed("export"):
             exported = export_onnx(folded, args, written, **options)
-        with _timed(seconds, "verify"):
+        with timed("verify"):
             verified = verify_onnx(model, written, args, kwargs=kwargs, **checks)
-        with _timed(seconds, "ledger"):
+        with timed("ledger"):
             stages = ledger_of(plan, written)
         measured = None
         if benchmark and verified:
-            with _timed(seconds, "benchmark"):
+            with timed("benchmark"):
                 measured = _measure(model, args, written, provider, options)
         kept = None
         if not verified and bundle is not None:
@@ -181,6 +187,7 @@ def deploy(
         seconds,
     )
     if report is not None:
+        tell("report")
         write_report(done, Path(report), lambda: fold_pictures(model, args, kwargs, folded))
     if not done:
         raise VerificationError(
@@ -223,7 +230,8 @@ def _try_example(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) 
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], tell: Callable[[str], None], step: str) -> Iterator[None]:
+    tell(step)
     start = time.perf_counter()
     try:
         yield

@@ -27,8 +27,9 @@ from bnfx.layers import as_tensor, composed, samples
 from bnfx.onnx_files import all_nodes, describe_type, read_onnx, tensor_array, type_name
 from bnfx.onnx_layers import file_layers
 from bnfx.onnx_types import BFLOAT16, DOUBLE, FLOAT, HALF, float_types, retyped
-from bnfx.references import COMPOSED, Form, Precision, Runs, Sample, arrays
+from bnfx.references import COMPOSED, Form, Precision, arrays
 from bnfx.runner import Answer, Request
+from bnfx.runs import RowTruths, Runs, Sample
 from bnfx.staging import stage
 from bnfx.torch_layers import Constant, Traced
 
@@ -86,8 +87,12 @@ class OnnxReference:
         leaves = pytree.tree_leaves((sample.args, dict(sample.kwargs)))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    def run(self, given: Sequence[Sample]) -> Runs:
+    def run(self, given: Sequence[Sample], known: RowTruths | None = None) -> Runs:
         """Outputs as onnxruntime computes them, and in float64.
+
+        Args:
+            given: The inputs.
+            known: What they are in float64, as far as earlier runs tell.
 
         Raises:
             VerificationError: The reference cannot be run on an input.
@@ -99,16 +104,20 @@ class OnnxReference:
         if failed is not None:
             raise VerificationError(f"onnxruntime cannot run the reference {self.name}: {failed}")
         own = [outs or [] for outs in answer.results]
+        outputs = self.proto.graph.output
+        declared = tuple(type_name(value.type.tensor_type.elem_type) for value in outputs)
         wide = retyped(self.proto, self.path.parent, {FLOAT, HALF, BFLOAT16}, DOUBLE)
         try:
             evaluator = ReferenceEvaluator(wide, new_ops=list(OPERATORS))
-            exact = [self._evaluate(evaluator, sample) for sample in given]
+            exact = []
+            for i, sample in enumerate(given):
+                truth = known.of(i, own[i]) if known is not None else None
+                exact.append(self._evaluate(evaluator, sample) if truth is None else truth)
         except (RuntimeError, TypeError, ValueError, KeyError, NotImplementedError) as error:
             raise VerificationError(
                 f"the reference {self.name} cannot be evaluated in float64: {error}"
             ) from error
-        declared = [type_name(v.type.tensor_type.elem_type) for v in self.proto.graph.output]
-        return Runs(own, own, exact, tuple(declared))
+        return Runs(own, own, exact, declared)
 
     def _evaluate(self, evaluator: Any, sample: Sample) -> list[Array]:
         feed = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -16,11 +16,12 @@ from torch.utils import _pytree as pytree
 from bnfx.capture import clone, example
 from bnfx.compare import Array
 from bnfx.errors import BnfxError, VerificationError
-from bnfx.folding import exact_weights, fold_bn
+from bnfx.folding import exact_graph, fold_bn
 from bnfx.inference_graph import inference_graph
 from bnfx.layers import composed, neighbours
 from bnfx.reports import FoldReport, report
 from bnfx.rounding_modes import StoredAs, Tf32
+from bnfx.runs import RowTruths, Runs, Sample
 from bnfx.torch_layers import Traced, Widened, trace_layers
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
@@ -35,43 +36,6 @@ _ORDER: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One input: positional arguments and keyword arguments."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Outputs of the reference on some inputs, one list of arrays for each.
-
-    Attributes:
-        own: As the reference is.
-        rounded: In the deployed precision.
-        exact: In float64.
-        dtypes: Names of the dtypes of its outputs as it is.
-    """
-
-    own: list[list[Array]]
-    rounded: list[list[Array]]
-    exact: list[list[Array]]
-    dtypes: tuple[str, ...]
-
-    def __add__(self, more: Runs) -> Runs:
-        """Both, one after the other."""
-        own, rounded, exact = (
-            [*a, *b]
-            for a, b in zip(
-                (self.own, self.rounded, self.exact),
-                (more.own, more.rounded, more.exact),
-                strict=True,
-            )
-        )
-        return Runs(own, rounded, exact, self.dtypes)
-
-
-@dataclass(frozen=True)
 class Form:
     """One right form of the reference's layers.
 
@@ -79,11 +43,13 @@ class Form:
         name: How it came about.
         traced: The layers.
         rounded_once: Whether bnfx folded it, in float64 with one rounding at the end.
+        changed: Names of the parameters that folding changed; None where that is not known.
     """
 
     name: str
     traced: Traced
     rounded_once: bool
+    changed: frozenset[str] | None = None
 
 
 COMPOSED = "with each BatchNorm in the layer before it"
@@ -117,18 +83,27 @@ class TorchReference:
         bound = _bound(self._own, sample)
         return [leaf for leaf in pytree.tree_leaves(bound) if isinstance(leaf, Tensor)]
 
-    def run(self, samples: Sequence[Sample]) -> Runs:
+    def run(self, samples: Sequence[Sample], known: RowTruths | None = None) -> Runs:
         """All three on every input.
+
+        Args:
+            samples: The inputs.
+            known: What it gives in float64, as far as earlier runs tell.
 
         Raises:
             VerificationError: The reference itself fails on an input.
         """
-        own = [self._call(self._own, sample, None) for sample in samples]
-        rounded = own if self._same else [self._in_precision(sample) for sample in samples]
-        exact = [self._in_float64(sample) for sample in samples]
-        dtypes = tuple(str(t.dtype).removeprefix("torch.") for t in (own or [[]])[0])
-        sides = [[arrays(outs) for outs in side] for side in (own, rounded, exact)]
-        return Runs(sides[0], sides[1], sides[2], dtypes)
+        called = [self._call(self._own, sample, None) for sample in samples]
+        own = [arrays(outs) for outs in called]
+        rounded = own
+        if not self._same:
+            rounded = [arrays(self._in_precision(sample)) for sample in samples]
+        exact = []
+        for i, sample in enumerate(samples):
+            truth = known.of(i, own[i]) if known is not None else None
+            exact.append(arrays(self._in_float64(sample)) if truth is None else truth)
+        dtypes = tuple(str(t.dtype).removeprefix("torch.") for t in (called or [[]])[0])
+        return Runs(own, rounded, exact, dtypes)
 
     def _in_precision(self, sample: Sample) -> list[Tensor]:
         if self.precision == "tf32":
@@ -160,10 +135,10 @@ class TorchReference:
     def forms(self, sample: Sample) -> Iterator[Form]:
         """The layers as folding can leave them, the likeliest form first, computed in float64.
 
-        Folding decides by dtype, and by what it knows of the inputs: so it is done again in
-        float64, which gives every weight exactly; then as the exported model was perhaps folded, in
-        its own dtype, with the example and without, which rounds once; then with other options.
-        Others fold each BatchNorm into the layer before it, or not at all.
+        Folding decides by dtype, and by what it knows of the inputs: so it is done again as the
+        exported model was folded, by the rules of its own dtype, and for a copy in float64; then
+        without the example, and with other options. No weight is rounded. Others fold each
+        BatchNorm into the layer before it, or not at all.
 
         Raises:
             BnfxError: The reference cannot be captured in any way.
@@ -176,15 +151,16 @@ class TorchReference:
                 graph = fold()
                 done = report(graph)
                 assert isinstance(done, FoldReport)
-                traced = self._traced(graph, given, frozenset(done.provenance))
-                yield Form(name, traced, rounded_once=True)
+                changed = frozenset(done.provenance)
+                traced = self._traced(graph, given, changed)
+                yield Form(name, traced, rounded_once=True, changed=changed)
                 if neighbours(traced.layers):
                     yield _composed(f"{name}, the rest {COMPOSED}", traced)
             except (BnfxError, RuntimeError, TypeError, ValueError, AssertionError) as error:
                 # A form that cannot be made is one that the file need not be compared with.
                 failures.append(f"{name}: {str(error).partition(chr(10))[0]}")
         try:
-            plain = self.unfolded(sample)
+            plain = self._plain(sample)
         except BnfxError as error:
             if len(failures) == len(ways):
                 raise VerificationError("; ".join([*failures, str(error)])) from error
@@ -195,34 +171,35 @@ class TorchReference:
     def _ways(
         self, sample: Sample, given: Sample
     ) -> list[tuple[str, Callable[[], fx.GraphModule]]]:
-        """Names and calls of folding; `given` is `sample` in float64."""
+        """Names and calls of folding; `given` is `sample` in float64.
+
+        The file was most likely folded by the rules of the dtype that the weights are stored in.
+        """
+        own = partial(exact_graph, self._own, sample.args, example_kwargs=sample.kwargs)
         exact = partial(fold_bn, self._exact, given.args, example_kwargs=given.kwargs)
-        own = partial(self._in_own_dtype, sample)
-        first = [("folded in float64", exact), ("folded by the rules of its own dtype", own)]
-        if self.weights in ("float16", "bfloat16"):
-            first.reverse()
         return [
-            *first,
-            ("folded without example inputs", lambda: _wide_copy(fold_bn(self._own))),
+            ("folded by the rules of its own dtype", own),
+            ("folded in float64", exact),
+            ("folded without example inputs", partial(exact_graph, self._own)),
             *((f"folded with {options}", partial(exact, **options)) for options in _options()),
         ]
 
-    def _in_own_dtype(self, sample: Sample) -> fx.GraphModule:
-        """Folded with the decisions for the dtype that the weights are stored in, unrounded."""
-        graph = _wide_copy(fold_bn(self._own, sample.args, example_kwargs=sample.kwargs))
-        state = exact_weights(self._own, sample.args, example_kwargs=sample.kwargs)
-        graph.load_state_dict(state)
-        return graph
-
     def unfolded(self, sample: Sample) -> Traced:
-        """The layers as they are, computed in float64.
+        """The layers as they are, computed in float64, captured as cheaply as possible.
 
         Raises:
             BnfxError: The reference cannot be captured.
         """
-        given = widened(sample)
-        captured = inference_graph(self._exact, example(given.args, given.kwargs))
-        return self._traced(captured.module, given, frozenset())
+        try:
+            graph = inference_graph(self._own, None).module
+        except BnfxError:
+            return self._plain(sample)
+        return self._traced(graph.double(), widened(sample), frozenset())
+
+    def _plain(self, sample: Sample) -> Traced:
+        """The layers as they are, of a graph that is seen to agree with the reference."""
+        captured = inference_graph(self._own, example(sample.args, dict(sample.kwargs)))
+        return self._traced(captured.module.double(), widened(sample), frozenset())
 
     def _traced(self, graph: fx.GraphModule, given: Sample, changed: frozenset[str]) -> Traced:
         slots = sum(node.op == "placeholder" for node in graph.graph.nodes)
@@ -237,13 +214,6 @@ class TorchReference:
             return trace_layers(graph, tuple(values), changed)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise VerificationError(f"the folded {self.name} fails in float64: {error}") from error
-
-
-def _wide_copy(graph: fx.GraphModule) -> fx.GraphModule:
-    """In float64; a folded graph shares its unchanged weights with its source."""
-    copy = clone(graph).double()
-    assert isinstance(copy, fx.GraphModule)
-    return copy
 
 
 def _options() -> Iterator[dict[str, Any]]:

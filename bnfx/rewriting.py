@@ -42,7 +42,7 @@ class Change:
     Attributes:
         site: The call.
         tensors: Argument name -> new value, in float64 or in the stored dtype.
-        sources: Names of the parameters and buffers that the values were computed from.
+        sources: Names of the call's own parameters that the values were computed from.
     """
 
     site: Site
@@ -57,10 +57,12 @@ class Pending:
     Attributes:
         site: The call.
         compute: `change_of` for the call, short of `rounded`.
+        carries: Names of the parameters of what vanished into the call.
     """
 
     site: Site
     compute: Callable[..., Change | None]
+    carries: tuple[str, ...]
 
 
 @dataclass(frozen=True)

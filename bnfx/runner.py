@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,9 @@ class Request:
         tf32: Whether CUDA may round factors to TF32.
         num_threads: Of one operator on the CPU; 0 lets onnxruntime choose.
         weights: Folder of the external data, where that is not the model's own.
-        values_model: Path of the file with further values as outputs; "" without.
-        values: Names of those values; they are computed for the first run, on the CPU, without
-            optimisation.
+        values_model: Path of the file, without functions, of which further values are wanted.
+        values: Names of those values; they are computed on the CPU, without optimisation.
+        values_run: Number of the run that they are computed for.
         check: Whether `onnx.checker` looks at the file first.
         memory: Bytes that a process of its own may take; None sets no limit.
     """
@@ -57,6 +57,7 @@ class Request:
     weights: str = ""
     values_model: str = ""
     values: tuple[str, ...] = ()
+    values_run: int = 0
     check: bool = True
     memory: int | None = None
 
@@ -70,7 +71,7 @@ class Answer:
         outputs: Names of the outputs, in order.
         results: For each run its outputs; None where onnxruntime failed.
         failures: Run -> message.
-        values: The further values of the first run; those that could not be computed are missing.
+        values: The further values; those that could not be computed are missing.
         values_failure: Why they are missing; "" where they are not.
         assigned: Execution provider -> nodes that it was given.
         ran: Execution provider -> nodes that it ran in the first run, by onnxruntime's profile.
@@ -127,7 +128,11 @@ def execute(request: Request, runs: Sequence[Sequence[Array]]) -> Answer:
             ran, memcpy = _profile(session.end_profiling())
             proof |= {"memcpy_nodes": memcpy, **_prove_run(session, request, ran)}
     done = time.perf_counter()
-    values, values_failure = _values(request, runs[0]) if request.values else ({}, "")
+    values: dict[str, Array] = {}
+    values_failure = ""
+    if request.values:
+        declared = {value.name for value in session.get_outputs()}
+        values, values_failure = _values(request, runs[request.values_run], declared)
     return Answer(
         inputs=inputs,
         outputs=tuple(v.name for v in session.get_outputs()),
@@ -220,19 +225,32 @@ def _assigned(session: Any) -> dict[str, int]:
     return dict(counts)
 
 
-def _values(request: Request, arrays: Sequence[Array]) -> tuple[dict[str, Array], str]:
+def _values(
+    request: Request, arrays: Sequence[Array], declared: Set[str]
+) -> tuple[dict[str, Array], str]:
     settings = SessionSettings(
-        num_threads=request.num_threads, optimise=False, weights=request.weights
+        num_threads=request.num_threads,
+        optimise=False,
+        weights=request.weights or str(Path(request.values_model).parent),
     )
     faults: tuple[type[Exception], ...] = (*runtime_errors(), ValueError, VerificationError)
     try:
-        source = _source(request.values_model, request.weights)
+        source = _showing(request.values_model, (v for v in request.values if v not in declared))
         session = open_session(source, "cpu", settings)
         names = list(request.values)
         outs = session.run(names, dict(zip(request.names, arrays, strict=True)))
     except faults as error:
         return {}, str(error)
     return dict(zip(names, map(np.asarray, outs), strict=True)), ""
+
+
+def _showing(path: str, values: Iterable[str]) -> bytes:
+    """The file with `values` as further outputs: protobuf merges what is appended to a message."""
+    import onnx
+
+    more = onnx.ModelProto()
+    more.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values)
+    return Path(path).read_bytes() + bytes(more.SerializeToString())
 
 
 def main(folder: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bnfx.errors import VerificationError
-from bnfx.references import Sample
+from bnfx.runs import Sample
 
 _OTHER_BATCHES = (1, 2, 7)
 
@@ -120,3 +120,19 @@ def resized(samples: Sequence[Sample], size: int) -> Sample:
         leaves.append(rows[picks.to(rows.device)])
     args, kwargs = pytree.tree_unflatten(leaves, flat[0][1])
     return Sample(args, kwargs)
+
+
+def rows_of(samples: Sequence[Sample], size: int) -> list[tuple[int, int]] | None:
+    """Sample and row within it that each row of `resized(samples, size)` is.
+
+    None where samples differ in shape, so that tensors of one input come from several.
+    """
+    own = batch_of(samples[0])
+    shapes = [
+        [leaf.shape if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(tree)]
+        for tree in ((sample.args, dict(sample.kwargs)) for sample in samples)
+    ]
+    if not own or any(shape != shapes[0] for shape in shapes):
+        return None
+    count = len(samples) * own
+    return [(i % len(samples), i // len(samples)) for i in (i % count for i in range(size))]

@@ -85,6 +85,7 @@ def removal_ledger(
     f: str | os.PathLike[str] | None = None,
     *,
     kwargs: Mapping[str, Any] | None = None,
+    fold_options: Mapping[str, Any] | None = None,
 ) -> StageReport:
     """Say for every BatchNorm evaluation which stage removed it, or why it stays.
 
@@ -94,6 +95,7 @@ def removal_ledger(
         args: Example inputs of `model`.
         f: The file made from `model`; without one, `model` is folded and exported for the count.
         kwargs: Example keyword arguments of `model`.
+        fold_options: Options of `fold_bn`, such as `{"merge_branches": False}`.
 
     Raises:
         VerificationError: The file cannot be read, or onnxruntime cannot load it.
@@ -107,7 +109,7 @@ def removal_ledger(
     from bnfx.folding import fold_bn
     from bnfx.reports import report
 
-    folded = fold_bn(model, args, example_kwargs=kwargs)
+    folded = fold_bn(model, args, example_kwargs=kwargs, **(fold_options or {}))
     plan = report(folded)
     assert isinstance(plan, FoldReport)
     if f is not None:

@@ -1,4 +1,4 @@
-"""What onnxruntime is given: the file itself, and a copy that shows the values between layers."""
+"""What onnxruntime is given: the file itself, or a copy that it can run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Staged:
     Attributes:
         model: The file to run.
         weights: Folder of the external data of copies; "" where they have none.
-        values_model: A copy with further values as outputs; "" without.
+        values_model: The file, or a copy, without functions: `graph` is its; "" if no values of it
+            are wanted.
         graph: Its layers.
         notes: How it differs from the file that was asked for.
     """
@@ -52,9 +53,11 @@ def stage(
         VerificationError: The model's functions cannot be inlined.
     """
     model, run, notes = _inlined(proto, path), str(path), list[str]()
+    same = model is proto
     if BFLOAT16 in float_types(model):
         model = retyped(model, path.parent, {BFLOAT16}, FLOAT)
-        if provider == "cpu":
+        same = provider == "cpu"
+        if same:
             run = _save(model, folder / "float32.onnx")
             notes.append("onnxruntime's CPU has no bfloat16: run in float32 on the same weights")
     external = any(
@@ -63,13 +66,7 @@ def stage(
     graph = layer_nodes(model, path.parent)
     shown = ""
     if values and graph.wanted:
-        declared = len(model.graph.output)
-        named = {value.name for value in model.graph.output}
-        model.graph.output.extend(
-            onnx.ValueInfoProto(name=name) for name in graph.wanted if name not in named
-        )
-        shown = _save(model, folder / "values.onnx")
-        del model.graph.output[declared:]
+        shown = run if same else _save(model, folder / "values.onnx")
     return Staged(run, str(path.parent) if external else "", shown, graph, tuple(notes))
 
 

@@ -8,6 +8,7 @@ error (see `bnfx.compare`). Nothing that the file claims about itself weakens a 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
@@ -29,9 +30,18 @@ from bnfx.layer_checks import MAX_LAYER_RATIO
 from bnfx.localisation import output_fault
 from bnfx.onnx_files import FOLDED, all_nodes, metadata_of, read_onnx, type_name
 from bnfx.onnx_reference import OnnxReference
-from bnfx.references import DTYPES, Precision, Runs, Sample, TorchReference, arrays
+from bnfx.references import DTYPES, Precision, TorchReference, arrays
 from bnfx.runner import Answer, Request, execute
-from bnfx.sampling import as_sample, batch_of, other_batches, pool, resized, symbolic_batch
+from bnfx.runs import RowTruths, Runs, Sample
+from bnfx.sampling import (
+    as_sample,
+    batch_of,
+    other_batches,
+    pool,
+    resized,
+    rows_of,
+    symbolic_batch,
+)
 from bnfx.staging import Staged, stage
 from bnfx.tiers import Findings, check_layers
 from bnfx.verdicts import Divergence, TierCheck, VerifyReport
@@ -112,7 +122,9 @@ def verify_onnx(
     each = time.perf_counter() - began
     limit = max(120.0, 100 * each * (len(pooled) + sum(sizes))) if timeout is None else timeout
     staged, answer = _run(plan, localize=localize, timeout=limit, isolate=isolate)
-    runs = first + reference.run([*pooled[1:], *small])
+    runs = first + reference.run(pooled[1:])
+    rows = [rows_of(pooled, size) for size in sizes]
+    runs += reference.run(small, RowTruths(runs, batch_of(pooled[0]), rows))
     outputs = _check_outputs(plan, answer, runs, max_ratio)
     findings = _check_layers(plan, staged, answer)
     return _report(plan, staged, answer, outputs, findings, max_ratio, localize, start)
@@ -146,12 +158,17 @@ class _Plan:
     values: list[onnx.ValueInfoProto]
 
     @property
-    def shown(self) -> Sample:
-        """The input that layers are compared on: the smallest batch there is."""
-        batches = dict(zip(self.sizes, self.small, strict=True))
+    def samples(self) -> list[Sample]:
+        """Every input, the pooled ones first."""
+        return [*self.pooled, *self.small]
+
+    @property
+    def shown(self) -> int:
+        """Number of the input that layers are compared on: the smallest batch there is."""
         least = min(self.sizes, default=0)
         own = batch_of(self.pooled[0])
-        return batches[least] if least and own is not None and least < own else self.pooled[0]
+        smaller = least and own is not None and least < own
+        return len(self.pooled) + self.sizes.index(least) if smaller else 0
 
 
 def _declared(proto: onnx.ModelProto) -> tuple[list[str], list[onnx.ValueInfoProto]]:
@@ -165,19 +182,19 @@ def _run(plan: _Plan, *, localize: bool, timeout: float, isolate: bool) -> tuple
     with tempfile.TemporaryDirectory(prefix="bnfx-") as name:
         folder = Path(name)
         staged = stage(plan.proto, plan.path, folder, provider=plan.provider, values=localize)
-        samples = [plan.shown, *plan.pooled, *plan.small]
         request = Request(
             model=staged.model,
             provider=plan.provider,
             folder=name,
             names=tuple(plan.names),
-            runs=len(samples),
+            runs=len(plan.samples),
             tf32=plan.reference.precision == "tf32",
             values_model=staged.values_model,
             values=staged.graph.wanted if staged.values_model else (),
+            values_run=plan.shown,
             weights=staged.weights,
         )
-        feeds = [_feed(plan, sample) for sample in samples]
+        feeds = [_feed(plan, sample) for sample in plan.samples]
         if isolate or plan.provider != "cpu":
             return staged, execute_apart(request, feeds, timeout=timeout)
         return staged, execute(request, feeds)
@@ -212,7 +229,7 @@ def _check_group(
     plan: _Plan, answer: Answer, runs: Runs, group: list[int], max_ratio: float
 ) -> list[OutputCheck]:
     unit = UNIT[plan.reference.precision]
-    failed = next((i + 1 for i in group if answer.results[i + 1] is None), None)
+    failed = next((i for i in group if answer.results[i] is None), None)
     if failed is not None:
         reason = f"onnxruntime fails on this input: {answer.failures[failed]}"
         shape = tuple(runs.own[group[0]][0].shape)
@@ -222,7 +239,7 @@ def _check_group(
     }
     checks = []
     for k, name in enumerate(answer.outputs):
-        mine = [outs[k] for i in group if (outs := answer.results[i + 1]) is not None]
+        mine = [outs[k] for i in group if (outs := answer.results[i]) is not None]
         budget = [runs.rounded[i][k] for i in group]
         own = [runs.own[i][k] for i in group]
         same = mine[0].dtype == own[0].dtype
@@ -251,11 +268,21 @@ def _check_layers(plan: _Plan, staged: Staged, answer: Answer) -> Findings:
         plan.reference.weights,
         plan.reference.precision,
         claimed=FOLDED in claims,
+        changed=_names(claims.get(FOLDED, "")),
     )
     values = dict(answer.values)
     if staged.values_model:
-        values |= dict(zip(plan.names, _feed(plan, plan.shown), strict=True))
-    return check_layers(plan.reference, plan.shown, staged.graph, values, rounding)
+        values |= dict(zip(plan.names, _feed(plan, plan.samples[plan.shown]), strict=True))
+    return check_layers(plan.reference, plan.samples[plan.shown], staged.graph, values, rounding)
+
+
+def _names(claim: str) -> frozenset[str]:
+    """The names of parameters in a claim; none if it is no list of them."""
+    try:
+        listed = json.loads(claim)
+    except (ValueError, RecursionError):
+        return frozenset()
+    return frozenset(map(str, listed)) if isinstance(listed, list) else frozenset()
 
 
 def _report(

@@ -8,7 +8,6 @@ if __name__ != "bnfx.passes":
     )
 
 from .fold_bn import FoldBatchNorm
-from .fold_bn import Plan as FoldPlan
 from .insert_bn import Filter as InsertFilter
 from .insert_bn import InsertBatchNorm, never_called
 from .insert_bn import Placement as InsertPlacement
@@ -20,7 +19,6 @@ from .zero_init_residual import ZeroInitResidual
 
 __all__ = [
     "FoldBatchNorm",
-    "FoldPlan",
     "InsertBatchNorm",
     "InsertFilter",
     "InsertPlacement",

@@ -39,14 +39,15 @@ from bnfx.norms import affine_map_of, holds_norm, is_norm
 from bnfx.operators import BATCH_NORM, affine_of
 from bnfx.passages import Passage, passage_of
 from bnfx.propagation import propagate
-from bnfx.reports import FoldRecord, FoldReport
+from bnfx.provenance import vanished_into
+from bnfx.reports import FoldRecord
 from bnfx.rewriting import Ends, Pending, bounds_of, change_of, is_changed
 from bnfx.roles import Role, role_of
 from bnfx.shapes import Shapes, at_other_ranks, is_tensor, shapes_of
 from bnfx.soundness import NARROW, WIDE
 from bnfx.walk import Options, Walk
 from bnfx.words import describe, norm_path
-from bnfx.writing import write
+from bnfx.writing import Written, write
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,11 @@ class FoldBatchNorm:
         gauges.refused.update(refused)
         constant = _constant_outputs(found, gauges)
         vanished = {site.node for site in gauges.eliminated}
+        carries = vanished_into(found, gauges, walk.values)
         done = tuple(
-            Pending(site, functools.partial(change_of, site, ends, walk.values, dead))
+            Pending(
+                site, functools.partial(change_of, site, ends, walk.values, dead), carries(site)
+            )
             for site in found.sites.values()
             if site.node not in vanished
             and is_changed(ends := Ends.of(site, gauges), dead := constant.get(site.node, {}))
@@ -118,7 +122,7 @@ class FoldBatchNorm:
         least = others + gauges.bound.unavoidable(stayed)
         return Plan(gauges.eliminated, done, records, guards, least, bounds)
 
-    def rewrite(self, module: fx.GraphModule, plan: Plan, *, rounded: bool = True) -> FoldReport:
+    def rewrite(self, module: fx.GraphModule, plan: Plan, *, rounded: bool = True) -> Written:
         """Carry out what `match` found, on `module` itself.
 
         Args:
@@ -128,26 +132,7 @@ class FoldBatchNorm:
         """
         for node, rank in plan.guards.items():
             _guard_rank(module.graph, node, rank)
-        provenance = write(
-            module,
-            plan.changes,
-            plan.eliminated,
-            bounds={
-                node: (
-                    _stored(new[0], like, rounded=rounded),
-                    _stored(new[1], like, rounded=rounded),
-                )
-                for node, (new, like) in plan.bounds.items()
-            },
-            rounded=rounded,
-        )
-        return FoldReport(tuple(plan.records.values()), provenance, plan.unavoidable)
-
-
-def _stored(bound: Tensor | None, like: Tensor, *, rounded: bool) -> Tensor | None:
-    if bound is None:
-        return None
-    return bound.to(like.dtype if rounded else bound.dtype).to(like.device)
+        return write(module, plan.changes, plan.eliminated, bounds=plan.bounds, rounded=rounded)
 
 
 @dataclass(frozen=True)

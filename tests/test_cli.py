@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ def small(width=8, stubborn=False):
 
 def plain():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10))
+
+
+class Branches(nn.Module):
+    """Two convolutions that are added: one, unless they are to stay apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.bn = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return torch.relu(self.bn(self.a(x) + self.b(x)))
 
 
 class Loop(nn.Module):
@@ -174,6 +186,7 @@ def test_the_examples_in_the_help_run(
         (("fold", "nets:Loop"), 4, "CaptureError"),
         (("export", "nets:small", "a.onnx", *X, "--opset", "9"), 4, "opset_version=9"),
         (("export", "nets:Loop", "a.onnx", "--input", "x:3"), 4, "ExportError"),
+        (("export", "nets:small", "a.onnx", *X, "--thresholds"), 2, "need --fold"),
         (("insert", "nets:Small.forward"), 2, "factory failed"),
         (("inspect", "nets:small(stubborn=True)", "--require-folded"), 1, "policy"),
         (("fold", "nets:small(stubborn=True)", "--max-batch-norms-left", "0"), 1, "policy"),
@@ -470,6 +483,24 @@ def test_inputs_by_name_from_npz_and_by_position(here: Path) -> None:
     assert a.type == b.type
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_branches_stay_apart_where_asked(here: Path, *, apart: bool) -> None:
+    how = ("--no-merge-branches",) if apart else ()
+    for argv in (["export", "nets:Branches", "a.onnx", "--fold"], ["deploy", "nets:Branches"]):
+        file = (["a.onnx"] if argv[0] == "deploy" else []) + [*X, *how]
+        assert main([*argv, *file]) == 0
+        nodes = [node.op_type for node in onnx.load("a.onnx").graph.node]
+        assert nodes.count("Conv") == (2 if apart else 1), argv
+    into = ["a", "b"] if apart else ["a.merged"]
+    for command in ("inspect", "fold"):
+        assert main([command, "nets:Branches", *X, *how, "--json", "r.json"]) == 0
+        report = strict((here / "r.json").read_text())
+        (norm,) = report.get("fold", report)["batch_norms"]
+        assert sorted(norm["into"]) == into
+    for argv in (["inspect", "a.onnx", *how], ["bench", "a.onnx", *how, "--num-runs", "50"]):
+        assert main(argv) == (2 if apart else 0)
+
+
 def run_cli(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bnfx", *argv]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
@@ -505,19 +536,31 @@ def test_doctor_runs_without_torch(here: Path) -> None:
     assert "onnxruntime" in done.stdout, done.stderr
 
 
+def drained(terminal: int) -> bytes:
+    """What was written to a terminal until the last writer closed it."""
+    parts = []
+    with suppress(OSError):  # how Linux says that it is closed
+        while part := os.read(terminal, 1 << 16):
+            parts.append(part)
+    return b"".join(parts)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="terminals as POSIX has them")
 def test_progress_is_shown_on_a_terminal(here: Path) -> None:
     import pty
 
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "bnfx", "fold", "nets:small", "--json", "-"]
-    done = subprocess.run(command, cwd=here, stdout=subprocess.PIPE, stderr=theirs, check=True)
-    os.close(theirs)
-    shown = os.read(ours, 1 << 16).decode()
+    command = [sys.executable, "-m", "bnfx", "deploy", "nets:small", "a.onnx", *X, "--json", "-"]
+    with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.close(theirs)
+        shown = drained(ours).decode()
+        assert process.stdout is not None
+        told = process.stdout.read().decode()
     os.close(ours)
-    assert "folding" in shown
-    assert strict(done.stdout.decode())["exit_code"] == 0
-    assert "folding" not in run_cli("fold", "nets:small", cwd=here).stderr
+    for name in ("loading the model", "fold", "export", "verify", "ledger"):
+        assert name in shown
+    assert strict(told)["exit_code"] == 0
+    assert "loading" not in run_cli("fold", "nets:small", cwd=here).stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")

@@ -33,8 +33,12 @@ def names(folder: Path) -> list[str]:
 def test_a_verified_file_and_a_report(tmp_path: Path) -> None:
     model, x = randomise(Two()), torch.randn(1, 3, 8, 8)
     f, written = tmp_path / "net.onnx", tmp_path / "report.json"
-    done = bnfx.deploy(model, (x,), f, report=written, dynamic_shapes=DYNAMIC)
+    steps: list[str] = []
+    done = bnfx.deploy(
+        model, (x,), f, report=written, dynamic_shapes=DYNAMIC, progress=steps.append
+    )
     assert done
+    assert steps == ["fold", "export", "verify", "ledger", "report"]
     assert names(tmp_path) == ["net.onnx", "report.json"]
     told = json.loads(written.read_text())
     assert told["status"] == "deployed"

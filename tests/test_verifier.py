@@ -162,7 +162,8 @@ class Pool(nn.Module):
 
 def test_a_file_in_float64_is_the_model_in_float64(tmp_path: Path) -> None:
     from bnfx.onnx_reference import OnnxReference
-    from bnfx.references import Sample, TorchReference
+    from bnfx.references import TorchReference
+    from bnfx.runs import Sample
 
     model, x = randomise(Pool()), torch.randn(2, 2, 17, 19)
     f = tmp_path / "pool.onnx"
