@@ -115,11 +115,12 @@ class FoldBatchNorm:
             site.kind is Kind.BATCH_NORM for site, _ in stayed
         )
         written = arithmetic.records(module.graph, found, vanished, explanation)
-        records.update(written)  # whether one of these must stay is not proved
+        records.update(written)
         bounds = {
             node: (new, b.like) for node, b in found.bounds.items() if (new := bounds_of(b, gauges))
         }
         least = others + gauges.bound.unavoidable(stayed)
+        least += arithmetic.unavoidable(module.graph, gauges.bound)
         return Plan(gauges.eliminated, done, records, guards, least, bounds)
 
     def rewrite(self, module: fx.GraphModule, plan: Plan, *, rounded: bool = True) -> Written:
