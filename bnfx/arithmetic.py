@@ -22,6 +22,7 @@ from bnfx.evaluation import Values
 from bnfx.ledger import constants
 from bnfx.norms import is_norm
 from bnfx.operators import affine_of
+from bnfx.optimum import Bound
 from bnfx.passages import Passage, passage_of
 from bnfx.reports import FoldRecord
 from bnfx.words import describe
@@ -90,21 +91,34 @@ def records(
         gone: Operators that will vanish.
         explanation: Why the others stay.
     """
-    parts: dict[Written, list[fx.Node]] = {}
-    for node in graph.nodes:
-        part = node.meta.get(_PART)
-        if isinstance(part, Written):
-            parts.setdefault(part, []).append(node)
-    for part, nodes in parts.items():
+    for part, nodes in _parts(graph).items():
         left = [node for node in nodes if node not in gone]
         if not left:
             layers = [name for node in nodes for name in explanation.into(found.sites[node])]
             yield part.name, FoldRecord(part.path, "folded", tuple(dict.fromkeys(layers)), "")
             continue
-        words = (
-            f"{AS_ARITHMETIC}, and {describe(left[0])} stays: {_why(left[0], found, explanation)}"
-        )
+        why = _why(left[0], found, explanation)
+        words = f"{AS_ARITHMETIC}, and {describe(left[0])} stays: {why}"
         yield part.name, FoldRecord(part.path, "kept", (), words)
+
+
+def unavoidable(graph: fx.Graph, bound: Bound) -> int:
+    """How many marked evaluations hold an operator that stays under any choice."""
+    held = 0
+    for nodes in _parts(graph).values():
+        known = [bound.candidates[bound.place[node]] for node in nodes if node in bound.place]
+        held += any(bound.alone(site) is not None for site in known)
+    return held
+
+
+def _parts(graph: fx.Graph) -> dict[Written, list[fx.Node]]:
+    """The marked evaluations, with what is left of each."""
+    parts: dict[Written, list[fx.Node]] = {}
+    for node in graph.nodes:
+        part = node.meta.get(_PART)
+        if isinstance(part, Written):
+            parts.setdefault(part, []).append(node)
+    return parts
 
 
 def _why(node: fx.Node, found: Constraints, explanation: Explanation) -> str:

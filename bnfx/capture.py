@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from bnfx.errors import CaptureError
 from bnfx.operators import BATCH_NORM
@@ -41,6 +42,13 @@ class Example:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+    def copied(self) -> Example:
+        """The same with tensors of its own, in which a forward may work."""
+        leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
+        memo = {id(t): t.detach().clone() for t in leaves if isinstance(t, Tensor)}
+        args, kwargs = copy.deepcopy((self.args, dict(self.kwargs)), dict[int, Any](memo))
+        return Example(args, kwargs)
 
 
 def example(inputs: Any, kwargs: Mapping[str, Any] | None) -> Example | None:

@@ -41,7 +41,7 @@ from bnfx.passages import Passage, passage_of
 from bnfx.propagation import propagate
 from bnfx.provenance import vanished_into
 from bnfx.reports import FoldRecord
-from bnfx.rewriting import Pending, bounds_of, change_of, is_changed
+from bnfx.rewriting import Ends, Pending, bounds_of, change_of, is_changed
 from bnfx.roles import Role, role_of
 from bnfx.shapes import Shapes, at_other_ranks, is_tensor, shapes_of
 from bnfx.soundness import NARROW, WIDE
@@ -55,7 +55,7 @@ class Plan:
     """What will be done to a graph.
 
     Attributes:
-        gauges: Scale and displacement of every label.
+        eliminated: Calls that vanish, in order.
         changes: New parameters, computed when they are written.
         records: One for each evaluation of a BatchNorm, by the name of its node and its own path.
         guards: Nodes whose rank the result must check, and that rank.
@@ -63,7 +63,7 @@ class Plan:
         bounds: Clamping nodes whose bounds carry a gauge: the new ones, and a tensor like them.
     """
 
-    gauges: Gauges
+    eliminated: tuple[Site, ...]
     changes: tuple[Pending, ...]
     records: Mapping[str, FoldRecord]
     guards: Mapping[fx.Node, int]
@@ -102,11 +102,11 @@ class FoldBatchNorm:
         carries = vanished_into(found, gauges, walk.values)
         done = tuple(
             Pending(
-                site, functools.partial(change_of, site, gauges, walk.values, dead), carries(site)
+                site, functools.partial(change_of, site, ends, walk.values, dead), carries(site)
             )
             for site in found.sites.values()
             if site.node not in vanished
-            and is_changed(site, gauges, dead := constant.get(site.node, {}))
+            and is_changed(ends := Ends.of(site, gauges), dead := constant.get(site.node, {}))
         )
         explanation = Explanation(found, gauges, done)
         records = dict(_records(module, found, gauges, walk.values, explanation))
@@ -115,12 +115,13 @@ class FoldBatchNorm:
             site.kind is Kind.BATCH_NORM for site, _ in stayed
         )
         written = arithmetic.records(module.graph, found, vanished, explanation)
-        records.update(written)  # whether one of these must stay is not proved
+        records.update(written)
         bounds = {
             node: (new, b.like) for node, b in found.bounds.items() if (new := bounds_of(b, gauges))
         }
         least = others + gauges.bound.unavoidable(stayed)
-        return Plan(gauges, done, records, guards, least, bounds)
+        least += arithmetic.unavoidable(module.graph, gauges.bound)
+        return Plan(gauges.eliminated, done, records, guards, least, bounds)
 
     def rewrite(self, module: fx.GraphModule, plan: Plan, *, rounded: bool = True) -> Written:
         """Carry out what `match` found, on `module` itself.
@@ -132,8 +133,7 @@ class FoldBatchNorm:
         """
         for node, rank in plan.guards.items():
             _guard_rank(module.graph, node, rank)
-        gone = plan.gauges.eliminated
-        return write(module, plan.changes, gone, bounds=plan.bounds, rounded=rounded)
+        return write(module, plan.changes, plan.eliminated, bounds=plan.bounds, rounded=rounded)
 
 
 @dataclass(frozen=True)

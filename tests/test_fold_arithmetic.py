@@ -65,7 +65,7 @@ class Net(nn.Module):
         return self.body(self, x)
 
 
-def records_of(net: Net, how: str) -> tuple[FoldRecord, ...]:
+def report_of(net: Net, how: str) -> FoldReport:
     """Fold in float64, and hold the outputs against the source's."""
     torch.manual_seed(0)
     net.eval().double()
@@ -75,7 +75,11 @@ def records_of(net: Net, how: str) -> tuple[FoldRecord, ...]:
     assert_close(net, folded, [x])
     done = bnfx.report(folded)
     assert isinstance(done, FoldReport)
-    return done.batch_norms
+    return done
+
+
+def records_of(net: Net, how: str) -> tuple[FoldRecord, ...]:
+    return report_of(net, how).batch_norms
 
 
 @pytest.mark.parametrize("how", ["traced", "example", "exported"])
@@ -101,7 +105,9 @@ def test_what_must_stay_says_why(how: str) -> None:
         return F.gelu(m.norm(y)) + y
 
     net = Net(body, conv=nn.Conv2d(4, 4, 3), norm=Statistics(at_once))
-    (record,) = records_of(net, how)
+    done = report_of(net, how)
+    (record,) = done.batch_norms
+    assert (done.unavoidable, done.proved) == (1, True)
     assert (record.path, record.verdict, record.into) == ("norm", "kept", ())
     assert record.reason.startswith("it is written as arithmetic, and mul 'norm' stays: its scale")
     assert "gelu" in record.reason
