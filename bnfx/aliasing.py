@@ -15,19 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from bnfx.calls import argument, base_name, function_name, words
+from bnfx.effects import writes
 from bnfx.evaluation import reads_elements
-from bnfx.operators import (
-    BATCH_NORM,
-    INSTANCE_NORM,
-    Passage,
-    affine_of,
-    argument,
-    base_name,
-    function_name,
-    passage_of,
-    words,
-    writes,
-)
+from bnfx.operators import BATCH_NORM, INSTANCE_NORM, affine_of
+from bnfx.passages import Passage, passage_of
 
 _MAY_ALIAS = (Passage.MOVE, Passage.IDENTITY, Passage.PAD, Passage.INTERPOLATE, None)
 _FRESH_NAMES = words(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from bnfx.errors import CaptureError
 from bnfx.operators import BATCH_NORM
@@ -41,6 +42,13 @@ class Example:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+    def copied(self) -> Example:
+        """The same with tensors of its own, in which a forward may work."""
+        leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
+        memo = {id(t): t.detach().clone() for t in leaves if isinstance(t, Tensor)}
+        args, kwargs = copy.deepcopy((self.args, dict(self.kwargs)), dict[int, Any](memo))
+        return Example(args, kwargs)
 
 
 def example(inputs: Any, kwargs: Mapping[str, Any] | None) -> Example | None:
@@ -123,6 +131,8 @@ class Tracer(fx.Tracer):
         self.opaque = opaque
         self.given = given
         self.failed: str | None = None
+        self._entered: set[str] = set()
+        self.read: dict[str, Any] = {}
 
     def create_args_for_root(
         self,
@@ -188,13 +198,39 @@ class Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Remember the innermost module in which tracing failed."""
+        """A module in which tracing fails stays whole: the innermost one."""
+        path, last = self.path_of_module(m), self.graph._root.prev
+        depth = len(self.module_stack)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            out = super().call_module(m, forward, args, kwargs)
         except Exception:
-            if self.failed is None:
-                self.failed = self.path_of_module(m)
-            raise
+            if self.failed is not None or self.is_leaf_module(m, path):
+                self.failed = self.failed or path
+                raise
+            self.opaque |= {path}
+            if path in self._entered:  # one call is in the graph already, and must stay whole too
+                self.failed = path
+                raise
+            self._forget(last)
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem()
+            return self.create_proxy("call_module", path, args, kwargs)
+        self._entered.add(path)
+        return out
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """The same as torch.fx's; what was read is remembered."""
+        self.read = parameter_proxy_cache
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _forget(self, last: fx.Node) -> None:
+        """Erase the nodes behind `last`, and all knowledge of them."""
+        gone = set()
+        while (node := self.graph._root.prev) is not last:
+            self.graph.erase_node(node)
+            gone.add(node)
+        for name in [name for name, proxy in self.read.items() if proxy.node in gone]:
+            del self.read[name]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -211,16 +247,16 @@ def trace(
         try:
             graph = tracer.trace(model)
         except Exception as error:  # a user's forward on proxies raises anything
-            if tracer.failed is None or tracer.failed in opaque:
+            if tracer.failed is None or tracer.opaque == opaque:
                 raise CaptureError(
                     f"the forward of {type(model).__name__} cannot be traced symbolically: {error}"
                 ) from error
-            opaque |= {tracer.failed}
+            opaque = tracer.opaque
             continue
         for node in graph.nodes:
             node.type = None  # annotations are strings at times, which no pickle can import
         graph._tracer_cls = None  # unpickling would make a tracer of this class
-        return graph, opaque
+        return graph, tracer.opaque
 
 
 def assemble(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:

@@ -1,43 +1,20 @@
-"""Why a BatchNorm stays, into which layers the others went, and whether more could have gone.
-
-A site that contradicts the hard demands by itself stays under any choice. Other sites each force a
-value on a gauge; two that force different values on one gauge cannot both go, so of a set of sites
-that pairwise do so, all but one stay. Where that counts every site that stayed, the choice is
-proved to be the best.
-"""
+"""Why a BatchNorm stays, and into which layers the others went."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from bnfx.constraints import Constraints, Demand, Kind, Site
-from bnfx.gauges import ZERO, Gauges, Refused, attempt, equations
-from bnfx.linear_system import Floats, Ints
+from bnfx.elimination import Refused
+from bnfx.gauges import Gauges
+from bnfx.linear_system import Ints
 from bnfx.rewriting import Pending
 from bnfx.words import channels, describe, norm_path, path_of
 
-#: Forced values closer than this, relatively, are not taken for a contradiction.
-_APART = 1e-9
 _VISITS = 5000
 _HOPS = 4
-
-
-@dataclass(frozen=True)
-class Forced:
-    """Values that sites force on free gauges of one part; one row for each channel.
-
-    Attributes:
-        gauge: The unknown.
-        value: What it must be.
-        site: Index among the candidates.
-    """
-
-    gauge: Ints
-    value: Floats
-    site: Ints
 
 
 class Explanation:
@@ -48,20 +25,16 @@ class Explanation:
         found: Constraints,
         gauges: Gauges,
         changes: Sequence[Pending],
-        candidates: Sequence[Site],
     ) -> None:
         self.found = found
-        self.hard = gauges.hard
         self.gauges = gauges
+        self.bound = gauges.bound
+        self.gone = {site.node for site in gauges.eliminated}
         self.changed = [change.site for change in changes]
-        self.candidates = list(candidates)
-        gone = {site.node for site in gauges.eliminated}
-        self.gone = [site.node in gone for site in self.candidates]
-        self._forced = {part: self._forces(part) for part in ("scale", "shift")}
         self._touching: tuple[Ints, Ints, Ints] | None = None
         of = gauges.systems.of
-        self._of_changed = _by_class(of, self.changed)
-        self._of_gone = _by_class(of, gauges.eliminated)
+        self._of_changed = _Ends(of, self.changed)
+        self._of_gone = _Ends(of, gauges.eliminated)
 
     # -- into ----------------------------------------------------------------------------------
 
@@ -72,10 +45,10 @@ class Explanation:
         eliminated = self.gauges.eliminated
         crossed = {i for i, s in enumerate(eliminated) if s is site}
         for _ in range(len(eliminated) + _HOPS):
-            hit = _touched(self._of_changed, labels[labels > 0])
+            hit = self._of_changed.at(labels[labels > 0])
             if hit:
                 return tuple(dict.fromkeys(owner(self.changed[i]) for i in sorted(hit)))
-            new = sorted(_touched(self._of_gone, labels) - crossed)
+            new = sorted(self._of_gone.at(labels) - crossed)
             crossed.update(new)
             more = [eliminated[i] for i in new]
             ends = [of[np.append(b.x, b.y)] for b in more] or self._beside(labels)
@@ -99,10 +72,10 @@ class Explanation:
         if refused.words:
             where = f" ({channels(refused.channels)})" if len(refused.channels) else ""
             return refused.words + where
-        alone = attempt(self.hard, site, dead=True, keep=False)
+        alone = self.bound.alone(site)
         if alone is not None:
             return self._hard_reason(site, alone)
-        rivals = self._rivals(site)
+        rivals = [rival for rival in self.bound.rivals(site) if rival.node in self.gone]
         where = channels(refused.channels)
         if rivals:
             shown = ", ".join(repr(_path(r)) for r in rivals[:4])
@@ -111,7 +84,7 @@ class Explanation:
         return f"its {refused.part} on {where} conflicts with other BatchNorms on the same tensors"
 
     def _hard_reason(self, site: Site, refused: Refused) -> str:
-        of = self.hard.of
+        of = self.bound.hard.of
         lane = int(refused.channels[0])
         where = channels(refused.channels)
         if len(np.unique(of[site.x])) < len(site.x) and of[site.x[0]] > 0:
@@ -169,90 +142,27 @@ class Explanation:
         low, high = np.searchsorted(names, [label, label + 1])
         yield from zip(batches[low:high].tolist(), places[low:high].tolist(), strict=True)
 
-    # -- the best that the rules allow ---------------------------------------------------------
 
-    def _forces(self, part: str) -> Forced:
-        gauges, values, sites = [], [], []
-        for index, site in enumerate(self.candidates):
-            system, rows = equations(self.hard, site)[part]
-            rows = system.substituted(rows)
-            single = (rows.unknowns >= 0).sum(axis=1) == 1
-            gauges.append(rows.unknowns[single, 0])
-            values.append(-rows.constant[single] / rows.coefficients[single, 0])
-            sites.append(np.full(int(single.sum()), index))
-        if not gauges:
-            return Forced(np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64))
-        return Forced(np.concatenate(gauges), np.concatenate(values), np.concatenate(sites))
+class _Ends:
+    """At which of `sites` a class of labels ends, one of its inputs or outputs."""
 
-    def _rivals(self, site: Site) -> list[Site]:
-        """Sites that went and force another value on a gauge that `site` forces."""
-        index = next(i for i, s in enumerate(self.candidates) if s is site)
-        found: set[int] = set()
-        for forced in self._forced.values():
-            mine = forced.site == index
-            order = np.argsort(forced.gauge[mine], kind="stable")
-            gauge, value = forced.gauge[mine][order], forced.value[mine][order]
-            if not len(gauge):
-                continue
-            at = np.clip(np.searchsorted(gauge, forced.gauge), 0, len(gauge) - 1)
-            same = gauge[at] == forced.gauge
-            found.update(forced.site[same & _apart(value[at], forced.value)].tolist())
-        return [self.candidates[i] for i in sorted(found) if self.gone[i]]
+    def __init__(self, of: Ints, sites: Sequence[Site]) -> None:
+        ends = [np.unique(of[np.append(site.x, site.y)]) for site in sites]
+        names = np.concatenate([*ends, np.zeros(0, np.int64)])
+        order = np.argsort(names, kind="stable")
+        self._names = names[order]
+        self._sites = np.repeat(np.arange(len(ends)), [len(e) for e in ends])[order]
 
-    def unavoidable(self) -> int:
-        """A number of the candidates that stay under any choice that the rules allow."""
-        stayed = [
-            i
-            for i, site in enumerate(self.candidates)
-            if not self.gone[i] and site.kind is Kind.BATCH_NORM
-        ]
-        alone = {
-            i
-            for i in stayed
-            if self.gauges.refused[self.candidates[i].node].words == ZERO
-            or attempt(self.hard, self.candidates[i], dead=True, keep=False) is not None
-        }
-        return len(alone) + self._cliques(set(stayed) - alone)
-
-    def _cliques(self, stayed: set[int]) -> int:
-        """Counts sites that share a gauge with one that went, all forcing different values."""
-        count, left = 0, set(stayed)
-        for forced in self._forced.values():
-            order = np.lexsort((forced.value, forced.gauge))
-            gauge, value, site = forced.gauge[order], forced.value[order], forced.site[order]
-            bounds = np.flatnonzero(np.diff(gauge)) + 1
-            starts, ends = np.append(0, bounds), np.append(bounds, len(gauge))
-            several = np.flatnonzero(ends - starts > 1)
-            for start, end in zip(starts[several].tolist(), ends[several].tolist(), strict=True):
-                members, values = site[start:end], value[start:end]
-                distinct = np.append(True, _apart(values[1:], values[:-1]))
-                group = {int(m) for m in members[distinct]}
-                if any(self.gone[m] for m in group) and len(hit := group & left):
-                    count += len(hit)
-                    left -= hit
-        return count
-
-
-def _by_class(of: Ints, sites: Sequence[Site]) -> dict[int, list[int]]:
-    """Class of labels -> indices of the sites at which one of them ends."""
-    found: dict[int, list[int]] = {}
-    for index, site in enumerate(sites):
-        for label in np.unique(of[np.append(site.x, site.y)]).tolist():
-            found.setdefault(label, []).append(index)
-    return found
-
-
-def _touched(by_class: dict[int, list[int]], labels: Ints) -> set[int]:
-    return {index for label in labels.tolist() for index in by_class.get(label, ())}
+    def at(self, labels: Ints) -> set[int]:
+        """Indices of the sites that have one of `labels`."""
+        low = np.searchsorted(self._names, labels, "left")
+        counts = np.searchsorted(self._names, labels, "right") - low
+        starts = np.repeat(low - np.cumsum(counts) + counts, counts)
+        return set(self._sites[starts + np.arange(len(starts))].tolist())
 
 
 def _path(site: Site) -> str:
     return norm_path(site.node) if site.kind is Kind.BATCH_NORM else path_of(site.node)
-
-
-def _apart(a: Floats, b: Floats) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    apart = np.abs(a - b) > _APART * np.maximum(np.abs(a), np.abs(b))
-    return np.asarray(apart)
 
 
 def owner(site: Site) -> str:

@@ -7,8 +7,10 @@ and as a sign, 0 for a > 0 and 1 for a < 0, so that every demand is a linear equ
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
@@ -237,7 +239,7 @@ def equations_of(batches: list[Batch], systems: Systems) -> list[tuple[LinearSys
     result: list[tuple[LinearSystem, Rows]] = []
     for demand, pieces in gathered.items():
         columns = [np.concatenate(column) for column in zip(*pieces, strict=True)]
-        columns = list(np.unique(np.stack(columns), axis=1))
+        columns = _distinct(columns)
         labels = [c.astype(np.int64) for c in columns]
         if demand is Demand.SAME_SCALE:
             rows = Rows.of((labels[0], 1.0), (labels[1], -1.0))
@@ -253,3 +255,31 @@ def equations_of(batches: list[Batch], systems: Systems) -> list[tuple[LinearSys
             terms = ((labels[0], 1.0), (labels[1], -columns[3]), (labels[2], -columns[4]))
             result.append((systems.shift, Rows.of(*terms)))
     return result
+
+
+def _distinct(columns: list[Any]) -> list[Any]:
+    """The columns without the rows that occur before."""
+    order = np.lexsort(columns)
+    ordered = [column[order] for column in columns]
+    new = np.ones(len(order), bool)
+    new[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in ordered])
+    return [column[new] for column in ordered]
+
+
+def components(found: Constraints, of: Ints, sites: Iterable[Site]) -> Ints:
+    """(labels,), a number that labels share which demands or `sites` tie together; ground is 0.
+
+    A tie to the ground alone is none: it fixes a gauge and says nothing about others.
+
+    Args:
+        found: Labels and demands.
+        of: (labels,), class of every label.
+        sites: Calls whose input and output are tied.
+    """
+    ends = [(site.x, site.y) for site in sites]
+    ends += [(batch.labels[0], other) for batch in found.batches for other in batch.labels[1:]]
+    tied = [(of[a], of[b]) for a, b in ends]
+    whole = classes(
+        found.count, [(a[free], b[free]) for a, b in tied if (free := (a > 0) & (b > 0)).any()]
+    )
+    return whole[of]

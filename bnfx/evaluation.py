@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from bnfx.calls import function_name, reads_shape_only, words
+from bnfx.effects import writes
 from bnfx.ledger import Constants
-from bnfx.operators import Passage, function_name, passage_of, reads_shape_only, words, writes
+from bnfx.passages import Passage, passage_of
 
 #: Operators that give another result each time, or none.
 _IMPURE = words(

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
 
+from bnfx.calls import arguments
 from bnfx.ledger import attribute
 from bnfx.module_graph import ModuleGraph
 from bnfx.observe import SCOPES, SHAPE, Observation
-from bnfx.operators import Affine, affine_module, affine_of, arguments, product_of
+from bnfx.operators import Affine, affine_module, affine_of, product_of
 
 
 @dataclass(frozen=True)

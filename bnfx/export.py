@@ -16,9 +16,10 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
+from bnfx.calls import arguments
 from bnfx.errors import ExportError
 from bnfx.onnx_files import FOLDED, VERSION, all_nodes, describe_type, opset_of
-from bnfx.operators import BATCH_NORM, arguments
+from bnfx.operators import BATCH_NORM
 from bnfx.placing import data_files, move_into_place, name_by_content, real_target
 from bnfx.reports import FoldReport, Report, table
 

@@ -7,16 +7,20 @@ from typing import Any
 
 from torch import fx, nn
 
+from bnfx import arithmetic
 from bnfx.aliasing import barred, freshen, restore
 from bnfx.capture import Example, assemble, example
+from bnfx.effects import name_inplace_flag
 from bnfx.errors import FoldError
 from bnfx.inference_graph import inference_graph
-from bnfx.operators import name_inplace_flag
 from bnfx.passes import FoldBatchNorm, MergeBranches, Merged
-from bnfx.propagation import Options
 from bnfx.reports import FoldReport, remember, report
 from bnfx.shapes import EXACT, Shapes, shapes_of
-from bnfx.writing import round_exact
+from bnfx.walk import Options
+from bnfx.writing import Written, round_exact
+
+#: More merging than this after folding has not been seen; it would only be left undone.
+_STAGES = 4
 
 
 def fold_bn(
@@ -97,45 +101,84 @@ def _folded(
     merge_branches: bool,
     rounded: bool,
 ) -> fx.GraphModule:
+    return _staged(model, given, options, 0, merge_branches=merge_branches, rounded=rounded)
+
+
+def _staged(
+    model: nn.Module,
+    given: Example | None,
+    options: Options,
+    before: int,
+    *,
+    merge_branches: bool,
+    rounded: bool,
+) -> fx.GraphModule:
+    """Merge and fold, `before` times with all weights kept in float64, and once more.
+
+    A BatchNorm that vanished may have parted branches that can be merged now. Where that is found
+    at the end, all is done again with one stage more before it, so that nothing is rounded twice.
+    """
     captured = inference_graph(model, given)
-    graph = captured.module
+    graph, inputs = captured.module, captured.inputs
     for node in graph.graph.nodes:
         name_inplace_flag(node)
     old = freshen(graph.graph, barred(graph.graph))
     order = {node.name: at for at, node in enumerate(graph.graph.nodes)}
-    runs = shapes_of(graph, captured.inputs)
-    merged = Merged()
-    if merge_branches:
-        merged, runs = _merge(graph, captured.inputs, runs)
-    folding = FoldBatchNorm(captured.inputs, options)
-    plan = folding.match(graph, runs)
-    done = folding.rewrite(graph, plan, rounded=rounded)
+    runs = shapes_of(graph, inputs)
+    written = arithmetic.mark(graph)
+    done, folding = Merged(), FoldBatchNorm(inputs, options)
+    for stage in range(before + 1):
+        if merge_branches:
+            runs = _merge(graph, inputs, runs, done)
+        plan = folding.match(graph, runs)
+        last = stage == before
+        new = folding.rewrite(graph, plan, rounded=rounded and last)
+        done.records.update(plan.records)
+        _traced(done, new)
+        if not last:
+            graph.meta[EXACT] = dict(done.exact)
+            runs = shapes_of(graph, inputs)
+    if merge_branches and before < _STAGES and MergeBranches(inputs).match(graph, runs[0]):
+        return _staged(
+            *(model, given, options, before + 1), merge_branches=merge_branches, rounded=rounded
+        )
     if rounded:
-        round_exact(graph, merged.exact)
+        round_exact(graph, done.exact)
     restore(graph.graph, old)
-    records = {**merged.records, **plan.records}
+    records = done.records | arithmetic.merged_records(written, done.records, done.provenance)
     names = sorted(records, key=lambda name: order[name.partition("/")[0]])
-    provenance = _traced_back(merged.provenance, done.provenance)
-    told = FoldReport(tuple(records[name] for name in names), provenance, plan.unavoidable)
+    told = FoldReport(tuple(records[n] for n in names), done.provenance, plan.unavoidable)
     return remember(assemble(graph, graph.graph), told)
 
 
 def _merge(
-    graph: fx.GraphModule, inputs: Sequence[Any] | None, runs: list[Shapes]
-) -> tuple[Merged, list[Shapes]]:
+    graph: fx.GraphModule, inputs: Sequence[Any] | None, runs: list[Shapes], done: Merged
+) -> list[Shapes]:
     """Merge branches until none are left: a sum may become a branch of the next one.
 
-    Shapes are derived anew only where something was merged; those of the result come back too.
+    Shapes are derived anew only where something was merged; those of the result come back.
     """
-    merging, done = MergeBranches(inputs), Merged()
+    merging = MergeBranches(inputs)
     while sites := merging.match(graph, runs[0]):
         new = merging.rewrite(graph, sites)
         done.records.update(new.records)
-        done.provenance.update(_traced_back(done.provenance, new.provenance))
-        done.exact.update({name: done.exact.get(name, dtype) for name, dtype in new.exact.items()})
+        _traced(done, Written(new.provenance, new.exact))
         graph.meta[EXACT] = dict(done.exact)
         runs = shapes_of(graph, inputs)
-    return done, runs
+    return runs
+
+
+def _traced(done: Merged, new: Written) -> None:
+    """Add what was written: sources that were written before are replaced by their own."""
+    done.exact.update(
+        {
+            name: next(
+                (done.exact[s] for s in new.provenance.get(name, ()) if s in done.exact), dtype
+            )
+            for name, dtype in new.dtypes.items()
+        }
+    )
+    done.provenance.update(_traced_back(done.provenance, new.provenance))
 
 
 def _traced_back(

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import fx, nn
 
+from bnfx.calls import arguments, function_name
 from bnfx.capture import batch_norm_path, example, owner_of
 from bnfx.document import Picture
 from bnfx.drawing import CHARACTER, add, markup, picture, shorten
 from bnfx.inference_graph import inference_graph
-from bnfx.operators import BATCH_NORM, affine_of, arguments, function_name
+from bnfx.operators import BATCH_NORM, affine_of
 from bnfx.reports import FoldRecord, FoldReport
 
 _MOST_NODES = 14

@@ -6,7 +6,6 @@ with.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 from collections.abc import Callable
@@ -20,11 +19,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
+from bnfx.agreement import alike, bound, outputs, reordered
+from bnfx.calls import argument
 from bnfx.capture import OWNER, RANKS, Example, Tracer, assemble, clone, has_hooks, skeleton, trace
 from bnfx.errors import CaptureError
 from bnfx.evaluation import is_torch
 from bnfx.ledger import constants, erase_dead
-from bnfx.operators import BATCH_NORM, TRANSPARENT_MODULES, argument
+from bnfx.norms import holds_norm
+from bnfx.operators import BATCH_NORM
+from bnfx.roles import TRANSPARENT_MODULES
 from bnfx.shapes import SEEN
 
 _RANKS: tuple[tuple[type[nn.Module], frozenset[int]], ...] = (
@@ -63,6 +66,7 @@ class _FunctionalTracer(Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """As torch.fx does it, which goes through all names for each tensor that is read."""
+        self.read = parameter_proxy_cache
         if self._names is None:
             self._names = _names_of_tensors(self.root)
         if id(attr_val) not in self._names:
@@ -160,7 +164,7 @@ def inference_graph(model: nn.Module, given: Example | None) -> Captured:
         except CaptureError:
             pass  # then they stay, inside the modules that could not be traced
     _observe(root, traced, given)
-    return Captured(traced, tuple(_bound(root, traced, given).values()))
+    return Captured(traced, tuple(bound(root, traced.graph, given).values()))
 
 
 def _restore_ranks(root: nn.Module, graph: fx.Graph) -> None:
@@ -192,9 +196,9 @@ def _hides_norms(traced: fx.GraphModule) -> bool:
         if any(has_hooks(module) for module in inside):
             continue
         if any(
-            isinstance(m, _BatchNorm | _InstanceNorm)
-            and not m.training
-            and m.running_mean is not None
+            not m.training and m.running_mean is not None
+            if isinstance(m, _BatchNorm | _InstanceNorm)
+            else holds_norm(m)
             for m in inside
         ):
             return True
@@ -216,19 +220,12 @@ def _observe(root: nn.Module, traced: fx.GraphModule, given: Example) -> None:
                 )
             return out
 
-    inputs = copy.deepcopy(list(_bound(root, traced, given).values()))
+    inputs = bound(root, traced.graph, given.copied()).values()
     with torch.no_grad(), torch.random.fork_rng():
         Recorder(_runnable(traced, traced)).run(*inputs)
     for node in traced.graph.nodes:
         if node.name in seen:
             node.meta[SEEN] = seen[node.name]
-
-
-def _bound(root: nn.Module, traced: fx.GraphModule, given: Example) -> dict[str, Any]:
-    """The example's arguments that are placeholders of the traced graph, in its order."""
-    signature = inspect.signature(root.forward).bind(*given.args, **given.kwargs)
-    names = [str(node.target) for node in traced.graph.nodes if node.op == "placeholder"]
-    return {name: signature.arguments[name] for name in names}
 
 
 def _runnable(model: nn.Module, traced: fx.GraphModule) -> Any:
@@ -248,35 +245,15 @@ def _runnable(model: nn.Module, traced: fx.GraphModule) -> Any:
 
 
 def _agree(root: nn.Module, traced: fx.GraphModule, given: Example) -> bool:
-    """Whether model and graph give bit-equal outputs on the example (in train mode: not asked)."""
+    """Whether model and graph give equal outputs on the example (in train mode: not asked)."""
     if any(module.training for module in root.modules()):
         return True
-    tensors = _bound(root, traced, given)
-    with torch.no_grad():
-        truth = pytree.tree_leaves(
-            _runnable(root, traced)(*copy.deepcopy(given.args), **copy.deepcopy(given.kwargs))
-        )
-        try:
-            ours = pytree.tree_leaves(_runnable(traced, traced)(**copy.deepcopy(tensors)))
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            return False
-    return len(ours) == len(truth) and all(
-        a.dtype == b.dtype and a.shape == b.shape and _equal(a, b)
-        if isinstance(a, Tensor) and isinstance(b, Tensor)
-        else type(a) is type(b)
-        for a, b in zip(ours, truth, strict=True)
-    )
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """The same operators on the same numbers: equal up to the order of a threaded sum."""
-    if torch.equal(a, b):
-        return True
-    if not a.is_floating_point() or not a.numel():
-        return bool(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
-    bound = 64 * torch.finfo(a.dtype).eps
-    largest = float(torch.nan_to_num(a.abs(), nan=0.0, posinf=0.0).max())
-    return bool(torch.allclose(a, b, rtol=bound, atol=bound * largest, equal_nan=True))
+    truth = outputs(_runnable(root, traced), given)
+    try:
+        ours = outputs(_runnable(traced, traced), Example((), bound(root, traced.graph, given)))
+    except CaptureError:
+        return False
+    return alike(ours, truth, reordered)
 
 
 def _two_of_each(given: Example) -> Example:
@@ -322,9 +299,8 @@ def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
             )
             if example is wide:
                 with torch.no_grad():
-                    clone(program.module())(
-                        *copy.deepcopy(given.args), **copy.deepcopy(dict(given.kwargs))
-                    )
+                    mine = given.copied()
+                    clone(program.module())(*mine.args, **mine.kwargs)
         except Exception as error:  # noqa: BLE001  # the exporter and the user's forward raise anything
             errors.append(f"torch.export: {str(error).partition(chr(10))[0]}")
             continue
@@ -337,4 +313,5 @@ def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
         erase_dead(captured.graph, [n for n in captured.graph.nodes if n.op == "get_attr"])
         assert program.example_inputs is not None
         return Captured(captured, tuple(pytree.tree_leaves(program.example_inputs)))
+    outputs(clone(root), given)  # the model itself may not run on the example, which says more
     raise CaptureError(f"{type(root).__name__} cannot be captured. " + "; ".join(errors))

@@ -53,16 +53,17 @@ def array(labels: Tensor) -> Ints:
     return np.asarray(compact(labels).reshape(-1).numpy())
 
 
-def rows_along(labels: Tensor, axes: Sequence[int]) -> Ints:
-    """(rows, columns): the compact map with `axes` in rows, the others in columns."""
+def rows_along(labels: Tensor, axes: Sequence[int]) -> tuple[Ints, tuple[int, ...]]:
+    """The compact map with `axes` in rows, the others in columns; and the sizes of `axes` in it.
+
+    An axis that is compact though it is asked for has one label throughout.
+    """
     small = compact(labels)
     kept = [axis % labels.dim() for axis in axes]
-    # an axis that is compact though it is asked for has one label throughout
-    for axis in kept:
-        small = small.expand([labels.shape[i] if i == axis else -1 for i in range(labels.dim())])
     others = [axis for axis in range(labels.dim()) if axis not in kept]
-    count = int(np.prod([labels.shape[axis] for axis in kept], dtype=np.int64))
-    return np.asarray(small.permute(*kept, *others).reshape(count, -1).numpy())
+    sizes = tuple(small.shape[axis] for axis in kept)
+    count = int(np.prod(sizes, dtype=np.int64))
+    return np.asarray(small.permute(*kept, *others).reshape(count, -1).numpy()), sizes
 
 
 def concatenated(maps: Sequence[Tensor], axis: int) -> Tensor:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from bnfx.operators import AFFINE, BATCH_NORM, writes
+from bnfx.effects import writes
+from bnfx.operators import AFFINE, BATCH_NORM
 
 _FRESH = {function for row in AFFINE for function in row.functions} | set(BATCH_NORM)
 
@@ -109,14 +110,22 @@ def set_tensor(
 
 
 def free_name(module: nn.Module, wanted: str) -> str:
-    """`wanted`, or with the first number behind it that is not taken in `module`."""
-    path, _, leaf = wanted.rpartition(".")
-    modules = dict(module.named_modules(remove_duplicate=False))
-    owner = modules.get(path)
-    taken = set(dir(owner)) if owner is not None else set()
-    names = [leaf, *(f"{leaf}_{i}" for i in range(1, len(taken) + 2))]
-    free = next(name for name in names if name not in taken)
-    return f"{path}.{free}" if path else free
+    """`wanted`, or with the first numbers behind its parts at which something else is."""
+    owner: nn.Module | None = module
+    *path, leaf = wanted.split(".")
+    found = []
+    for part in path:
+        if owner is not None and part not in owner._modules:
+            part = _free(owner, part)
+        owner = owner._modules.get(part) if owner is not None else None
+        found.append(part)
+    return ".".join([*found, leaf if owner is None else _free(owner, leaf)])
+
+
+def _free(owner: nn.Module, wanted: str) -> str:
+    taken = set(dir(owner))
+    names = [wanted, *(f"{wanted}_{i}" for i in range(1, len(taken) + 2))]
+    return next(name for name in names if name not in taken)
 
 
 def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
+from bnfx.calls import arguments
 from bnfx.evaluation import Values
 from bnfx.linear_system import Floats
-from bnfx.operators import BATCH_NORM, INSTANCE_NORM, arguments
+from bnfx.operators import BATCH_NORM, INSTANCE_NORM
 
 #: The tensors of a BatchNorm call.
 STATE = ("running_mean", "running_var", "weight", "bias")
@@ -53,6 +56,18 @@ def is_norm(node: fx.Node) -> bool:
         return False
     call = arguments(node, INSTANCE_NORM[node.target])
     return call["running_mean"] is not None and call["use_input_stats"] is False
+
+
+def holds_norm(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm: one of torch's, or one with running statistics of its own.
+
+    InstanceNorm, which may have some too, is none.
+    """
+    if isinstance(module, _BatchNorm | _InstanceNorm):
+        return isinstance(module, _BatchNorm)
+    state = {**module._parameters, **module._buffers}
+    known = (state.get(name) is not None for name in ("running_mean", "running_var"))
+    return all(known) and not module._modules
 
 
 def affine_map_of(node: fx.Node, values: Values) -> AffineMap | str:

@@ -27,9 +27,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from bnfx.calls import function_name
 from bnfx.capture import Example, clone
 from bnfx.errors import CaptureError
-from bnfx.operators import AFFINE, BATCH_NORM, function_name
+from bnfx.operators import AFFINE, BATCH_NORM
 
 #: node.meta key: shape of the (first) tensor that the call returned.
 SHAPE = "bnfx_shape"
@@ -67,7 +68,8 @@ def observe(model: nn.Module, given: Example, *, training: bool) -> Observation:
     """
     private = clone(model).train(training)
     recorder = _Recorder(private)
-    args, kwargs = pytree.tree_map(_own, (given.args, dict(given.kwargs)))
+    mine = given.copied()
+    args, kwargs = mine.args, mine.kwargs
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
             recorder.remember(leaf, recorder.graph.placeholder(f"input_{len(recorder.known)}"))
@@ -218,11 +220,6 @@ def _name(func: Callable[..., Any]) -> str:
         return str(getattr(getattr(func, "__self__", None), "__name__", name))
     name = name.strip("_") if name.startswith("__") else name.rstrip("_")
     return name[1:] if name[:1] == "r" and name[1:] in _REFLECTED else name
-
-
-def _own(leaf: Any) -> Any:
-    """A copy of a tensor: a forward may work in place."""
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from bnfx.agreement import alike, bound, nearly, outputs
 from bnfx.capture import Example, clone, modes_kept
 from bnfx.compare import relative_error
 from bnfx.errors import InsertError
@@ -135,52 +133,25 @@ def _note(reached: set[str], path: str, *_: object) -> None:
 
 def agrees(model: nn.Module, captured: ModuleGraph, given: Example) -> bool:
     """Whether a trace gives in eval mode what the model gives, in containers of the same types."""
-    bound = inspect.signature(model.forward).bind(*given.args, **given.kwargs).arguments
-    names = [str(node.target) for node in captured.graph.nodes if node.op == "placeholder"]
-    args = copy.deepcopy([bound[name] for name in names if name in bound])
+    args = bound(model, captured.graph, given.copied()).values()
     with modes_kept(captured.root), torch.no_grad(), undisturbed_random_state(captured.root):
         captured.root.eval()
         try:
             ours = fx.Interpreter(captured.root, graph=captured.graph).run(*args)
         except Exception:  # noqa: BLE001  # a trace that took a wrong turn raises anything
             return False
-    return _alike(ours, _outputs(clone(model).eval(), given))
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Tensor):
-        same = bool(a.shape == b.shape and a.dtype == b.dtype)
-        if a.is_meta or not same:  # on the meta device there are no values
-            return same
-        return bool(torch.allclose(a, b, rtol=1e-3, atol=1e-6, equal_nan=True))
-    if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_alike, a, b))
-    if dataclasses.is_dataclass(a):
-        names = [f.name for f in dataclasses.fields(a)]
-        return all(_alike(getattr(a, name), getattr(b, name)) for name in names)
-    return True
-
-
-def _outputs(model: nn.Module, given: Example) -> Any:
-    args, kwargs = pytree.tree_map(copy.deepcopy, (given.args, dict(given.kwargs)))
-    with torch.no_grad(), undisturbed_random_state(model):
-        return model(*args, **kwargs)
+    return alike(ours, outputs(clone(model).eval(), given), nearly)
 
 
 def run(model: nn.Module, given: Example, dtype: torch.dtype | None) -> list[Tensor]:
     """The floating-point outputs of `model`, its inputs cast to `dtype` if one is given."""
 
-    def own(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        leaf = leaf.detach().clone()  # a forward may work in place
-        return leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf
+    def cast(leaf: Any) -> Any:
+        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.to(dtype) if floating and dtype is not None else leaf
 
-    args, kwargs = pytree.tree_map(own, (given.args, dict(given.kwargs)))
+    mine = given.copied()
+    args, kwargs = pytree.tree_map(cast, (mine.args, mine.kwargs))
     with torch.no_grad(), undisturbed_random_state(model):
         return floats(model(*args, **kwargs))
 

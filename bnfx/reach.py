@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from bnfx.operators import Role, function_name, reads_shape_only, role_of
+from bnfx.calls import function_name, reads_shape_only
+from bnfx.roles import Role, role_of
 
 _MOMENTS = ("pow", "square", "abs")
 _REDUCTIONS = ("mean", "sum", "nanmean")

@@ -4,15 +4,15 @@ With x' = a (x + d) on inputs (i) and outputs (o):
 
     y = W * x + b       W' = a_o W / a_i            b' = a_o (b + d_o - sum W d_i)
     layer, group norm   w' = a_o w                  b' = a_o (b + d_o)
-    BatchNorm, kept     gamma' = gamma a_o / a_i    beta' = a_o (beta + d_o)
-                        mean' = a_i (mean + d_i)
+    BatchNorm, kept     mean' = a_i (mean + d_i)    var' + eps = a_i^2 (var + eps)
+                        gamma' = +- gamma a_o       beta' = a_o (beta + d_o)
     y = k x             k' = a_o k / a_i
     y = x + k           k' = a_o (k + d_o - d_i)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bnfx.calls import argument, arguments
 from bnfx.constraints import Bounds, Kind, Site
 from bnfx.evaluation import Values
 from bnfx.gauges import Gauges
 from bnfx.linear_system import Floats
 from bnfx.norms import STATE, norm_call
-from bnfx.operators import Affine, affine_of, argument, arguments
+from bnfx.operators import Affine, affine_of
 
 #: Gauges closer to trivial than this leave their weights untouched.
 _TRIVIAL = 1e-13
-#: Numbers of a weight that are held in float64 at once.
-_SLAB = 2**17
+#: Numbers of a weight that are held in float64 at once, unless one output channel has more.
+_SLAB = 2**15
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Change:
     Attributes:
         site: The call.
         tensors: Argument name -> new value, in float64 or in the stored dtype.
-        sources: Names of the parameters and buffers that the values were computed from.
+        sources: Names of the call's own parameters that the values were computed from.
     """
 
     site: Site
@@ -56,10 +57,12 @@ class Pending:
     Attributes:
         site: The call.
         compute: `change_of` for the call, short of `rounded`.
+        carries: Names of the parameters of what vanished into the call.
     """
 
     site: Site
     compute: Callable[..., Change | None]
+    carries: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,14 @@ class Ends:
         return bool((ones <= _TRIVIAL).all() and (zeros == 0).all())
 
 
-def is_changed(site: Site, gauges: Gauges, dead: Mapping[int, float]) -> bool:
+def is_changed(ends: Ends, dead: Mapping[int, float]) -> bool:
     """Whether `change_of` has anything to give."""
-    return bool(dead) or not Ends.of(site, gauges).trivial()
+    return bool(dead) or not ends.trivial()
 
 
 def change_of(
     site: Site,
-    gauges: Gauges,
+    ends: Ends,
     values: Values,
     dead: Mapping[int, float],
     *,
@@ -102,13 +105,12 @@ def change_of(
 
     Args:
         site: An affine layer, a norm or a constant.
-        gauges: The solution.
+        ends: Its gauges.
         values: Values of the constants.
         dead: Output channels that become constant -> that constant.
         rounded: Whether weights of layers get their stored dtype at once, which takes less memory.
     """
-    ends = Ends.of(site, gauges)
-    if ends.trivial() and not dead:
+    if not is_changed(ends, dead):
         return None
     if site.kind is Kind.AFFINE:
         return _affine(site, ends, values, dead, rounded=rounded)
@@ -119,12 +121,39 @@ def change_of(
     return _constant(site, ends)
 
 
-def _slabs(weight: Tensor, row: Affine, groups: int) -> list[slice]:
-    """Output channels that are computed at once, so that no whole weight exists in float64."""
-    if row.transposed or groups > 1:
-        return [slice(None)]
-    step = max(1, _SLAB * len(weight) // max(1, weight.numel()))
-    return [slice(start, start + step) for start in range(0, len(weight), step)]
+@dataclass(frozen=True)
+class _Layout:
+    """A weight as (groups, outputs of a group, inputs of a group, *kernel), without a copy."""
+
+    row: Affine
+    groups: int
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The view."""
+        grouped: Tensor = weight.unflatten(0, (self.groups, -1))
+        return grouped.transpose(1, 2) if self.row.transposed else grouped
+
+    def outputs(self, values: Tensor, like: Tensor) -> Tensor:
+        """(out,) in the shape in which it multiplies the view `like`."""
+        return values.reshape(self.groups, -1, *[1] * (like.dim() - 2))
+
+    def inputs(self, values: Tensor, like: Tensor) -> Tensor:
+        """(in,), likewise."""
+        return values.reshape(self.groups, 1, -1, *[1] * (like.dim() - 3))
+
+
+def _slabs(view: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Groups and outputs that are computed at once, so that no whole weight exists in float64."""
+    groups, outputs = view.shape[:2]
+    row = max(1, view[:1, :1].numel())
+    if outputs * row <= _SLAB:
+        step = max(1, _SLAB // max(1, outputs * row))
+        yield from ((slice(at, at + step), slice(None)) for at in range(0, groups, step))
+        return
+    step = max(1, _SLAB // row)
+    for group in range(groups):
+        for at in range(0, outputs, step):
+            yield slice(group, group + 1), slice(at, at + step)
 
 
 def _affine(
@@ -132,35 +161,48 @@ def _affine(
 ) -> Change:
     row = affine_of(site.node, {})
     assert row is not None
+    assert site.like is not None
     call = arguments(site.node, row.signature)
     weight, bias = values.of(call["weight"]), values.of(call["bias"])
     assert weight is not None
-    groups = int(call["groups"])
     a_i, d_i, a_o, d_o = map(_tensor, (ends.a_i, ends.d_i, ends.a_o, ends.d_o))
     old = torch.zeros_like(a_o) if bias is None else bias.detach().cpu().double()
-    kill = torch.ones_like(a_o)
-    kill[list(dead)] = 0.0
-    shifted = bool((d_i != 0).any())
-    borders = shifted and bool(site.size)
-    moved = torch.zeros_like(a_o)
-    assert site.like is not None
+    kept = torch.ones_like(a_o)
+    kept[list(dead)] = 0.0
+    borders = bool(site.size) and bool((d_i != 0).any())
     new = torch.empty(weight.shape, dtype=site.like.dtype if rounded else torch.float64)
-    for part in _slabs(weight, row, groups):
-        wide = weight.detach()[part].cpu().double()
-        if shifted and not borders:
-            moved[part] = _summed(_times_input(wide, d_i, row, groups), row, groups)
-        scaled = _times_output(_times_input(wide, 1.0 / a_i, row, groups), a_o[part], row, groups)
-        new[part] = _times_output(scaled, kill[part], row, groups) if dead else scaled
-    new_bias = a_o * (old + d_o - moved)
+    layout = _Layout(row, int(call["groups"]))
+    moved = _scale_into(new, weight.detach(), layout, (a_i, a_o * kept), d_i)
+    new_bias = a_o * (old + d_o - (0.0 if borders else moved))
     for channel, value in dead.items():
         new_bias[channel] = value
     tensors = {"weight": new}
     if borders:
         wide = weight.detach().cpu().double()
-        tensors["border"] = -_border(wide, d_i, a_o * kill, call, site.size)
+        tensors["border"] = -_border(wide, d_i, a_o * kept, call, site.size)
     if bias is not None or bool((new_bias != 0).any()):
         tensors["bias"] = new_bias
     return Change(site, tensors, _sources(values, call["weight"], call["bias"]))
+
+
+def _scale_into(
+    new: Tensor, weight: Tensor, layout: _Layout, scales: tuple[Tensor, Tensor], d_i: Tensor
+) -> Tensor:
+    """Write a_o W / a_i into `new`, slab by slab in float64. (out,): sum W d_i.
+
+    An output channel is never cut, so the sum has one order whatever the slabs are.
+    """
+    source, target = layout.of(weight), layout.of(new)
+    inverse, factor = layout.inputs(1.0 / scales[0], source), layout.outputs(scales[1], source)
+    shift = layout.inputs(d_i, source)
+    moved = torch.zeros(source.shape[:2], dtype=torch.float64)
+    shifted = bool((d_i != 0).any())
+    for part in _slabs(source):
+        wide = torch.empty(source[part].shape, dtype=torch.float64).copy_(source[part])
+        if shifted:
+            moved[part] = (wide * shift[part[0]]).flatten(2).sum(2)
+        target[part] = wide.mul_(inverse[part[0]]).mul_(factor[part])
+    return moved.flatten()
 
 
 def _border(
@@ -208,19 +250,28 @@ def _norm(site: Site, ends: Ends, values: Values) -> Change:
 
 
 def _batch_norm(site: Site, ends: Ends, values: Values) -> Change:
+    """Its statistics stay those of its input: folded again, the result gives the same choice."""
     call = norm_call(site.node)
-    mean, gamma, beta = (values.of(call[k]) for k in ("running_mean", "weight", "bias"))
+    mean, var, gamma, beta = (values.of(call[k]) for k in STATE)
     assert mean is not None
+    assert var is not None
     a_i, d_i, a_o, d_o = map(_tensor, (ends.a_i, ends.d_i, ends.a_o, ends.d_o))
-    center = mean.detach().cpu().double()
+    center, spread = mean.detach().cpu().double(), var.detach().cpu().double()
     g = torch.ones_like(a_o) if gamma is None else gamma.detach().cpu().double()
     b = torch.zeros_like(a_o) if beta is None else beta.detach().cpu().double()
-    tensors = {
-        "running_mean": a_i * (center + d_i),
-        "weight": g * a_o / a_i,
-        "bias": a_o * (b + d_o),
-    }
-    return Change(site, tensors, _sources(values, *(call[k] for k in STATE)))
+    shown = (spread + call["eps"]) * a_i.square() - call["eps"]
+    span = torch.finfo(var.dtype)  # eps is one number for all channels: it can't be less
+    fits = (shown >= span.tiny) & (shown <= span.max) & (a_i.abs() != 1)
+    return Change(
+        site,
+        {
+            "running_mean": a_i * (center + d_i),
+            "running_var": torch.where(fits, shown, spread),
+            "weight": g * a_o * torch.where(fits, a_i.sign(), 1.0 / a_i),
+            "bias": a_o * (b + d_o),
+        },
+        _sources(values, *(call[k] for k in STATE)),
+    )
 
 
 def _constant(site: Site, ends: Ends) -> Change:
@@ -231,34 +282,6 @@ def _constant(site: Site, ends: Ends) -> Change:
     if site.kind is Kind.SCALE:
         return Change(site, {"constant": a_o * site.constant / a_i}, ())
     return Change(site, {"constant": a_o * (site.constant + d_o - d_i)}, ())
-
-
-def _times_output(weight: Tensor, factor: Tensor, row: Affine, groups: int) -> Tensor:
-    tail = [1] * (weight.dim() - (1 if not row.transposed else 2))
-    if not row.transposed:
-        return weight * factor.reshape(-1, *tail)
-    grouped = weight.unflatten(0, (groups, -1))
-    scaled: Tensor = (grouped * factor.reshape(groups, 1, -1, *tail)).flatten(0, 1)
-    return scaled
-
-
-def _times_input(weight: Tensor, factor: Tensor, row: Affine, groups: int) -> Tensor:
-    if row.transposed:
-        return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
-    tail = [1] * (weight.dim() - 2)
-    grouped = weight.unflatten(0, (groups, -1))
-    scaled: Tensor = (grouped * factor.reshape(groups, 1, -1, *tail)).flatten(0, 1)
-    return scaled
-
-
-def _summed(weight: Tensor, row: Affine, groups: int) -> Tensor:
-    """Sum over inputs and kernel, for each output channel."""
-    space = list(range(2, weight.dim()))
-    if not row.transposed:
-        return weight.sum(dim=[1, *space])
-    grouped = weight.unflatten(0, (groups, -1)).sum(dim=[1, *(axis + 1 for axis in space)])
-    total: Tensor = grouped.flatten()
-    return total
 
 
 def _tensor(values: Floats) -> Tensor:

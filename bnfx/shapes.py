@@ -18,9 +18,11 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from bnfx.calls import argument, arguments
 from bnfx.capture import RANKS, has_hooks
 from bnfx.ledger import attribute
-from bnfx.operators import BATCH_NORM, Passage, affine_of, argument, arguments, passage_of
+from bnfx.operators import BATCH_NORM, affine_of
+from bnfx.passages import Passage, passage_of
 
 #: Sizes to assume along spatial axes, in this order, until all of a network fits.
 _SIZES = (224, 32, 28, 64, 8, 96, 128, 256, 299, 384, 512)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from bnfx.calls import function_name
 from bnfx.observe import SCOPES
-from bnfx.operators import function_name
 
 #: Operators that are noted.
 _NOTED = frozenset(

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
+from bnfx.calls import arguments
 from bnfx.capture import batch_norm_path, owner_of
 from bnfx.layers import Geometry, Kind, Layer, samples
-from bnfx.operators import BATCH_NORM, Affine, affine_of, arguments
+from bnfx.operators import BATCH_NORM, Affine, affine_of
 
 _NARROW = {torch.float32, torch.float16, torch.bfloat16}
 _LAYER_NORM = {

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import numpy as np
 from torch import fx
 
+from bnfx.calls import arguments, function_name
 from bnfx.capture import OWNER, owner_of
 from bnfx.linear_system import Ints
-from bnfx.operators import BATCH_NORM, INSTANCE_NORM, affine_of, arguments, function_name
+from bnfx.operators import BATCH_NORM, INSTANCE_NORM, affine_of
 
 _SHOWN = 6
 

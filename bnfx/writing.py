@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from bnfx.calls import argument, arguments
 from bnfx.capture import owner_of
 from bnfx.constraints import Kind, Site
 from bnfx.ledger import Constants, attribute, constants, erase_dead, free_name, set_tensor
 from bnfx.norms import norm_call
-from bnfx.operators import (
-    BATCH_NORM,
-    INSTANCE_NORM,
-    Passage,
-    affine_of,
-    argument,
-    arguments,
-    passage_of,
-)
-from bnfx.rewriting import Change, Pending
+from bnfx.operators import BATCH_NORM, INSTANCE_NORM, affine_of
+from bnfx.passages import Passage, passage_of
+from bnfx.rewriting import Pending
 from bnfx.words import path_of
 
 
@@ -45,6 +39,19 @@ class Part:
     sources: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Written:
+    """What `write` put into a graph.
+
+    Attributes:
+        provenance: New parameter -> the source's that it was computed from.
+        dtypes: New parameter or buffer -> the dtype of what it stands for.
+    """
+
+    provenance: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+
 def round_exact(module: fx.GraphModule, exact: Mapping[str, torch.dtype]) -> None:
     """Store parameters that are still in float64 in the dtypes that they have."""
     for name, dtype in exact.items():
@@ -58,16 +65,20 @@ def write(
     changes: Sequence[Pending],
     eliminated: Sequence[Site],
     *,
-    bounds: Mapping[fx.Node, tuple[Tensor | None, Tensor | None]],
+    bounds: Mapping[fx.Node, tuple[tuple[Tensor | None, Tensor | None], Tensor]],
     rounded: bool,
-) -> dict[str, tuple[str, ...]]:
-    """Carry out changes on `module`. New parameter -> the source's that it was computed from."""
+) -> Written:
+    """Carry out changes on `module`.
+
+    Args:
+        module: The graph.
+        changes: New parameters.
+        eliminated: Calls that give way to their operand.
+        bounds: Clamping calls -> their new bounds in float64, and a tensor like them.
+        rounded: Whether new values get their stored dtype; otherwise they stay in float64.
+    """
     known = constants(module)
-    parts = [
-        part
-        for pending in changes
-        for part in _parts(pending.compute(rounded=rounded), rounded=rounded)
-    ]
+    parts = [part for pending in changes for part in _parts(pending, rounded=rounded)]
     gone = {site.node for site in eliminated}
     agreed = _agreed(parts, known, gone)
     before = [value for part in parts for value in part.site.node.all_input_nodes]
@@ -78,19 +89,21 @@ def write(
         for value in site.node.all_input_nodes
         if value is not site.source or value not in unread
     ]
-    provenance: dict[str, tuple[str, ...]] = {}
+    done = Written()
     renamed: dict[fx.Node, dict[str, fx.Node]] = {}
     instead: dict[fx.Node, fx.Node] = {}
     for part in parts:
         name = _place(module, part, known, agreed)
-        provenance[name] = part.sources
+        done.provenance[name] = part.sources
+        assert part.site.like is not None
+        done.dtypes[name] = part.site.like.dtype
         if part.argument == "border":
             instead[part.site.node] = _add_border(module.graph, part.site.node, name)
             continue
         with module.graph.inserting_before(part.site.node):
             renamed.setdefault(part.site.node, {})[part.argument] = module.graph.get_attr(name)
-    for node, (lower, upper) in bounds.items():
-        instead[node] = _clamp(module, node, lower, upper)
+    for node, (pair, like) in bounds.items():
+        instead[node] = _clamp(module, node, pair, like, done, rounded=rounded)
     for site in {part.site.node: part.site for part in parts}.values():
         _rename(site, renamed.get(site.node, {}))
     for site in eliminated:
@@ -101,7 +114,7 @@ def write(
         instead[site.node] = source
         _take_out(module.graph, site.node, source)
     _erase(module.graph, before)
-    return provenance
+    return done
 
 
 def _unread(graph: fx.Graph) -> set[fx.Node]:
@@ -127,9 +140,11 @@ def _call(site: Site) -> dict[str, Any]:
     return {"input": argument(node, 0, "input"), "other": argument(node, 1, "other")}
 
 
-def _parts(change: Change | None, *, rounded: bool) -> list[Part]:
+def _parts(pending: Pending, *, rounded: bool) -> list[Part]:
+    change = pending.compute(rounded=rounded)
     if change is None:
         return []
+    sources = tuple(dict.fromkeys((*change.sources, *pending.carries)))
     site, call = change.site, _call(change.site)
     assert site.like is not None
     found = []
@@ -141,7 +156,7 @@ def _parts(change: Change | None, *, rounded: bool) -> list[Part]:
             if passage_of(site.node) is Passage.DIVIDE:
                 value = value.reciprocal()  # or dividing
         stored = value.to(site.like.dtype if rounded else value.dtype).to(site.like.device)
-        found.append(Part(site, name, call.get(name), stored, change.sources))
+        found.append(Part(site, name, call.get(name), stored, sources))
     return found
 
 
@@ -255,20 +270,28 @@ def _add_border(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
 
 
 def _clamp(
-    module: fx.GraphModule, node: fx.Node, lower: Tensor | None, upper: Tensor | None
+    module: fx.GraphModule,
+    node: fx.Node,
+    bounds: tuple[Tensor | None, Tensor | None],
+    like: Tensor,
+    done: Written,
+    *,
+    rounded: bool,
 ) -> fx.Node:
     """A clamp with bounds for each channel in place of `node`."""
     graph, path = module.graph, path_of(node)
     prefix = f"{node.name}_" if path == node.name else f"{path}."
     value: fx.Node = argument(node, 0, "input")
     for bound, part, function in (
-        (lower, "lower", torch.maximum),
-        (upper, "upper", torch.minimum),
+        (bounds[0], "lower", torch.maximum),
+        (bounds[1], "upper", torch.minimum),
     ):
         if bound is None:
             continue
         name = free_name(module, f"{prefix}{part}")
-        set_tensor(module, name, bound, trained=False, buffer=True)
+        stored = bound.to(like.dtype if rounded else bound.dtype).to(like.device)
+        set_tensor(module, name, stored, trained=False, buffer=True)
+        done.dtypes[name] = like.dtype
         with graph.inserting_before(node):
             value = graph.call_function(function, (value, graph.get_attr(name)))
             value.meta = dict(node.meta)

@@ -26,28 +26,28 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfx import arithmetic
 from bnfx.aliasing import Aliases, aliases, barred
 from bnfx.capture import RANKS, has_hooks
 from bnfx.certificates import Explanation
 from bnfx.constraints import Constraints, Kind, Site
+from bnfx.elimination import Refused, absorber
 from bnfx.evaluation import Values, readers
-from bnfx.gauges import NARROW, WIDE, Gauges, Refused, Solver, absorber
+from bnfx.gauges import Gauges, Solver
 from bnfx.ledger import constants
-from bnfx.norms import affine_map_of, is_norm
-from bnfx.operators import (
-    BATCH_NORM,
-    Passage,
-    Role,
-    affine_of,
-    passage_of,
-    role_of,
-)
-from bnfx.propagation import Options, Propagation
-from bnfx.reports import FoldRecord, FoldReport
-from bnfx.rewriting import Pending, bounds_of, change_of, is_changed
+from bnfx.norms import affine_map_of, holds_norm, is_norm
+from bnfx.operators import BATCH_NORM, affine_of
+from bnfx.passages import Passage, passage_of
+from bnfx.propagation import propagate
+from bnfx.provenance import vanished_into
+from bnfx.reports import FoldRecord
+from bnfx.rewriting import Ends, Pending, bounds_of, change_of, is_changed
+from bnfx.roles import Role, role_of
 from bnfx.shapes import Shapes, at_other_ranks, is_tensor, shapes_of
+from bnfx.soundness import NARROW, WIDE
+from bnfx.walk import Options, Walk
 from bnfx.words import describe, norm_path
-from bnfx.writing import write
+from bnfx.writing import Written, write
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Plan:
     """What will be done to a graph.
 
     Attributes:
-        gauges: Scale and displacement of every label.
+        eliminated: Calls that vanish, in order.
         changes: New parameters, computed when they are written.
         records: One for each evaluation of a BatchNorm, by the name of its node and its own path.
         guards: Nodes whose rank the result must check, and that rank.
@@ -63,7 +63,7 @@ class Plan:
         bounds: Clamping nodes whose bounds carry a gauge: the new ones, and a tensor like them.
     """
 
-    gauges: Gauges
+    eliminated: tuple[Site, ...]
     changes: tuple[Pending, ...]
     records: Mapping[str, FoldRecord]
     guards: Mapping[fx.Node, int]
@@ -95,28 +95,35 @@ class FoldBatchNorm:
         walk.through(walk.runs, found)
         candidates, refused = _candidates(module.graph, found, walk.runs[0], walk.kept)
         gauges = _solved(walk, found, candidates)
-        found, gauges, guards = _guarded(walk, found, gauges)
+        found, gauges, guards = _guarded(walk, found, gauges, candidates)
         gauges.refused.update(refused)
         constant = _constant_outputs(found, gauges)
         vanished = {site.node for site in gauges.eliminated}
+        carries = vanished_into(found, gauges, walk.values)
         done = tuple(
-            Pending(site, functools.partial(change_of, site, gauges, walk.values, dead))
+            Pending(
+                site, functools.partial(change_of, site, ends, walk.values, dead), carries(site)
+            )
             for site in found.sites.values()
             if site.node not in vanished
-            and is_changed(site, gauges, dead := constant.get(site.node, {}))
+            and is_changed(ends := Ends.of(site, gauges), dead := constant.get(site.node, {}))
         )
-        explanation = Explanation(found, gauges, done, candidates)
+        explanation = Explanation(found, gauges, done)
         records = dict(_records(module, found, gauges, walk.values, explanation))
+        stayed = [(s, gauges.refused[s.node]) for s in candidates if s.node not in vanished]
         others = sum(r.verdict == "kept" for r in records.values()) - sum(
-            site.kind is Kind.BATCH_NORM and site.node in gauges.refused for site in candidates
+            site.kind is Kind.BATCH_NORM for site, _ in stayed
         )
+        written = arithmetic.records(module.graph, found, vanished, explanation)
+        records.update(written)
         bounds = {
             node: (new, b.like) for node, b in found.bounds.items() if (new := bounds_of(b, gauges))
         }
-        least = others + explanation.unavoidable()
-        return Plan(gauges, done, records, guards, least, bounds)
+        least = others + gauges.bound.unavoidable(stayed)
+        least += arithmetic.unavoidable(module.graph, gauges.bound)
+        return Plan(gauges.eliminated, done, records, guards, least, bounds)
 
-    def rewrite(self, module: fx.GraphModule, plan: Plan, *, rounded: bool = True) -> FoldReport:
+    def rewrite(self, module: fx.GraphModule, plan: Plan, *, rounded: bool = True) -> Written:
         """Carry out what `match` found, on `module` itself.
 
         Args:
@@ -126,26 +133,7 @@ class FoldBatchNorm:
         """
         for node, rank in plan.guards.items():
             _guard_rank(module.graph, node, rank)
-        provenance = write(
-            module,
-            plan.changes,
-            plan.gauges.eliminated,
-            bounds={
-                node: (
-                    _stored(new[0], like, rounded=rounded),
-                    _stored(new[1], like, rounded=rounded),
-                )
-                for node, (new, like) in plan.bounds.items()
-            },
-            rounded=rounded,
-        )
-        return FoldReport(tuple(plan.records.values()), provenance, plan.unavoidable)
-
-
-def _stored(bound: Tensor | None, like: Tensor, *, rounded: bool) -> Tensor | None:
-    if bound is None:
-        return None
-    return bound.to(like.dtype if rounded else bound.dtype).to(like.device)
+        return write(module, plan.changes, plan.eliminated, bounds=plan.bounds, rounded=rounded)
 
 
 @dataclass(frozen=True)
@@ -166,9 +154,8 @@ class _Walk:
     def through(self, runs: Iterable[Shapes], found: Constraints) -> None:
         """Add the demands at the sizes of `runs`."""
         for shapes in runs:
-            Propagation(
-                self.module.graph, shapes, self.values, found, self.kept, self.options
-            ).run()
+            graph = self.module.graph
+            propagate(Walk(graph, shapes, self.values, found, self.kept, self.options))
 
 
 def _solved(walk: _Walk, found: Constraints, candidates: list[Site]) -> Gauges:
@@ -257,7 +244,7 @@ def _why_unseen() -> str:
 
 
 def _guarded(
-    walk: _Walk, found: Constraints, gauges: Gauges
+    walk: _Walk, found: Constraints, gauges: Gauges, candidates: list[Site]
 ) -> tuple[Constraints, Gauges, dict[fx.Node, int]]:
     """Assumed ranks: where others give the same result no guard is needed."""
     guards: dict[fx.Node, int] = {}
@@ -267,9 +254,8 @@ def _guarded(
         others = at_other_ranks(walk.module, walk.runs, node)
         wider = found.copy()
         walk.through(others, wider)
-        again = _solved(walk, wider, list(gauges.eliminated))
-        if others and len(again.eliminated) == len(gauges.eliminated):
-            again.refused.update(gauges.refused)
+        again = _solved(walk, wider, candidates)
+        if others and again.eliminated == gauges.eliminated:
             found, gauges = wider, again
         else:
             guards[node] = rank
@@ -326,22 +312,22 @@ def _guard_rank(graph: fx.Graph, node: fx.Node, rank: int) -> None:
 def _kept_whole(node: fx.Node, module: nn.Module) -> Iterable[FoldRecord]:
     """Records of the BatchNorms inside a module that the graph calls as a whole."""
     for name, inner in module.named_modules():
-        if not isinstance(inner, _BatchNorm):
+        if not holds_norm(inner):
             continue
         path = f"{node.target}.{name}" if name else str(node.target)
         why = _why_whole(inner, outer=None if inner is module else module)
         yield FoldRecord(path, "kept", (), why)
 
 
-def _why_whole(norm: _BatchNorm, *, outer: nn.Module | None) -> str:
+def _why_whole(norm: nn.Module, *, outer: nn.Module | None) -> str:
     if outer is not None:
         return (
             f"it lies inside a {type(outer).__name__} that cannot be traced or has hooks; "
             "pass example_inputs, or remove the hooks"
         )
-    if norm.training:
+    if isinstance(norm, _BatchNorm) and norm.training:
         return "it normalises with batch statistics (train mode); call model.eval() first"
-    if norm.running_mean is None or norm.running_var is None:
+    if isinstance(norm, _BatchNorm) and (norm.running_mean is None or norm.running_var is None):
         return "it has no running statistics, so its scale depends on the batch"
     if has_hooks(norm):
         return "it has hooks, which see its input and output; remove them first"

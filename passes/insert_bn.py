@@ -29,14 +29,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfx.calls import arguments
 from bnfx.errors import InsertError
 from bnfx.evidence import AffineCall, Evidence, Readers, affine_modules, channels_of, join, traced
 from bnfx.inserted import Origin
 from bnfx.ledger import attribute, free_name
 from bnfx.module_graph import ModuleGraph
-from bnfx.operators import Role, arguments, role_of
 from bnfx.reach import Ends, depends_on_input, describe, ends_of, reaches
 from bnfx.reports import InsertRecord
+from bnfx.roles import Role, role_of
 
 Init = Literal["fresh", "identity"]
 Placement = Literal["pre_activation", "post_activation"]

@@ -23,11 +23,13 @@ from torch import Tensor, fx
 
 from bnfx.aliasing import barred
 from bnfx.branches import Branch, absorbed, joined
+from bnfx.calls import argument, arguments
 from bnfx.capture import owner_of
 from bnfx.evaluation import Values
 from bnfx.ledger import attribute, constants, erase_dead, free_name, set_tensor
 from bnfx.norms import affine_map_of, is_norm
-from bnfx.operators import Passage, affine_of, argument, arguments, passage_of
+from bnfx.operators import affine_of
+from bnfx.passages import Passage, passage_of
 from bnfx.reports import FoldRecord
 from bnfx.shapes import Shapes, is_tensor, shapes_of
 from bnfx.words import norm_path

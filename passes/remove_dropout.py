@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from bnfx.calls import function_name
 from bnfx.capture import has_hooks
 from bnfx.declarations import Preserved
 from bnfx.draft import Draft, Region, argument, constant_by_mode
 from bnfx.editing import OPTIONAL, OUT_OF_REACH, Change, chosen, unseen_calls
 from bnfx.errors import RecipeError
-from bnfx.operators import function_name
 from bnfx.sightings import SeenCall, call_name, source_of
 
 

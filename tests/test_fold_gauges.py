@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnfx
+from bnfx.elimination import Refused
 from bnfx.folding import exact_graph
+from bnfx.gauges import Gauges, Solver
 from bnfx.linear_system import LinearSystem, Rows
+from bnfx.words import norm_path
 from tests import zoo
 from tests.laws import check_fold, count_batch_norms, randomise
 from tests.test_fold_bn import Net, bn, conv
@@ -182,6 +185,77 @@ def test_the_best_count_is_proved() -> None:
     assert report.unavoidable == 1
     assert report.proved
     assert "proved" in str(report)
+
+
+def one_against_two(m: Any, x: Tensor) -> Any:
+    """`sum` wants a scale that neither `left` nor `right` takes; these two want the same one."""
+    p, q = m.first(x), m.second(x)
+    return F.gelu(m.sum(p + q)), F.gelu(m.left(p)), F.gelu(m.right(q))
+
+
+def test_provenance_names_what_a_weight_was_computed_from() -> None:
+    layers = {"a": conv(), "bn": bn(), "b": conv(), "other": bn(), "c": conv()}
+    model = positive(Net(lambda m, x: m.c(F.gelu(m.other(m.b(F.gelu(m.bn(m.a(x))))))), **layers))
+    provenance = bnfx.plan_fold(model).provenance
+    state = ("running_mean", "running_var", "weight", "bias")
+    assert set(provenance) == {"a.weight", "a.bias", "b.weight", "b.bias"}
+    for name, norm in {"a.weight": "bn", "b.bias": "other"}.items():
+        own = {f"{name[0]}.weight", f"{name[0]}.bias"}
+        assert set(provenance[name]) == own | {f"{norm}.{part}" for part in state}
+
+
+def against_two() -> nn.Module:
+    layers = {"first": conv(), "second": conv(), "sum": bn(), "left": bn(), "right": bn()}
+    model = positive(Net(one_against_two, **layers))
+    for name in ("weight", "running_var"):
+        given = getattr(model.get_submodule("left"), name).data
+        getattr(model.get_submodule("right"), name).data.copy_(given)
+    return model
+
+
+def test_one_stays_where_two_others_can_go_instead() -> None:
+    model = against_two()
+    report = bnfx.plan_fold(model, merge_branches=False)
+    verdicts = {record.path: record.verdict for record in report.batch_norms}
+    assert verdicts == {"sum": "kept", "left": "folded", "right": "folded"}
+    assert report.unavoidable == 1
+    assert check_fold(model, torch.randn(2, 4, 6, 6), merge_branches=False).count("kept") == 1
+
+
+def test_sets_that_share_a_site_are_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sum` contradicts both others, these don't contradict each other: only one must stay."""
+    solvers: list[Solver] = []
+    solve = Solver.solve
+
+    def seen(self: Solver) -> Gauges:
+        solvers.append(self)
+        return solve(self)
+
+    monkeypatch.setattr(Solver, "solve", seen)
+    bnfx.plan_fold(against_two(), merge_branches=False)
+    bound, candidates = solvers[0].bound, solvers[0].candidates
+    why = Refused("scale", np.zeros(0, np.int64))
+    two = [(site, why) for site in candidates if norm_path(site.node) in ("left", "right")]
+    assert len(two) == 2
+    assert bound.unavoidable(two) == 1
+
+
+def test_branches_that_a_fold_parts_are_merged() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y = F.gelu(x)
+        return F.gelu(m.near(y) + m.far(m.bn(y)))
+
+    model = positive(Net(forward, near=conv(), far=nn.Conv2d(4, 4, 1), bn=bn())).double()
+    folded = bnfx.fold_bn(model)
+    calls = [n for n in folded.graph.nodes if n.target in (torch.conv2d, F.conv2d)]
+    assert len(calls) == 1
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+    sources = bnfx.report(folded).to_dict()["provenance"]["near.merged.weight"]
+    assert {"near.weight", "far.weight", "bn.running_var"} <= set(sources)
+    narrow = bnfx.fold_bn(model.float())
+    exact = exact_graph(model).get_parameter("near.merged.weight")
+    assert torch.equal(narrow.get_parameter("near.merged.weight"), exact.float())
 
 
 def test_a_large_shift_on_a_shared_stream_is_refused() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import bnfx
+from bnfx.constraints import Kind, hard_systems
+from bnfx.elimination import attempt
+from bnfx.gauges import Gauges, Solver
 from bnfx.reports import FoldReport, remember, report
 from tests.graph_laws import Broken, check, options_of_fold_bn
 from tests.graph_moves import MOVES
@@ -40,6 +45,41 @@ def test_laws_hold(sample: Sample, with_inputs: bool, data: st.DataObject) -> No
     options = {name: data.draw(st.booleans(), label=name) for name in switches}
     others = [sample.inputs(5)] if sample.batched else []
     check(sample.build(), sample.inputs(), given=with_inputs, others=others, **options)
+
+
+def _most(solver: Solver, more_than: int) -> int:
+    """The largest number of BatchNorms that can vanish together, by trying all sets of them."""
+    norms = [s for s in solver.candidates if s.kind is Kind.BATCH_NORM and s.s.all()]
+    able = [site for site in norms if solver.bound.alone(site) is None]
+    for size in range(len(able), more_than, -1):
+        for together in itertools.combinations(able, size):
+            systems = hard_systems(solver.found)
+            if all(attempt(systems, site, dead=True) is None for site in together):
+                return size
+    return more_than
+
+
+@pytest.mark.slow
+def test_no_other_choice_folds_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = 0
+    solve = Solver.solve
+
+    def compared(self: Solver) -> Gauges:
+        nonlocal tried
+        gauges = solve(self)
+        by_words = [why for why in gauges.refused.values() if why.words]
+        if not by_words:  # soundness and zeros have rules of their own
+            went = sum(site.kind is Kind.BATCH_NORM for site in gauges.eliminated)
+            assert _most(self, went) == went
+            tried += 1
+        return gauges
+
+    monkeypatch.setattr(Solver, "solve", compared)
+    for seed in range(60):
+        sample = random_network(random.Random(seed), MOVES)
+        with contextlib.suppress(bnfx.CaptureError):
+            bnfx.fold_bn(sample.build(), tuple(sample.inputs()))
+    assert tried > 30
 
 
 def test_a_seed_gives_one_network() -> None:

@@ -1,0 +1,69 @@
+"""Reading one call of a graph: its name, and its arguments by position or keyword."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+#: Values of arguments that a call leaves out.
+_DEFAULTS = {
+    "bias": None,
+    "weight": None,
+    "training": False,
+    "use_input_stats": True,
+    "eps": 1e-5,
+    "stride": 1,
+    "padding": 0,
+    "output_padding": 0,
+    "dilation": 1,
+    "groups": 1,
+    "running_mean": None,
+    "running_var": None,
+}
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call by position or keyword; ATen calls its first one `self`."""
+    if position < len(node.args):
+        return node.args[position]
+    if name == "input" and "self" in node.kwargs:
+        return node.kwargs["self"]
+    return node.kwargs.get(name, default)
+
+
+def arguments(node: fx.Node, signature: tuple[str, ...]) -> dict[str, Any]:
+    """The call's arguments by name, whether given by position or by keyword, with defaults."""
+    return _DEFAULTS | dict(zip(signature, node.args, strict=False)) | dict(node.kwargs)
+
+
+def function_name(target: Any) -> str:
+    """`F.relu` and `aten.relu.default` -> "relu"."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket.__name__)
+    return str(getattr(target, "__name__", target))
+
+
+def base_name(name: str) -> str:
+    """The operator without its in-place mark: "relu_" -> "relu"."""
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
+def all_equal(value: Any, wanted: int) -> bool:
+    """Whether an argument such as `padding`, a number or one for each axis, is `wanted`."""
+    return all(v == wanted for v in (value if isinstance(value, tuple | list) else (value,)))
+
+
+def reads_shape_only(user: fx.Node, value: fx.Node) -> bool:
+    """Whether `user` asks `value` for its shape alone, whatever its elements are."""
+    if user.op == "call_method" and user.target == "view_as":
+        return user.args[0] is not value
+    if user.target is getattr:
+        return user.args[1] in ("shape", "ndim", "dtype", "device")
+    return user.op == "call_method" and user.target in ("size", "dim", "numel")
