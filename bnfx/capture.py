@@ -132,7 +132,7 @@ class Tracer(fx.Tracer):
         self.given = given
         self.failed: str | None = None
         self._entered: set[str] = set()
-        self._read: dict[str, Any] = {}
+        self.read: dict[str, Any] = {}
 
     def create_args_for_root(
         self,
@@ -200,6 +200,7 @@ class Tracer(fx.Tracer):
     ) -> Any:
         """A module in which tracing fails stays whole: the innermost one."""
         path, last = self.path_of_module(m), self.graph._root.prev
+        depth = len(self.module_stack)
         try:
             out = super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -211,13 +212,15 @@ class Tracer(fx.Tracer):
                 self.failed = path
                 raise
             self._forget(last)
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem()
             return self.create_proxy("call_module", path, args, kwargs)
         self._entered.add(path)
         return out
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """The same as torch.fx's; the cache is remembered."""
-        self._read = parameter_proxy_cache
+        """The same as torch.fx's; what was read is remembered."""
+        self.read = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def _forget(self, last: fx.Node) -> None:
@@ -226,8 +229,8 @@ class Tracer(fx.Tracer):
         while (node := self.graph._root.prev) is not last:
             self.graph.erase_node(node)
             gone.add(node)
-        for name in [name for name, proxy in self._read.items() if proxy.node in gone]:
-            del self._read[name]
+        for name in [name for name, proxy in self.read.items() if proxy.node in gone]:
+            del self.read[name]
 
 
 def has_hooks(module: nn.Module) -> bool:

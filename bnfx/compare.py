@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.generic]
+Floats = npt.NDArray[np.float64]
 
 #: Half the distance from 1 to the next number: the relative error of one rounding.
 UNIT = {"fp32": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -130,8 +131,9 @@ def weight_ratio(
 ) -> tuple[float, int]:
     """Largest distance of a weight from its float64 value, in units of rounding, and its channel.
 
-    The unit of output channel c is `unit` times the largest magnitude in that channel, so that a
-    small channel is judged as strictly as a large one.
+    The unit of output channel c is `unit` times the largest finite magnitude in that channel, so
+    that a small channel is judged as strictly as a large one. Infinities (bounds that bound
+    nothing) must be the same ones.
 
     Args:
         stored: (channels, everything else).
@@ -139,18 +141,29 @@ def weight_ratio(
         unit: Relative error of one rounding.
         per_channel: Whether each channel has a unit of its own; otherwise the largest one counts.
     """
-    wide, truth = stored.astype(np.float64), exact.astype(np.float64)
     if not exact.size:
         return 0.0, 0
-    rows = np.abs(truth).max(axis=1)
+    step = max(1, _BLOCK // exact.shape[1])
+    blocks = [slice(i, i + step) for i in range(0, len(exact), step)]
+    found = [_farthest(stored[rows], exact[rows]) for rows in blocks]
+    rows, distance = (np.concatenate(part) for part in zip(*found, strict=True))
     scale = (rows if per_channel else np.full_like(rows, rows.max())) * unit
     # Half of the smallest subnormal is lost below the normal range whatever one does.
     scale = scale + (2.0**-25 if unit == UNIT["fp16"] else float(_TINY))
     with np.errstate(invalid="ignore", over="ignore"):
-        distance = np.abs(wide - truth).max(axis=1) / scale
+        distance = distance / scale
     distance = np.where(np.isfinite(distance), distance, math.inf)
     worst = int(np.argmax(distance))
     return float(distance[worst]), worst
 
 
+def _farthest(stored: Array, exact: Array) -> tuple[Floats, Floats]:
+    """Largest finite magnitude of each row of `exact`, and how far `stored` is from it at most."""
+    wide, truth = stored.astype(np.float64), exact.astype(np.float64)
+    rows = np.where(np.isfinite(truth), np.abs(truth), 0.0).max(axis=1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return rows, np.where(wide == truth, 0.0, np.abs(wide - truth)).max(axis=1)
+
+
+_BLOCK = 2**22  # elements that are compared at a time, to bound the memory
 _TINY = np.finfo(np.float32).smallest_subnormal

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from bnfx.environment_facts import Facts, collect
+from bnfx.packages import mismatch
 from bnfx.reports import Report, table
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _majors(facts: Facts) -> EnvCheck:
         remedy = f"for GPUs: install a torch built for CUDA {wanted}, which brings the libraries"
         return EnvCheck("CUDA versions", "ok", detail, remedy)
     detail = f"torch {facts.torch_cuda}, onnxruntime {facts.runtime_cuda}"
-    if facts.torch_cuda.partition(".")[0] == wanted:
+    if mismatch(facts.runtime_cuda, facts.torch_cuda) is None:
         return EnvCheck("CUDA versions", "ok", detail)
     remedy = (
         f"install a torch built for CUDA {wanted}, or an onnxruntime-gpu for CUDA "

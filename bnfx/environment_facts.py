@@ -1,9 +1,7 @@
-"""What is installed and what starts: the facts behind `doctor`."""
+"""What starts, and what it is built of: the facts behind `doctor`."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -15,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bnfx.packages import installed_runtimes, runtime_cuda, runtime_owner, torch_cuda
+from bnfx.packages import (
+    folder_of,
+    installed_runtimes,
+    least_versions,
+    runtime_cuda,
+    runtime_owner,
+    torch_cuda,
+    version_of,
+)
 
 _PACKAGES = (
     *("torch", "numpy", "onnx", "onnxscript"),
@@ -70,42 +76,19 @@ def collect() -> Facts:
     return Facts(
         bnfx=__version__,
         python=tuple(sys.version_info[:3]),
-        versions={name: _version(name) for name in _PACKAGES},
+        versions={name: version_of(name) for name in _PACKAGES},
         runtimes=installed_runtimes(),
-        least=_declared(),
+        least=least_versions(),
         import_errors=probe.get("import_errors", {}),
         torch_cuda=torch_cuda(),
         runtime_owner=runtime_owner(),
         runtime_cuda=runtime_cuda(),
         providers=probe["providers"],
-        missing_libraries=_missing_libraries(_runtime_folder()),
+        missing_libraries=_missing_libraries(folder_of("onnxruntime")),
         driver=probe.get("driver"),
         devices=tuple(probe.get("devices", ())),
         cudnn=probe.get("cudnn"),
     )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _declared() -> dict[str, str]:
-    """Least versions out of bnfx's own metadata, as `pyproject.toml` states them."""
-    try:
-        requirements = importlib.metadata.requires("bnfx") or []
-    except importlib.metadata.PackageNotFoundError:
-        return {}
-    found = (re.match(r"([\w-]+)>=([\w.]+)", line) for line in requirements)
-    return {match[1]: match[2] for match in found if match}
-
-
-def _runtime_folder() -> Path | None:
-    spec = importlib.util.find_spec("onnxruntime")
-    places = spec.submodule_search_locations if spec is not None else None
-    return Path(places[0]) if places else None
 
 
 def _missing_libraries(folder: Path | None) -> tuple[str, ...] | None:

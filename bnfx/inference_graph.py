@@ -66,6 +66,7 @@ class _FunctionalTracer(Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """As torch.fx does it, which goes through all names for each tensor that is read."""
+        self.read = parameter_proxy_cache
         if self._names is None:
             self._names = _names_of_tensors(self.root)
         if id(attr_val) not in self._names:

@@ -1,6 +1,6 @@
 """Layers with weights in one form, whoever they come from: a torch graph or an ONNX file.
 
-A layer holds its weights in float64 and can be applied to any input, so that a layer of a file is
+A layer holds its weights and can be applied to any input, so that a layer of a file is
 compared with the layer of the reference on equal input, and its weights one by one.
 """
 
@@ -53,7 +53,8 @@ class Layer:
     Attributes:
         kind: What it is.
         name: Module path in the reference, or the node of the file.
-        parts: "weight", "bias", "mean" and "var" in float64, as far as it has them. A convolution's
+        parts: "weight", "bias", "mean" and "var" in float64, as far as it has them; the weights of
+            a file's convolutions and linear layers in the dtype they are stored in. A convolution's
             weight is (out, in / groups, ...), transposed (in, out / groups, ...), a linear one's
             (out, in).
         names: Part -> its name in the reference or file.
@@ -106,8 +107,8 @@ class Layer:
 
 
 def by_channel(layer: Layer, part: str) -> Tensor:
-    """A part as (output channels, everything else)."""
-    value = layer.part(part)
+    """A part as (output channels, everything else), in float64."""
+    value = layer.part(part).double()
     if part == "weight" and layer.kind == "conv_transpose" and layer.geometry is not None:
         groups = layer.geometry.groups
         value = value.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
@@ -139,7 +140,7 @@ def rounding_scale(layer: Layer, x: Tensor) -> Tensor:
     number of products in a sum: summed one after the other, the partial sum after i of them has the
     mean square i / K of the whole, and each step rounds it with a variance of 1 / 3 unit squared.
     """
-    squares = {part: layer.part(part).square() for part in ("weight", "bias")}
+    squares = {part: layer.part(part).double().square() for part in ("weight", "bias")}
     geometry = layer.geometry
     power = apply(Layer(layer.kind, "", squares, geometry=geometry), x.square())
     terms = layer.parts["weight"].numel() / layer.channels

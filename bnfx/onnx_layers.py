@@ -16,12 +16,20 @@ from torch import Tensor
 
 from bnfx.compare import Array
 from bnfx.layers import Geometry, Kind, Layer, as_tensor
-from bnfx.onnx_files import stored_tensors, tensor_array, type_name
+from bnfx.onnx_files import located_nodes, stored_tensors, tensor_array, type_name
 
 #: Position of each part among a node's inputs.
 _CONV = {"weight": 1, "bias": 2}
 _NORM = {"weight": 1, "bias": 2, "mean": 3, "var": 4}
-_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_KINDS: Mapping[str, tuple[Kind, Mapping[str, int]]] = {
+    "Conv": ("conv", _CONV),
+    "ConvTranspose": ("conv_transpose", _CONV),
+    "Gemm": ("linear", _CONV),
+    "BatchNormalization": ("batch_norm", _NORM),
+    "LayerNormalization": ("layer_norm", _CONV),
+}
+_LAYERS = {*_KINDS, "MatMul"}
+_LARGE = ("conv", "conv_transpose", "linear")
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class FileGraph:
         folder: Where external data lies.
         tensors: Every tensor that the file stores.
         producers: Name of a value -> the node that computes it, in the main graph.
-        hidden: Nodes with subgraphs, whose layers are not compared one by one.
+        hidden: Layers inside subgraphs, which are not compared one by one.
     """
 
     nodes: tuple[Node, ...]
@@ -94,8 +102,8 @@ def layer_nodes(model: onnx.ModelProto, folder: Path) -> FileGraph:
     wanted = {name for n in nodes for name in (n.x, n.y) if name not in stored}
     wanted |= {name for n in nodes for name in n.operands.values() if name not in stored}
     inputs = {value.name for value in model.graph.input}
-    inner = sum(
-        a.HasField("g") or bool(a.graphs) for node in model.graph.node for a in node.attribute
+    hidden = sum(
+        found.where != "graph" and found.node.op_type in _LAYERS for found in located_nodes(model)
     )
     return FileGraph(
         nodes,
@@ -104,7 +112,7 @@ def layer_nodes(model: onnx.ModelProto, folder: Path) -> FileGraph:
         folder,
         tuple(tensor for tensor, _ in stored_tensors(model)),
         {name: node for node in model.graph.node for name in node.output if name},
-        inner,
+        hidden,
     )
 
 
@@ -128,15 +136,8 @@ def _layer_node(
     if node.domain not in ("", "ai.onnx") or not node.output:
         return None
     settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    kinds: dict[str, tuple[Kind, Mapping[str, int]]] = {
-        "Conv": ("conv", _CONV),
-        "ConvTranspose": ("conv_transpose", _CONV),
-        "Gemm": ("linear", _CONV),
-        "BatchNormalization": ("batch_norm", _NORM),
-        "LayerNormalization": ("layer_norm", _CONV),
-    }
-    if node.op_type in kinds:
-        kind, places = kinds[node.op_type]
+    if node.op_type in _KINDS:
+        kind, places = _KINDS[node.op_type]
         operands = {
             part: node.input[i]
             for part, i in places.items()
@@ -175,7 +176,9 @@ def file_layers(graph: FileGraph, values: Mapping[str, Array]) -> Iterator[Layer
                 array = values[name]
             else:
                 continue
-            parts[part] = as_tensor(array).double()
+            # Large weights stay as they are stored: in float64 they would take twice the file.
+            held = part == "weight" and node.kind in _LARGE
+            parts[part] = as_tensor(array) if held else as_tensor(array).double()
         layer = _made(node, parts)
         if layer is not None:
             yield replace(layer, rank=values[node.y].ndim if node.y in values else 0)
@@ -198,7 +201,9 @@ def _made(node: Node, parts: dict[str, Tensor]) -> Layer | None:
         if weight.dim() != 2:
             return None
         transposed = node.proto.op_type == "Gemm" and bool(settings.get("transB", 0))
-        parts["weight"] = (weight if transposed else weight.T) * _number(settings, "alpha", 1.0)
+        parts["weight"] = weight if transposed else weight.T
+        if (alpha := _number(settings, "alpha", 1.0)) != 1:
+            parts["weight"] = parts["weight"].double() * alpha
         if "bias" in parts:
             bias = parts["bias"] * _number(settings, "beta", 1.0)
             out = parts["weight"].shape[0]

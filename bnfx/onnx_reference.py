@@ -51,8 +51,9 @@ class OnnxReference:
         stored = {tensor.name for tensor in self.proto.graph.initializer}
         self.inputs = [v for v in self.proto.graph.input if v.name not in stored]
         norms = sum(node.op_type == "BatchNormalization" for node in all_nodes(self.proto))
-        #: Folding may spread a BatchNorm over several layers, so that other weights are as right.
+        # Folding may spread a BatchNorm over several layers, so that other weights are as right.
         self.decides = norms == 0
+        self.failures: list[str] = []
 
     def example(self) -> Sample:
         """An input drawn by what the file declares; every symbolic size is 2.
@@ -118,6 +119,9 @@ class OnnxReference:
                 f"the reference {self.name} cannot be evaluated in float64: {error}"
             ) from error
         return Runs(own, own, exact, declared)
+
+    def release(self) -> None:
+        """Nothing is kept between runs."""
 
     def _evaluate(self, evaluator: Any, sample: Sample) -> list[Array]:
         feed = {

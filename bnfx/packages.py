@@ -15,28 +15,28 @@ _RUNTIMES = (
 )
 
 
+def version_of(name: str) -> str | None:
+    """Version of an installed distribution; None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def installed_runtimes() -> dict[str, str]:
     """Every installed distribution of onnxruntime, with its version."""
-    found = {}
-    for name in _RUNTIMES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: version_of(name) for name in _RUNTIMES}
+    return {name: version for name, version in found.items() if version is not None}
 
 
-def double_install() -> str | None:
-    """What is wrong if two distributions own the same onnxruntime, and the remedy; None if fine."""
-    found = installed_runtimes()
-    if len(found) < 2:
-        return None
-    names = " and ".join(f"{name} {version}" for name, version in found.items())
-    keep = "onnxruntime-gpu" if "onnxruntime-gpu" in found else next(iter(found))
-    return (
-        f"{names} are installed into the same folder, and the one installed last is what runs; "
-        f"pip uninstall -y {' '.join(found)} && pip install {keep}"
-    )
+def least_versions() -> dict[str, str]:
+    """Least versions out of bnfx's own metadata, as `pyproject.toml` states them."""
+    try:
+        requirements = metadata.requires("bnfx") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    found = (re.match(r"([\w-]+)>=([\w.]+)", line) for line in requirements)
+    return {match[1]: match[2] for match in found if match}
 
 
 def torch_cuda() -> str | None:
@@ -57,12 +57,16 @@ def runtime_owner() -> str | None:
 
 
 def cuda_mismatch() -> str | None:
-    """Why torch's CUDA libraries cannot serve onnxruntime; None where they can.
+    """Why the installed torch's CUDA libraries cannot serve onnxruntime; None where they can."""
+    return mismatch(runtime_cuda(), torch_cuda())
+
+
+def mismatch(wanted: str | None, brought: str | None) -> str | None:
+    """Why CUDA `brought` by torch cannot serve an onnxruntime built for CUDA `wanted`.
 
     onnxruntime-gpu loads the libraries of its own major version of CUDA, and a torch of another
-    major version, or for the CPU, brings none of those.
+    major version, or for the CPU (None), brings none of those.
     """
-    wanted, brought = runtime_cuda(), torch_cuda()
     if wanted is None:
         return None
     major = wanted.partition(".")[0]
@@ -73,12 +77,16 @@ def cuda_mismatch() -> str | None:
     return None
 
 
-def _stated(package: str, file: str, pattern: str) -> str | None:
+def folder_of(package: str) -> Path | None:
+    """Where a package lies; None where it is not installed."""
     spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    places = spec.submodule_search_locations if spec is not None else None
+    return Path(next(iter(places))) if places else None
+
+
+def _stated(package: str, file: str, pattern: str) -> str | None:
+    folder = folder_of(package)
+    if folder is None or not (folder / file).is_file():
         return None
-    path = Path(next(iter(spec.submodule_search_locations))) / file
-    if not path.is_file():
-        return None
-    match = re.search(pattern, path.read_text())
+    match = re.search(pattern, (folder / file).read_text())
     return match.group(1) if match else None

@@ -61,7 +61,7 @@ def _composed(name: str, traced: Traced) -> Form:
 
 
 class TorchReference:
-    """A module; its three copies are made once."""
+    """A module, and copies of it in the arithmetics that it is run in."""
 
     #: Whether a wrong weight is a failure.
     decides = True
@@ -76,7 +76,8 @@ class TorchReference:
         same = same or _all_of(model, self.dtype)
         self._rounded = self._own if same else clone(model).to(self.dtype)
         self._same = same and self.precision != "tf32"
-        self._exact = clone(model).double()
+        self._wide: nn.Module | None = None
+        self.failures: list[str] = []
 
     def leaves(self, sample: Sample) -> list[Tensor]:
         """The tensors of an input in the order of the exporter's inputs."""
@@ -117,7 +118,17 @@ class TorchReference:
 
     def _in_float64(self, sample: Sample) -> list[Tensor]:
         with Widened():
-            return self._call(self._exact, sample, torch.float64)
+            return self._call(self._exact(), sample, torch.float64)
+
+    def _exact(self) -> nn.Module:
+        """The copy in float64, twice the size of the model: it is there between use and release."""
+        if self._wide is None:
+            self._wide = clone(self._own).double()
+        return self._wide
+
+    def release(self) -> None:
+        """Give back the memory of the copy in float64."""
+        self._wide = None
 
     def _call(self, module: nn.Module, sample: Sample, dtype: torch.dtype | None) -> list[Tensor]:
         args, kwargs = pytree.tree_map(
@@ -144,7 +155,7 @@ class TorchReference:
             BnfxError: The reference cannot be captured in any way.
         """
         given = widened(sample)
-        failures: list[str] = []
+        self.failures = failures = []
         ways = self._ways(sample, given)
         for name, fold in ways:
             try:
@@ -176,7 +187,10 @@ class TorchReference:
         The file was most likely folded by the rules of the dtype that the weights are stored in.
         """
         own = partial(exact_graph, self._own, sample.args, example_kwargs=sample.kwargs)
-        exact = partial(fold_bn, self._exact, given.args, example_kwargs=given.kwargs)
+
+        def exact(**options: Any) -> fx.GraphModule:
+            return fold_bn(self._exact(), given.args, example_kwargs=given.kwargs, **options)
+
         return [
             ("folded by the rules of its own dtype", own),
             ("folded in float64", exact),
@@ -203,7 +217,7 @@ class TorchReference:
 
     def _traced(self, graph: fx.GraphModule, given: Sample, changed: frozenset[str]) -> Traced:
         slots = sum(node.op == "placeholder" for node in graph.graph.nodes)
-        bound = list(_bound(self._exact, given).values())
+        bound = list(_bound(self._own, given).values())
         flat = pytree.tree_leaves(bound)
         values = flat if len(flat) == slots else bound
         if len(values) != slots:

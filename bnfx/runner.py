@@ -130,17 +130,18 @@ def execute(request: Request, runs: Sequence[Sequence[Array]]) -> Answer:
     done = time.perf_counter()
     values: dict[str, Array] = {}
     values_failure = ""
+    outputs, assigned = tuple(v.name for v in session.get_outputs()), _assigned(session)
+    del session  # two would hold the weights twice
     if request.values:
-        declared = {value.name for value in session.get_outputs()}
-        values, values_failure = _values(request, runs[request.values_run], declared)
+        values, values_failure = _values(request, runs[request.values_run], frozenset(outputs))
     return Answer(
         inputs=inputs,
-        outputs=tuple(v.name for v in session.get_outputs()),
+        outputs=outputs,
         results=results,
         failures=failures,
         values=values,
         values_failure=values_failure,
-        assigned=_assigned(session),
+        assigned=assigned,
         ran=dict(ran),
         proof=proof,
         seconds={

@@ -36,7 +36,10 @@ class Known(Protocol):
     """A reference whose layers can be listed."""
 
     name: str
+    #: Whether a wrong weight is always a fault.
     decides: bool
+    #: Forms that could not be made, and why.
+    failures: list[str]
 
     def forms(self, sample: Sample) -> Iterator[Form]:
         """The layers in every form that is right."""
@@ -56,6 +59,8 @@ class Findings:
         faults: What is wrong, in the order of the file; each decides.
         hint: First sign of what is wrong in the flow of values; it decides nothing.
         notes: What was not checked, and why.
+        decides: Whether a wrong weight is a fault, whatever the outputs are.
+        hidden: Layers inside subgraphs, which are not compared.
     """
 
     weights: tuple[WeightCheck, ...]
@@ -64,6 +69,8 @@ class Findings:
     faults: tuple[Divergence, ...]
     hint: Divergence | None
     notes: tuple[str, ...]
+    decides: bool
+    hidden: int
 
 
 @dataclass(frozen=True)
@@ -90,12 +97,14 @@ class _Match:
         """How many layers hold a wrong weight."""
         return sum(any(not check.passed for check in checks) for _, checks in self.checks)
 
-    def surely(self, layers: int, changed: frozenset[str]) -> bool:
-        """Whether the file, of so many layers, is of this form, though with a fault.
+    def settled(self, layers: int, changed: frozenset[str]) -> bool:
+        """Whether the file, of so many layers, is of this form, be it with a fault.
 
         Another form of folding differs in two layers at least: what one takes up, another undoes.
         And a file that says that just these parameters were folded is held to it.
         """
+        if self.perfect:
+            return True
         complete = layers == len(self.checks) == len(self.form.traced.layers)
         return complete and (self.wrong == 1 or (bool(changed) and changed == self.form.changed))
 
@@ -126,7 +135,8 @@ def check_layers(
         note = (
             f"weights and layers: not checked, since the reference cannot be taken apart: {error}"
         )
-        return Findings((), (), 0, (), None, (note,))
+        return Findings((), (), 0, (), None, (note,), False, graph.hidden)
+    decides = reference.decides or match.settled(len(ours), rounding.changed)
     origins = _origins(reference, sample, match)
     faults: list[Divergence] = []
     weights: list[WeightCheck] = []
@@ -140,7 +150,7 @@ def check_layers(
             continue
         weights += checks
         origin = origins.get(pair.truth.name)
-        faults += [weight_fault(pair, check, origin) for check in wrong if reference.decides]
+        faults += [weight_fault(pair, check, origin) for check in wrong if decides]
         layer = check_layer(pair, values, flow)
         if layer is None or _fused(layer):
             continue
@@ -150,10 +160,12 @@ def check_layers(
     constants, missing = _constants(match, graph, rounding)
     weights += constants
     faults += [constant_fault(check) for check in constants if not check.passed]
-    notes = tuple(_notes(reference, match, strangers, missing, graph))
+    notes = tuple(_notes(reference, match, strangers, missing, graph, decides=decides))
     wanted = len(weights) + len(strangers) + len(missing) + len(match.pairing.missing)
     first = hint(match.pairing.pairs, layers, flow, found, graph, rounding.precision)
-    return Findings(tuple(weights), tuple(layers), wanted, tuple(faults), first, notes)
+    return Findings(
+        tuple(weights), tuple(layers), wanted, tuple(faults), first, notes, decides, graph.hidden
+    )
 
 
 def _fused(layer: LayerCheck) -> bool:
@@ -177,7 +189,7 @@ def _best(
         how = replace(rounding, claimed=rounding.claimed and form.rounded_once)
         checks = tuple((p, tuple(check_pair(p, dtypes, how))) for p in pairing.pairs)
         match = _Match(form, best is None, pairing, checks)
-        if match.perfect or match.surely(len(ours), rounding.changed):
+        if match.settled(len(ours), rounding.changed):
             return match
         if best is None or match.score > best.score:
             best = match
@@ -220,14 +232,22 @@ def _constants(
 
 
 def _notes(
-    reference: Known, match: _Match, strangers: list[str], missing: list[str], graph: FileGraph
+    reference: Known,
+    match: _Match,
+    strangers: list[str],
+    missing: list[str],
+    graph: FileGraph,
+    *,
+    decides: bool,
 ) -> Iterator[str]:
     if not match.first:
         yield (
             f"weights: compared with the reference {match.form.name}, with which the file agrees "
             "most"
         )
-    if not reference.decides and not match.perfect:
+    if not match.perfect:
+        yield from (f"weights: not compared with the reference {why}" for why in reference.failures)
+    if not decides:
         yield (
             "weights: the reference still has BatchNorms, and folding may spread them over several "
             "layers: other weights may be as right, so outputs decide"
@@ -243,7 +263,10 @@ def _notes(
     if missing:
         yield f"constants: {_few(missing)} not found in the file; outputs decide there"
     if graph.hidden:
-        yield f"layers: those inside {graph.hidden} subgraphs are not compared one by one"
+        yield (
+            f"layers: {graph.hidden} inside subgraphs (of If, Loop or Scan) are not compared, only "
+            "that the constants they store are the reference's; outputs decide there"
+        )
 
 
 def _few(names: Iterator[str] | Sequence[str]) -> str:

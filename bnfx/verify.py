@@ -121,10 +121,12 @@ def verify_onnx(
     first = reference.run(pooled[:1])
     each = time.perf_counter() - began
     limit = max(120.0, 100 * each * (len(pooled) + sum(sizes))) if timeout is None else timeout
+    reference.release()  # while onnxruntime holds the weights too
     staged, answer = _run(plan, localize=localize, timeout=limit, isolate=isolate)
     runs = first + reference.run(pooled[1:])
     rows = [rows_of(pooled, size) for size in sizes]
     runs += reference.run(small, RowTruths(runs, batch_of(pooled[0]), rows))
+    reference.release()
     outputs = _check_outputs(plan, answer, runs, max_ratio)
     findings = _check_layers(plan, staged, answer)
     return _report(plan, staged, answer, outputs, findings, max_ratio, localize, start)
@@ -315,7 +317,7 @@ def _report(
         num_inputs=len(plan.pooled),
         batch_sizes=(*([own] if own is not None else []), *plan.sizes),
         batch_norms_left=counts["BatchNormalization"],
-        tiers=_tiers(found, outputs, max_ratio, decides=plan.reference.decides),
+        tiers=_tiers(found, outputs, max_ratio),
         outputs=tuple(outputs),
         layers=found.layers,
         weights=found.weights,
@@ -334,9 +336,9 @@ def _first(wrong: Sequence[Divergence], hint: Divergence | None) -> Divergence |
 
 
 def _tiers(
-    found: Findings, outputs: Sequence[OutputCheck], max_ratio: float, *, decides: bool
+    found: Findings, outputs: Sequence[OutputCheck], max_ratio: float
 ) -> tuple[TierCheck, ...]:
-    decisive = {"weights": decides, "layers": False, "outputs": True}
+    decisive = {"weights": found.decides, "layers": False, "outputs": True}
 
     def tier(kind: Any, checks: Sequence[Any], limit: float, of: int, reason: str) -> TierCheck:
         failed = any(not check.passed for check in checks)
@@ -347,6 +349,6 @@ def _tiers(
     why = "; ".join(found.notes)
     return (
         tier("weights", found.weights, MAX_WEIGHT_RATIO, found.wanted, why),
-        tier("layers", found.layers, MAX_LAYER_RATIO, len(found.layers), ""),
+        tier("layers", found.layers, MAX_LAYER_RATIO, len(found.layers) + found.hidden, ""),
         tier("outputs", outputs, max_ratio, len(outputs), ""),
     )

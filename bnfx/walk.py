@@ -96,6 +96,8 @@ class Walk:
 
     def rows(self, labels: Tensor, axes: Sequence[int], cause: Cause) -> Ints:
         """One label for each place along `axes`; the others of a place are made equal to it."""
+        if any(not 0 <= axis < labels.dim() for axis in axes):  # of assumed ranks
+            raise Opaque
         rows, sizes = rows_along(labels, axes)
         first = rows[:, 0]
         if rows.shape[1] > 1:

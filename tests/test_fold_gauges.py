@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import bnfx
 from bnfx.elimination import Refused
 from bnfx.folding import exact_graph
-from bnfx.gauges import Solver
+from bnfx.gauges import Gauges, Solver
 from bnfx.linear_system import LinearSystem, Rows
 from bnfx.words import norm_path
 from tests import zoo
@@ -226,7 +226,12 @@ def test_sets_that_share_a_site_are_not_counted_twice(monkeypatch: pytest.Monkey
     """`sum` contradicts both others, these don't contradict each other: only one must stay."""
     solvers: list[Solver] = []
     solve = Solver.solve
-    monkeypatch.setattr(Solver, "solve", lambda self: solvers.append(self) or solve(self))
+
+    def seen(self: Solver) -> Gauges:
+        solvers.append(self)
+        return solve(self)
+
+    monkeypatch.setattr(Solver, "solve", seen)
     bnfx.plan_fold(against_two(), merge_branches=False)
     bound, candidates = solvers[0].bound, solvers[0].candidates
     why = Refused("scale", np.zeros(0, np.int64))

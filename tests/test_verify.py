@@ -98,6 +98,31 @@ def test_tampered_weights_fail(
         report.raise_for_failure()
 
 
+def first_bound(array: np.ndarray) -> None:
+    array[0, int(np.argmax(np.isfinite(array[0, :, 0, 0])))] += 1e-3
+
+
+def first_infinity(array: np.ndarray) -> None:
+    array[0, int(np.argmax(np.isinf(array[0, :, 0, 0])))] = 1e6
+
+
+@pytest.mark.parametrize("with_example", [False, True])
+def test_thresholds_pass_and_wrong_ones_fail(tmp_path: Path, *, with_example: bool) -> None:
+    """A BatchNorm between two ReLUs becomes bounds, most of which are infinite on one side."""
+    model, x, f = randomise(Two()), torch.randn(1, 3, 8, 8), tmp_path / "two.onnx"
+    folded = bnfx.fold_bn(model, x if with_example else None, thresholds=True)
+    bnfx.export_onnx(folded, x, f, dynamic_shapes=DYNAMIC)
+    report = bnfx.verify_onnx(model, f, x)
+    assert report, str(report)
+    assert report.batch_norms_left == 0
+    assert {w.name for w in report.weights} >= {"relu_1_lower", "relu_1_upper"}
+    for edit in (first_bound, first_infinity):
+        bnfx.export_onnx(folded, x, f, dynamic_shapes=DYNAMIC)
+        change(f, "relu_1_lower", edit)
+        report = bnfx.verify_onnx(model, f, x, isolate=False)
+        assert "relu_1_lower" in (report.first_divergence or "")
+
+
 def test_wrong_eps_fails(tmp_path: Path) -> None:
     model, f, x = export(tmp_path)
     proto = onnx.load(str(f))

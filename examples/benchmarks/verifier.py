@@ -2,6 +2,7 @@
 
     python examples/benchmarks/verifier.py            # every fault, 210 right files
     python examples/benchmarks/verifier.py --quick    # one network
+    python examples/benchmarks/verifier.py --out examples/benchmarks/results
 
 Every fault is put into every network that has a place for it, into a file as bnfx wrote it and into
 one from which all that it said about itself was taken away. A fault counts as caught if the verdict
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from measuring import save
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -149,12 +151,25 @@ def pass_all(
     return len(jobs), alarms
 
 
+def summary(outcomes: list[Outcome]) -> list[dict[str, object]]:
+    """One row for each network, with and without claims: how many faults, and what saw them."""
+    rows: list[dict[str, object]] = []
+    for network, stripped in sorted({(o.network, o.stripped) for o in outcomes}):
+        mine = [o for o in outcomes if (o.network, o.stripped) == (network, stripped)]
+        by = Counter(o.by for o in mine if o.caught)
+        seen = {name: by[name] for name in ("weights", "structure", "layers", "outputs", "error")}
+        row = {"network": network, "claims": "stripped" if stripped else "kept"}
+        rows.append({**row, "faults": len(mine), "caught": sum(o.caught for o in mine), **seen})
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one network, three right files")
     parser.add_argument("--seeds", type=int, default=30, help="right files of each network")
     parser.add_argument("--fresh", action="store_true", help="export every right file anew")
     parser.add_argument("--json", type=Path, help="where to write every outcome")
+    parser.add_argument("--out", type=Path, help="folder for verifier.csv and .json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -185,6 +200,8 @@ def main() -> int:
     if options.json is not None:
         told = {"outcomes": [asdict(o) for o in outcomes], "right": right, "alarms": alarms}
         options.json.write_text(json.dumps(told, indent=1))
+    if options.out is not None:
+        save(options.out, "verifier", summary(outcomes), right=right, alarms=alarms)
     return 1 if missed or alarms else 0
 
 

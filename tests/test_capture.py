@@ -1,0 +1,67 @@
+"""Symbolic tracing that leaves whole what it cannot trace, in one pass."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+
+import bnfx
+from bnfx.capture import Tracer, trace
+from tests.laws import randomise
+
+
+class Same(nn.Module):
+    """A forward that a trace cannot follow where `twice` is false."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 1)
+        self.k = nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor, *, twice: bool = False) -> Tensor:
+        """(N, 4, H, W) -> the same."""
+        x = self.inner(x) * self.k
+        if twice:
+            return x * 2
+        return x * 2 if x.detach().sum() > 1e9 else x
+
+
+class Nest(nn.Module):
+    """Untraceable modules at several depths, and one that is read outside of them too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Sequential(nn.ReLU(), Same()), Same()
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 4, H, W) -> the same."""
+        x = self.first(x) + self.second(x, twice=True)
+        out: Tensor = self.bn(self.second(x)) * self.second.k
+        return out
+
+
+def test_what_cannot_be_traced_stays_whole_wherever_it_is_called() -> None:
+    model = randomise(Nest()).eval()
+    graph, opaque = trace(Tracer, model, frozenset(), None)
+    assert opaque == {"first.1", "second"}
+    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    assert calls == ["first.0", "first.1", "second", "second", "bn"]
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(fx.GraphModule(model, graph)(x), model(x))
+
+
+def test_one_failure_costs_no_further_pass() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.ReLU(), Same()) for _ in range(6))).eval()
+    with mock.patch.object(Tracer, "trace", autospec=True, side_effect=Tracer.trace) as passes:
+        _, opaque = trace(Tracer, model, frozenset(), None)
+    assert len(opaque) == 6
+    assert passes.call_count == 1
+
+
+def test_a_fold_around_it_is_right() -> None:
+    model = randomise(Nest()).eval().double()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(bnfx.fold_bn(model)(x), model(x), rtol=1e-12, atol=1e-12)
