@@ -213,16 +213,28 @@ def test_exit_codes(
     ]
 
 
-def exported(here: Path) -> Path:
-    assert main(["export", "nets:small", "a.onnx", "--fold", *X, "--dynamic-batch"]) == 0
-    return here / "a.onnx"
+@pytest.fixture(scope="session")
+def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`nets:small`, folded and exported by the command line, once for all tests."""
+    folder = tmp_path_factory.mktemp("right")
+    (folder / "nets.py").write_text(NETS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", list(sys.path))
+        assert main(["export", "nets:small", "a.onnx", "--fold", *X, "--dynamic-batch"]) == 0
+    sys.modules.pop("nets")
+    return folder / "a.onnx"
+
+
+@pytest.fixture
+def exported(here: Path, right: Path) -> Path:
+    """A copy of that file in the current directory."""
+    return Path(shutil.copy(right, here / "a.onnx"))
 
 
 def test_json_is_all_there_is_on_standard_output(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, exported: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exported(here)
-    capsys.readouterr()
     found: dict[str, Any] = {}
     for argv in (
         ["inspect", "nets:small"],
@@ -255,9 +267,9 @@ def test_json_is_all_there_is_on_standard_output(
 
 
 def test_json_keeps_numbers_that_are_not_finite(
-    here: Path, capfd: pytest.CaptureFixture[str]
+    here: Path, exported: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    f = exported(here)
+    f = exported
     change(f, "conv.weight", np.nan)
     capfd.readouterr()
     assert main(["verify", "nets:small", "a.onnx", *X, "--json", "-"]) == 1
@@ -275,17 +287,19 @@ def change(f: Path, name: str, value: float) -> None:
 
 
 def test_a_tampered_file_fails_and_says_where(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, exported: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    f = exported(here)
+    f = exported
     assert main(["verify", "nets:small", "a.onnx", *X, "--require-folded"]) == 0
     change(f, "conv.weight", 0.5)
     assert main(["verify", "nets:small", "a.onnx", *X]) == 1
     assert "conv.weight" in capsys.readouterr().err
 
 
-def test_one_file_against_another(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    f = exported(here)
+def test_one_file_against_another(
+    here: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    f = exported
     shutil.copy(f, here / "b.onnx")
     for inputs in ((), X, ("--input", "image:1x3x16x16")):
         assert main(["verify", "a.onnx", "b.onnx", *inputs]) == 0, capsys.readouterr().err
@@ -296,9 +310,9 @@ def test_one_file_against_another(here: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_inspect_lists_what_onnxruntime_cannot_load(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, exported: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    f = exported(here)
+    f = exported
     proto = onnx.load(str(f))
     next(node for node in proto.graph.node if node.op_type == "Relu").domain = "of.nobody"
     proto.opset_import.append(onnx.helper.make_opsetid("of.nobody", 1))
@@ -315,10 +329,14 @@ def test_inspect_lists_what_onnxruntime_cannot_load(
     "argv", [("verify", "nets:small", "a.onnx", *X), ("inspect", "a.onnx"), ("bench", "a.onnx")]
 )
 def test_an_unreadable_file_fails(
-    here: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, argv: tuple[str, ...]
+    here: Path,
+    exported: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes | None,
+    argv: tuple[str, ...],
 ) -> None:
     f = here / "a.onnx"
-    f.write_bytes(exported(here).read_bytes()[:-500] if content is None else content)
+    f.write_bytes(exported.read_bytes()[:-500] if content is None else content)
     capsys.readouterr()
     assert main(argv) == 1
     out, err = capsys.readouterr()
@@ -351,10 +369,11 @@ def test_other_unreadable_files(here: Path, capsys: pytest.CaptureFixture[str]) 
         assert out == ""
 
 
-def test_missing_cuda_is_code_3(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_cuda_is_code_3(
+    here: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if cuda_unavailable_reason() is None:
         pytest.skip("CUDA works here")
-    exported(here)
     (here / "b.onnx").write_bytes(b"older")
     for argv in (
         ["verify", "nets:small", "a.onnx", *X, "--provider", "cuda"],
@@ -515,6 +534,7 @@ def test_in_a_process_of_its_own(here: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(strict(done.stdout)["batch_norms"]) == 2
     assert "noise from below Python" in done.stderr
+    assert "loading the model" not in done.stderr, "progress is for terminals"
 
 
 def test_help_imports_nothing_heavy(here: Path) -> None:
@@ -560,7 +580,6 @@ def test_progress_is_shown_on_a_terminal(here: Path) -> None:
     for name in ("loading the model", "fold", "export", "verify", "ledger"):
         assert name in shown
     assert strict(told)["exit_code"] == 0
-    assert "loading" not in run_cli("fold", "nets:small", cwd=here).stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
