@@ -136,9 +136,10 @@ def deploy(
     timed = partial(_timed, seconds, tell)
     if report is not None:
         check_report_path(Path(report))
+    fold = partial(fold_bn, model, args, example_kwargs=kwargs, **(fold_options or {}))
     with timed("fold"):
         _try_example(model, args, kwargs)
-        folded = fold_bn(model, args, example_kwargs=kwargs, **(fold_options or {}))
+        folded = fold()
         plan = report_of(folded)
     assert isinstance(plan, FoldReport)
     options: dict[str, Any] = {
@@ -161,6 +162,7 @@ def deploy(
         written = Path(folder) / target.name
         with timed("export"):
             exported = export_onnx(folded, args, written, **options)
+        del folded  # verification needs the memory
         with timed("verify"):
             verified = verify_onnx(model, written, args, kwargs=kwargs, **checks)
         with timed("ledger"):
@@ -188,7 +190,7 @@ def deploy(
     )
     if report is not None:
         tell("report")
-        write_report(done, Path(report), lambda: fold_pictures(model, args, kwargs, folded))
+        write_report(done, Path(report), lambda: fold_pictures(model, args, kwargs, fold()))
     if not done:
         raise VerificationError(
             f"{target} was not written: {verified.first_divergence}. An older file is as it was",

@@ -43,13 +43,11 @@ class Form:
         name: How it came about.
         traced: The layers.
         rounded_once: Whether bnfx folded it, in float64 with one rounding at the end.
-        changed: Names of the parameters that folding changed; None where that is not known.
     """
 
     name: str
     traced: Traced
     rounded_once: bool
-    changed: frozenset[str] | None = None
 
 
 COMPOSED = "with each BatchNorm in the layer before it"
@@ -162,9 +160,8 @@ class TorchReference:
                 graph = fold()
                 done = report(graph)
                 assert isinstance(done, FoldReport)
-                changed = frozenset(done.provenance)
-                traced = self._traced(graph, given, changed)
-                yield Form(name, traced, rounded_once=True, changed=changed)
+                traced = self._traced(graph, given, frozenset(done.provenance))
+                yield Form(name, traced, rounded_once=True)
                 if neighbours(traced.layers):
                     yield _composed(f"{name}, the rest {COMPOSED}", traced)
             except (BnfxError, RuntimeError, TypeError, ValueError, AssertionError) as error:

@@ -29,6 +29,7 @@ from bnfx.torch_layers import Traced
 from bnfx.verdicts import Divergence, LayerCheck, WeightCheck
 from bnfx.weight_checks import Rounding, Stored, check_constants, check_pair
 
+_NEARLY = 0.01  # relative to the largest weight of a channel
 _SAME = 0.05  # relative; two values that differ by less are the same one, with errors
 
 
@@ -97,16 +98,17 @@ class _Match:
         """How many layers hold a wrong weight."""
         return sum(any(not check.passed for check in checks) for _, checks in self.checks)
 
-    def settled(self, layers: int, changed: frozenset[str]) -> bool:
+    def settled(self, layers: int, unit: float) -> bool:
         """Whether the file, of so many layers, is of this form, be it with a fault.
 
-        Another form of folding differs in two layers at least: what one takes up, another undoes.
-        And a file that says that just these parameters were folded is held to it.
+        Other forms differ in several layers, or, where an identity was merged into a convolution,
+        in one by far: a lone layer that is nearly right is wrong.
         """
         if self.perfect:
             return True
         complete = layers == len(self.checks) == len(self.form.traced.layers)
-        return complete and (self.wrong == 1 or (bool(changed) and changed == self.form.changed))
+        worst = max(check.ratio for _, checks in self.checks for check in checks)
+        return complete and self.wrong == 1 and worst * unit <= _NEARLY
 
 
 def check_layers(
@@ -136,7 +138,7 @@ def check_layers(
             f"weights and layers: not checked, since the reference cannot be taken apart: {error}"
         )
         return Findings((), (), 0, (), None, (note,), False, graph.hidden)
-    decides = reference.decides or match.settled(len(ours), rounding.changed)
+    decides = reference.decides or match.settled(len(ours), rounding.unit(rounding.reference))
     origins = _origins(reference, sample, match)
     faults: list[Divergence] = []
     weights: list[WeightCheck] = []
@@ -189,7 +191,7 @@ def _best(
         how = replace(rounding, claimed=rounding.claimed and form.rounded_once)
         checks = tuple((p, tuple(check_pair(p, dtypes, how))) for p in pairing.pairs)
         match = _Match(form, best is None, pairing, checks)
-        if match.settled(len(ours), rounding.changed):
+        if match.settled(len(ours), rounding.unit(rounding.reference)):
             return match
         if best is None or match.score > best.score:
             best = match

@@ -8,7 +8,6 @@ error (see `bnfx.compare`). Nothing that the file claims about itself weakens a 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
@@ -270,21 +269,11 @@ def _check_layers(plan: _Plan, staged: Staged, answer: Answer) -> Findings:
         plan.reference.weights,
         plan.reference.precision,
         claimed=FOLDED in claims,
-        changed=_names(claims.get(FOLDED, "")),
     )
     values = dict(answer.values)
     if staged.values_model:
         values |= dict(zip(plan.names, _feed(plan, plan.samples[plan.shown]), strict=True))
     return check_layers(plan.reference, plan.samples[plan.shown], staged.graph, values, rounding)
-
-
-def _names(claim: str) -> frozenset[str]:
-    """The names of parameters in a claim; none if it is no list of them."""
-    try:
-        listed = json.loads(claim)
-    except (ValueError, RecursionError):
-        return frozenset()
-    return frozenset(map(str, listed)) if isinstance(listed, list) else frozenset()
 
 
 def _report(

@@ -38,13 +38,11 @@ class Rounding:
         precision: Precision of the deployment.
         claimed: Whether the file says that bnfx folded it. Then each channel is held to its own
             unit; others compute the folding in float32, so that the largest channel counts.
-        changed: Names of the parameters that bnfx changed, by what the file says.
     """
 
     reference: str
     precision: str
     claimed: bool
-    changed: frozenset[str] = frozenset()
 
     def unit(self, stored: str) -> float:
         """Relative error of one rounding for weights that are stored as `stored`.

@@ -135,3 +135,27 @@ def test_layers_inside_subgraphs_are_never_claimed_as_checked(tmp_path: Path) ->
     branch.initializer[0].CopyFrom(numpy_helper.from_array(spoiled, branch.initializer[0].name))
     onnx.save(proto, b)
     assert not bnfx.verify_onnx(a, b, isolate=False)
+
+
+class Skip(nn.Module):
+    """A convolution and what goes past it: one convolution, where branches are merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.a_bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.a_bn(self.a(x)) + x)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_lone_layer_of_another_form_is_no_fault(tmp_path: Path, *, merge: bool) -> None:
+    model, x = randomise(Skip()), torch.randn(1, 4, 7, 7)
+    unfolded, folded = tmp_path / "unfolded.onnx", tmp_path / "folded.onnx"
+    bnfx.export_onnx(bnfx.fold_bn(model, x, merge_branches=merge), x, folded)
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False, optimize=False)
+    assert program is not None
+    program.save(unfolded)
+    for reference in (model, unfolded):
+        report = bnfx.verify_onnx(reference, folded, x, isolate=False)
+        assert report, str(report)

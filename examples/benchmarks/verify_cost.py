@@ -2,6 +2,7 @@
 
     python examples/benchmarks/verify_cost.py                 # ResNet-18 and ResNet-50, 224 pixels
     python examples/benchmarks/verify_cost.py --quick --out /tmp/results   # ResNet-18, 64 pixels
+    python examples/benchmarks/verify_cost.py --large     # deploy weights of 2.25 GiB: peak memory
 
 A file with a symbolic batch is verified against the unfolded model: 8 inputs of one image, and
 batches of 2 and 7. Forwards are runs of the model on one image, measured in turns with the
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -23,7 +25,7 @@ from typing import Any
 
 import onnx
 import torch
-from measuring import median, progress_bar, save, show, start
+from measuring import median, peak_bytes, progress_bar, reset_peak, save, show, start
 from rich.console import Console
 from torch import Tensor, nn
 from torchvision_door import open_torchvision
@@ -31,6 +33,9 @@ from torchvision_door import open_torchvision
 import bnfx
 
 NETWORKS = ("resnet18", "resnet50")
+
+_WIDTH = 8192
+_COPIES = 8  # of the weights, that deploying holds at most
 
 
 def processor_seconds(call: Callable[[], Any]) -> float:
@@ -106,14 +111,77 @@ def measured(name: str, x: Tensor, repeats: int, folder: Path) -> dict[str, Any]
     }
 
 
+class Large(nn.Module):
+    """Linear layers of 8192 channels, each with a BatchNorm: a quarter of a GiB each."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, _WIDTH, bias=False)
+        self.layers = nn.ModuleList(nn.Linear(_WIDTH, _WIDTH, bias=False) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(_WIDTH) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of (batch, 16), to the same shape."""
+        y: Tensor = self.first(x)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            y = torch.relu(norm(layer(y)))
+        return y[:, :16]
+
+
+def deployed(depth: int, folder: Path, console: Console) -> dict[str, Any]:
+    """Deploy a model larger than an ONNX graph can hold; how long, and how much memory."""
+    model, x = Large(depth).eval(), torch.randn(2, 16)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    need = _COPIES * weights
+    free = available_bytes()
+    if free < need:
+        raise SystemExit(f"{free / 2**30:.1f} GiB are free, {need / 2**30:.1f} GiB are needed")
+    for name, state in model.state_dict().items():
+        if name.endswith("running_var"):
+            state.uniform_(0.01, 0.05)
+    reset_peak()
+    peaks: dict[str, float] = {}
+    doing = ["fold"]
+
+    def tell(step: str) -> None:
+        peaks[doing[-1]] = peak_bytes() / 2**30
+        reset_peak()
+        doing.append(step)
+        console.print(f"{step} ...")
+
+    begin = time.perf_counter()
+    f = folder / "large.onnx"
+    bnfx.deploy(model, x, f, dynamic_shapes=({0: "batch"},), progress=tell)
+    peaks[doing[-1]] = peak_bytes() / 2**30
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 2**30
+    return {
+        "weights_gib": weights / 2**30,
+        "deploy_wall_s": time.perf_counter() - begin,
+        **{f"{step}_gib": peak for step, peak in peaks.items()},
+        "onnxruntime_gib": child,
+    }
+
+
+def available_bytes() -> int:
+    """Memory that is free for use, by /proc/meminfo."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("MemAvailable"))
+    return 1024 * int(line.split()[1])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="ResNet-18, 64 pixels, once")
     parser.add_argument("--repeats", type=int, default=3, help="verifications of each kind")
+    parser.add_argument("--large", action="store_true", help="a model over 2 GiB, and nothing else")
     parser.add_argument("--out", type=Path, help="folder for verify_cost.csv and .json")
     options = parser.parse_args()
     console = Console(width=118)
     start(console)
+    if options.large:
+        with tempfile.TemporaryDirectory() as folder:
+            show(console, "Deploying", [deployed(9, Path(folder), console)])
+        return 0
     names = NETWORKS[:1] if options.quick else NETWORKS
     pixels, repeats = (64, 1) if options.quick else (224, options.repeats)
     rows = []
