@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -33,8 +34,8 @@ class Explanation:
         self.changed = [change.site for change in changes]
         self._touching: tuple[Ints, Ints, Ints] | None = None
         of = gauges.systems.of
-        self._of_changed = _Ends(of, self.changed)
-        self._of_gone = _Ends(of, gauges.eliminated)
+        self._of_changed = _ends(of, self.changed)
+        self._of_gone = _ends(of, gauges.eliminated)
 
     # -- into ----------------------------------------------------------------------------------
 
@@ -45,10 +46,10 @@ class Explanation:
         eliminated = self.gauges.eliminated
         crossed = {i for i, s in enumerate(eliminated) if s is site}
         for _ in range(len(eliminated) + _HOPS):
-            hit = self._of_changed.at(labels[labels > 0])
+            hit = np.unique(self._of_changed.at(labels[labels > 0])).tolist()
             if hit:
-                return tuple(dict.fromkeys(owner(self.changed[i]) for i in sorted(hit)))
-            new = sorted(self._of_gone.at(labels) - crossed)
+                return tuple(dict.fromkeys(owner(self.changed[i]) for i in hit))
+            new = sorted(set(self._of_gone.at(labels).tolist()) - crossed)
             crossed.update(new)
             more = [eliminated[i] for i in new]
             ends = [of[np.append(b.x, b.y)] for b in more] or self._beside(labels)
@@ -57,12 +58,21 @@ class Explanation:
 
     def _beside(self, labels: Ints) -> list[Ints]:
         """Labels that share an equation with some of `labels`, the ground left out."""
-        of, found = self.gauges.systems.of, []
+        by_label, by_row = self._equations
+        return [by_row.at(np.unique(by_label.at(labels[labels > 0])))]
+
+    @functools.cached_property
+    def _equations(self) -> tuple[_Index, _Index]:
+        """Rows of all demands by the classes of their labels, and the other way round."""
+        of, labels, rows, count = self.gauges.systems.of, [], [], 0
         for batch in self.found.batches:
-            rows = [of[part] for part in batch.labels]
-            hit = np.logical_or.reduce([np.isin(part, labels[labels > 0]) for part in rows])
-            found += [part[hit] for part in rows]
-        return found
+            for part in batch.labels:
+                labels.append(of[part])
+                rows.append(np.arange(count, count + len(part)))
+            count += len(batch.labels[0])
+        names = np.concatenate([*labels, np.zeros(0, np.int64)])
+        places = np.concatenate([*rows, np.zeros(0, np.int64)])
+        return _Index(names, places), _Index(places, names)
 
     # -- reasons -------------------------------------------------------------------------------
 
@@ -143,22 +153,28 @@ class Explanation:
         yield from zip(batches[low:high].tolist(), places[low:high].tolist(), strict=True)
 
 
-class _Ends:
-    """At which of `sites` a class of labels ends, one of its inputs or outputs."""
+class _Index:
+    """Finds members by their labels; a member may have many, and a label many members."""
 
-    def __init__(self, of: Ints, sites: Sequence[Site]) -> None:
-        ends = [np.unique(of[np.append(site.x, site.y)]) for site in sites]
-        names = np.concatenate([*ends, np.zeros(0, np.int64)])
-        order = np.argsort(names, kind="stable")
-        self._names = names[order]
-        self._sites = np.repeat(np.arange(len(ends)), [len(e) for e in ends])[order]
+    def __init__(self, labels: Ints, members: Ints) -> None:
+        order = np.argsort(labels, kind="stable")
+        self._labels, self._members = labels[order], members[order]
 
-    def at(self, labels: Ints) -> set[int]:
-        """Indices of the sites that have one of `labels`."""
-        low = np.searchsorted(self._names, labels, "left")
-        counts = np.searchsorted(self._names, labels, "right") - low
+    def at(self, labels: Ints) -> Ints:
+        """Members that have one of `labels`, each as often as it has them."""
+        low = np.searchsorted(self._labels, labels, "left")
+        counts = np.searchsorted(self._labels, labels, "right") - low
         starts = np.repeat(low - np.cumsum(counts) + counts, counts)
-        return set(self._sites[starts + np.arange(len(starts))].tolist())
+        return self._members[starts + np.arange(len(starts))]
+
+
+def _ends(of: Ints, sites: Sequence[Site]) -> _Index:
+    """Classes of labels -> the sites at which they end, an input or an output."""
+    ends = [np.unique(of[np.append(site.x, site.y)]) for site in sites]
+    sizes = [len(end) for end in ends]
+    return _Index(
+        np.concatenate([*ends, np.zeros(0, np.int64)]), np.repeat(np.arange(len(ends)), sizes)
+    )
 
 
 def _path(site: Site) -> str:

@@ -112,7 +112,12 @@ class Solver:
         ill: dict[fx.Node, Refused] = {}
         for _ in range(_ROUNDS):
             choice = self._chosen(ill)
-            bad = self._settled(choice)
+            mark = choice.systems.mark()
+            scale, shift = self._filled(choice.systems)
+            bad = self.sound.ill(choice.systems, choice.sites, scale, shift)
+            if not bad and not ill:
+                return self._gauges(choice, scale, shift)
+            choice.systems.undo(mark)
             if not bad:
                 break
             ill |= bad
@@ -121,8 +126,9 @@ class Solver:
             ill = {s.node: Refused("", np.zeros(0, np.int64), words) for s in self.candidates}
             choice = _Choice(self.hard.copy(), refused=ill)
         self._tried_again(choice, ill)
-        self._soften(choice.systems)
-        scale, shift = values(self.found, choice.systems, self.sound.limit)
+        return self._gauges(choice, *self._filled(choice.systems))
+
+    def _gauges(self, choice: _Choice, scale: Floats, shift: Floats) -> Gauges:
         place = {node: at for at, node in enumerate(self.found.sites)}
         eliminated = sorted(choice.sites, key=lambda site: place[site.node])
         return Gauges(scale, shift, tuple(eliminated), choice.refused, choice.systems, self.bound)
@@ -208,14 +214,17 @@ class Solver:
 
     # -- soundly ---------------------------------------------------------------------------------
 
-    def _settled(self, choice: _Choice) -> dict[fx.Node, Refused]:
-        """What costs digits in this choice, once soft demands are added; takes these back."""
+    def _filled(self, systems: Systems) -> tuple[Floats, Floats]:
+        """All scales and displacements, with the soft demands added to `systems`."""
+        self._soften(systems)
+        return values(self.found, systems, self.sound.limit)
+
+    def _costs(self, choice: _Choice) -> bool:
+        """Whether the choice costs digits."""
         mark = choice.systems.mark()
-        self._soften(choice.systems)
-        scale, shift = values(self.found, choice.systems, self.sound.limit)
-        bad = self.sound.ill(choice.systems, choice.sites, scale, shift)
+        bad = self.sound.ill(choice.systems, choice.sites, *self._filled(choice.systems))
         choice.systems.undo(mark)
-        return bad
+        return bool(bad)
 
     def _tried_again(self, choice: _Choice, ill: Mapping[fx.Node, Refused]) -> None:
         """Eliminate what was refused with others that are not eliminated now, one by one."""
@@ -223,7 +232,7 @@ class Solver:
             if site.node not in ill:
                 continue
             count = len(choice.sites)
-            if self._try(choice, site) and self._settled(choice):
+            if self._try(choice, site) and self._costs(choice):
                 choice.back_to(count)
             if site.node not in choice.gone:
                 choice.refused[site.node] = ill[site.node]

@@ -1,13 +1,14 @@
 """How many BatchNorms stay whatever is chosen, and which contradict each other.
 
 A site that contradicts the hard demands by itself stays under any choice. Other sites each force a
-value on a gauge; two that force different values on one gauge cannot both go, so of a set of sites
-that pairwise do so, all but one stay. Where that counts every site that stayed, the choice is
+value or sign on a gauge; two that force different ones on one gauge cannot both go, so of a set of
+sites that pairwise do so, all but one stay. Where that counts every site that stayed, the choice is
 proved to be the best.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class Bound:
         self.hard = hard
         self.candidates = list(candidates)
         self.place = {site.node: index for index, site in enumerate(self.candidates)}
-        self._forced = tuple(self._forces(part) for part in ("scale", "shift"))
+        self._forced = tuple(self._forces(part) for part in ("scale", "shift", "sign"))
         self._alone: dict[int, Refused | None] = {}
 
     def alone(self, site: Site) -> Refused | None:
@@ -90,8 +91,9 @@ class Bound:
             system, rows = equations(self.hard, site)[part]
             rows = system.substituted(rows)
             single = (rows.unknowns >= 0).sum(axis=1) == 1
+            value = -rows.constant[single] / rows.coefficients[single, 0]
             gauges.append(rows.unknowns[single, 0])
-            values.append(-rows.constant[single] / rows.coefficients[single, 0])
+            values.append(value % system.modulus if system.modulus else value)
             sites.append(np.full(int(single.sum()), index))
         if not gauges:
             return Forced(np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64))
@@ -99,23 +101,41 @@ class Bound:
 
     def _cliques(self, left: set[int], free: set[int]) -> int:
         """Of disjoint sets of sites that pairwise contradict, all but one each stay."""
-        groups: set[frozenset[int]] = set()
-        for forced in self._forced if left else ():
+        if not left:
+            return 0
+        open_to = np.zeros(len(self.candidates), bool)
+        open_to[list(free)] = True
+        count, against = 0, self._contradictions
+        while True:
+            degrees = (against & open_to).sum(axis=1) * open_to
+            first = int(degrees.argmax())
+            if not degrees[first]:
+                return count
+            clique, others = [first], against[first] & open_to
+            while others.any():
+                degrees = (against & others).sum(axis=1) * others
+                chosen = int(np.where(others, degrees + 1, 0).argmax())
+                clique.append(chosen)
+                others &= against[chosen]
+            count += len(clique) - 1
+            open_to[clique] = False
+
+    @functools.cached_property
+    def _contradictions(self) -> Flags:
+        """(candidates, candidates), whether two force different values on one gauge."""
+        against = np.zeros((len(self.candidates),) * 2, bool)
+        for forced in self._forced:
             order = np.lexsort((forced.value, forced.gauge))
             gauge, value, site = forced.gauge[order], forced.value[order], forced.site[order]
             bounds = np.flatnonzero(np.diff(gauge)) + 1
             starts, ends = np.append(0, bounds), np.append(bounds, len(gauge))
             several = np.flatnonzero(ends - starts > 1)
             for start, end in zip(starts[several].tolist(), ends[several].tolist(), strict=True):
-                members, values = site[start:end], value[start:end]
-                distinct = np.append(True, _apart(values[1:], values[:-1]))
-                groups.add(frozenset(members[distinct].tolist()))
-        count = 0
-        for group in sorted(groups, key=lambda group: (-len(group), min(group))):
-            if (group & left) and len(clique := group & free) > 1:
-                count += len(clique) - 1
-                free = free - clique
-        return count
+                steps = _apart(value[start + 1 : end], value[start : end - 1])
+                level = np.append(0, np.cumsum(steps))
+                members = site[start:end]
+                against[np.ix_(members, members)] |= level[:, None] != level
+        return against
 
 
 def _apart(a: Floats, b: Floats) -> Flags:

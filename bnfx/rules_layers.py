@@ -30,6 +30,8 @@ def affine(walk: Walk, node: fx.Node) -> Tensor:
     groups = int(call["groups"])
     size: tuple[int, ...] = ()
     outputs = weight.shape[1] * groups if row.transposed else weight.shape[0]
+    if bias is not None and bias.shape != (outputs,):  # a linear layer takes any that broadcasts
+        raise Opaque
     inputs = weight.shape[0] if row.transposed else weight.shape[1] * groups
     axis = len(shape) - 1 - (row.spatial or 0)
     source = walk.maps.get(call["input"])

@@ -151,7 +151,8 @@ class _Look:
             if sum(leaf.branch is not None for leaf in merged) > 1:
                 rest = tuple(leaf.value for leaf in leaves if leaf not in merged)
                 assert target.layer is not None
-                return Site(root, rest, tuple(merged), target.layer, branch)
+                done = tuple(replace(leaf, branch=None) for leaf in merged)  # none is held on to
+                return Site(root, rest, done, target.layer, branch)
         return None
 
     def _with(self, branch: Branch, target: Leaf, leaf: Leaf) -> Branch | None:

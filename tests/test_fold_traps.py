@@ -88,6 +88,13 @@ def held(trap: Trap, *, given: bool, net: nn.Module | None = None, **options: An
     return check(net, inputs, given=given, **options)
 
 
+def bias_of_rank_two() -> nn.Linear:
+    """A linear layer whose bias is a matrix that broadcasts over the batch."""
+    linear = nn.Linear(4, 4)
+    linear.bias = nn.Parameter(torch.randn(4, 4))
+    return linear
+
+
 def in_place(m: Any, x: Tensor) -> Tensor:
     y = m.conv(x)
     y.add_(1)
@@ -146,6 +153,12 @@ def computed_channels(m: Any, x: Tensor) -> Tensor:
 
 #: By the name of the mistake.
 TRAPS: dict[str, Trap] = {
+    "bias of rank two": Trap(lambda: Net(
+        lambda m, x: m.bn(m.linear(x)), linear=bias_of_rank_two(), bn=nn.BatchNorm1d(4)),
+        (4, 4), least=1),
+    "bias of rank two in a sum": Trap(lambda: Net(
+        lambda m, x: m.linear(x) + m.other(x), linear=bias_of_rank_two(), other=nn.Linear(4, 4)),
+        (4, 4), most=0),
     # who else sees it
     "conv called twice": Trap(lambda: Net(
         lambda m, x: m.bn(m.conv(F.gelu(m.bn(m.conv(x))))), conv=conv(), bn=bn()), most=0),
