@@ -107,7 +107,7 @@ class _Match:
         if self.perfect:
             return True
         complete = layers == len(self.checks) == len(self.form.traced.layers)
-        worst = max(check.ratio for _, checks in self.checks for check in checks)
+        worst = max((check.ratio for _, checks in self.checks for check in checks), default=0.0)
         return complete and self.wrong == 1 and worst * unit <= _NEARLY
 
 
