@@ -26,6 +26,8 @@ def affine(walk: Walk, node: fx.Node) -> Tensor:
     unknown = weight is None or (call["bias"] is not None and bias is None)
     if unknown or weight is None or not weight.is_floating_point():
         raise Opaque
+    if weight.dim() != 2 + (row.spatial or 0):  # a linear layer takes a vector as its weight too
+        raise Opaque
     shape = walk.shape_of(node)
     groups = int(call["groups"])
     size: tuple[int, ...] = ()

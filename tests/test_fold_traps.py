@@ -159,6 +159,9 @@ TRAPS: dict[str, Trap] = {
     "bias of rank two in a sum": Trap(lambda: Net(
         lambda m, x: m.linear(x) + m.other(x), linear=bias_of_rank_two(), other=nn.Linear(4, 4)),
         (4, 4), most=0),
+    "weight that is a vector": Trap(lambda: Net(
+        lambda m, x: F.linear(m.bn(x), m.linear.bias) + F.linear(m.linear(x), m.linear.bias),
+        linear=nn.Linear(4, 4), bn=nn.BatchNorm1d(4)), (4, 4), least=1),
     # who else sees it
     "conv called twice": Trap(lambda: Net(
         lambda m, x: m.bn(m.conv(F.gelu(m.bn(m.conv(x))))), conv=conv(), bn=bn()), most=0),
