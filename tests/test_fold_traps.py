@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations
 
+import bnfx
 from tests.graph_laws import Outcome, check, options_of_fold_bn
 from tests.graphs import DoubledConv, NormRelu
 
@@ -93,6 +94,20 @@ def bias_of_rank_two() -> nn.Linear:
     linear = nn.Linear(4, 4)
     linear.bias = nn.Parameter(torch.randn(4, 4))
     return linear
+
+
+class ReluNorm(nn.BatchNorm2d):
+    """A forward of its own: the model around it goes through torch.export."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 4, H, W) -> the same."""
+        return super().forward(x).relu()
+
+
+def read_after_training(m: Any, x: Tensor) -> Tensor:
+    m.train_mode(x)
+    out: Tensor = m.norm(m.conv(x)) + m.train_mode.running_mean.mean()
+    return out
 
 
 def in_place(m: Any, x: Tensor) -> Tensor:
@@ -373,3 +388,14 @@ def test_trap_with_negative_gammas_and_every_option(name: str) -> None:
         pytest.skip("a BatchNorm of this case has no gamma")
     options = dict.fromkeys(options_of_fold_bn(given=True), True)
     held(trap, given=True, net=negative(net), **options)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, ReluNorm])
+def test_statistics_that_a_norm_in_train_mode_writes_are_no_constants(
+    norm: type[nn.BatchNorm2d],
+) -> None:
+    net = statistics(Net(read_after_training, conv=conv(), norm=norm(4), train_mode=bn()))
+    net.get_submodule("train_mode").train()
+    x = torch.randn(IMAGE, dtype=torch.float64)
+    folded = bnfx.fold_bn(net, x)
+    torch.testing.assert_close(folded(x), net(x), rtol=1e-10, atol=1e-12)
