@@ -19,6 +19,8 @@ from bnfx.linear_system import Ints, LinearSystem, Rows
 
 ZERO = "its scale is zero, and what it reads is not the output of a layer that it alone reads"
 
+NEEDED = "one behind it has a scale of zero, and gives its constant through it"
+
 
 @dataclass(frozen=True)
 class Refused:

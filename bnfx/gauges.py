@@ -8,7 +8,7 @@ digits are refused (`bnfx.soundness`); the rest is filled in by `bnfx.free_gauge
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +24,7 @@ from bnfx.constraints import (
     equations_of,
     hard_systems,
 )
-from bnfx.elimination import Refused, absorber, attempt
+from bnfx.elimination import NEEDED, Refused, absorber, attempt
 from bnfx.free_gauges import values
 from bnfx.linear_system import Floats, Ints, Rows
 from bnfx.optimum import Bound
@@ -160,13 +160,16 @@ class Solver:
 
     def _try(self, choice: _Choice, site: Site) -> bool:
         systems, mark = choice.systems, choice.systems.mark()
-        before = None if site.s.all() else absorber(self.found, site, choice.gone)
-        refusal = attempt(systems, site, dead=before is not None and before.node not in self.fixed)
+        dead = not site.s.all() and self._constant_fits(site, choice.gone)
+        refusal = attempt(systems, site, dead=dead)
         if refusal is None:
             far = self.sound.settled_too_far(systems, [site])
             if far.any():
                 systems.undo(mark)
                 refusal = Refused("", np.flatnonzero(far), TOO_FAR)
+            elif self._needed(choice, site):
+                systems.undo(mark)
+                refusal = Refused("", np.zeros(0, np.int64), NEEDED)
         if refusal is not None:
             choice.refused[site.node] = refusal
             return False
@@ -174,6 +177,17 @@ class Solver:
         choice.gone[site.node] = mark
         choice.sites.append(site)
         return True
+
+    def _needed(self, choice: _Choice, site: Site) -> bool:
+        """Whether one that is gone has its constant in `site`, and no other place for it."""
+        zeros = [zero for zero in choice.sites if not zero.s.all()]
+        gone = {*choice.gone, site.node}
+        return not all(self._constant_fits(zero, gone) for zero in zeros)
+
+    def _constant_fits(self, site: Site, gone: Collection[fx.Node]) -> bool:
+        """Whether the layer before `site` may give a constant where s = 0."""
+        layer = absorber(self.found, site, gone)
+        return layer is not None and layer.node not in self.fixed
 
     def _exchange(self, choice: _Choice, norms: Sequence[Site]) -> None:
         """Keep one BatchNorm where at least two others can go instead, until there is none."""

@@ -269,16 +269,8 @@ def _two_of_each(given: Example) -> Example:
     return Example(args, kwargs)
 
 
-def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
-    errors = [f"symbolic tracing: {cause}"]
-    dynamic = pytree.tree_map(
-        lambda leaf: (
-            dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO)
-            if isinstance(leaf, Tensor)
-            else None
-        ),
-        (given.args, dict(given.kwargs)),
-    )
+def _sizes_left_open(root: nn.Module, given: Example, axes: slice) -> dict[str, Any]:
+    """For each argument, which of its `axes` the exporter may leave open: as many as it can."""
     signature = inspect.signature(root.forward)
     try:
         names = list(signature.bind(*given.args, **given.kwargs).arguments)
@@ -286,23 +278,35 @@ def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
         raise CaptureError(
             f"the example does not fit {type(root).__name__}.forward: {error}"
         ) from error
-    shapes = dict(zip(names, [*dynamic[0], *dynamic[1].values()], strict=False))
+    args, kwargs = pytree.tree_map(
+        lambda leaf: (
+            dict.fromkeys(range(leaf.dim())[axes], torch.export.Dim.AUTO)
+            if isinstance(leaf, Tensor)
+            else None
+        ),
+        (given.args, dict(given.kwargs)),
+    )
+    return dict(zip(names, [*args, *kwargs.values()], strict=False))
+
+
+def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
+    errors = [f"symbolic tracing: {cause}"]
+    everywhere = _sizes_left_open(root, given, slice(None))
+    batch = _sizes_left_open(root, given, slice(1))
     wide = _two_of_each(given)  # the exporter takes an axis of size 1 for one that stays so
-    for example, dynamic_shapes in ((wide, shapes), (given, shapes), (given, None)):
+    for example, sizes in ((wide, everywhere), (given, everywhere), (wide, batch), (given, None)):
+        # what the exporter notes on tensors would hold in the next attempt too
+        mine = example.copied()
         try:
             program = torch.export.export(
-                root,
-                example.args,
-                dict(example.kwargs),
-                dynamic_shapes=dynamic_shapes,
-                strict=False,
+                root, mine.args, dict(mine.kwargs), dynamic_shapes=sizes, strict=False
             )
             if example is wide:
                 with torch.no_grad():
-                    mine = given.copied()
-                    clone(program.module())(*mine.args, **mine.kwargs)
+                    again = given.copied()
+                    clone(program.module())(*again.args, **again.kwargs)
         except Exception as error:  # noqa: BLE001  # the exporter and the user's forward raise anything
-            errors.append(f"torch.export: {str(error).partition(chr(10))[0]}")
+            errors.append(f"torch.export: {str(error).strip().partition(chr(10))[0]}")
             continue
         captured = program.module()
         assert isinstance(captured, fx.GraphModule)

@@ -1,4 +1,4 @@
-"""Symbolic tracing that leaves whole what it cannot trace, in one pass."""
+"""Capture: tracing leaves whole what it cannot follow, and the exporter is asked for open sizes."""
 
 from __future__ import annotations
 
@@ -65,3 +65,32 @@ def test_a_fold_around_it_is_right() -> None:
     model = randomise(Nest()).eval().double()
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     torch.testing.assert_close(bnfx.fold_bn(model)(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+class Odd(nn.Module):
+    """Pads odd images: torch.export cannot leave the sizes of images open here, only the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(4, 4, 3, stride=2, padding=1)
+        self.conv, self.bn = nn.Conv2d(4, 4, 2, stride=2), nn.BatchNorm2d(4)
+        self.up = nn.ConvTranspose2d(4, 4, 4, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 4, H, W) -> (N, 4, H / 2, W / 2)."""
+        x = self.stem(x)
+        height, width = x.shape[-2:]
+        below, beside = (-height) % 2, (-width) % 2
+        if below or beside:
+            x = nn.functional.pad(x, (0, beside, 0, below))
+        out: Tensor = self.up(self.bn(self.conv(x)))[..., :height, :width]
+        return out
+
+
+def test_where_the_exporter_must_fix_sizes_the_batch_stays_open() -> None:
+    model, x = randomise(Odd()).eval(), torch.randn(1, 4, 16, 16)
+    folded = bnfx.fold_bn(model, x)
+    assert vars(x) == {}  # a failed attempt leaves no mark on the example
+    assert [record.verdict for record in bnfx.report(folded).batch_norms] == ["folded"]
+    other = torch.randn(3, 4, 16, 16)
+    torch.testing.assert_close(folded(other), model(other))

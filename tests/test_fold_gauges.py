@@ -20,6 +20,7 @@ from bnfx.gauges import Gauges, Solver
 from bnfx.linear_system import LinearSystem, Rows
 from bnfx.words import norm_path
 from tests import zoo
+from tests.graphs import draw_statistics
 from tests.laws import check_fold, count_batch_norms, randomise
 from tests.test_fold_bn import Net, bn, conv
 
@@ -456,3 +457,23 @@ def test_a_channel_that_becomes_constant_has_no_border_map() -> None:
     assert {
         record.verdict for record in bnfx.plan_fold(model, x, border_maps=True).batch_norms
     } == {"folded"}
+
+
+def test_what_holds_a_constant_does_not_vanish_after_all() -> None:
+    """`zero` gives its constant through `plain`, which shift and scale free to go later on."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        return m.last(m.steep(m.zero(m.plain(x)).unbind(1)[1]))
+
+    model = Net(
+        forward,
+        plain=nn.BatchNorm3d(2, affine=False),
+        zero=draw_statistics(nn.BatchNorm3d(2), "zero", 81),
+        steep=draw_statistics(nn.BatchNorm2d(4), "extreme", 30),
+        last=draw_statistics(nn.BatchNorm2d(4), "extreme", 21),
+    )
+    draw_statistics(model.get_submodule("plain"), "plain", 97)
+    model = model.double().eval()
+    x = torch.randn(2, 2, 4, 4, 4, dtype=torch.float64)
+    folded = bnfx.fold_bn(model, x, merge_branches=False)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
