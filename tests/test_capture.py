@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 import bnfx
 from bnfx.capture import Tracer, trace
-from tests.laws import randomise
+from tests.laws import count_batch_norms, randomise
 
 
 class Same(nn.Module):
@@ -91,6 +91,6 @@ def test_where_the_exporter_must_fix_sizes_the_batch_stays_open() -> None:
     model, x = randomise(Odd()).eval(), torch.randn(1, 4, 16, 16)
     folded = bnfx.fold_bn(model, x)
     assert vars(x) == {}  # a failed attempt leaves no mark on the example
-    assert [record.verdict for record in bnfx.report(folded).batch_norms] == ["folded"]
+    assert count_batch_norms(folded) == 0
     other = torch.randn(3, 4, 16, 16)
     torch.testing.assert_close(folded(other), model(other))
