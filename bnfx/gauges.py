@@ -201,18 +201,19 @@ class Solver:
         if len(stayed) <= self.bound.unavoidable(stayed):
             return False
         hopeful = [site for site, why in stayed if self.bound.alone(site) is None]
-        best, order = choice.norms(), list(choice.sites)
+        best, order, whole = choice.norms(), list(choice.sites), len(choice.sites)
         for at in range(len(order) - 1, -1, -1):
             rivals = self._beside(order[at], hopeful)
             if len(rivals) < 2:
                 continue
+            whole = at
             choice.back_to(at)
             self._add(choice, [*order[at + 1 :], *rivals, order[at]])
             if choice.norms() > best:
                 self._add(choice, norms)
                 return True
-        choice.back_to(0)
-        self._add(choice, order)
+        choice.back_to(whole)
+        self._add(choice, order[whole:])
         return False
 
     @functools.cached_property
