@@ -52,6 +52,9 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
               "ior", "ixor", "ilshift", "irshift"):  # fmt: skip
     setattr(_Proxy, f"__{_name}__", _augmented(getattr(operator, _name)))
 
+#: node.meta key of a module that is kept whole: why torch.export could not help.
+NOT_EXPORTED = "bnfx_not_exported"
+
 
 class _FunctionalTracer(Tracer):
     """Goes through the torch.nn modules of the operator table; what is left whole stays a call."""
@@ -161,8 +164,10 @@ def inference_graph(model: nn.Module, given: Example | None) -> Captured:
     if _hides_norms(traced):
         try:
             return _exported(root, given, "a part of the model that holds BatchNorms stays whole")
-        except CaptureError:
-            pass  # then they stay, inside the modules that could not be traced
+        except CaptureError as error:  # then they stay, inside the modules that could not be traced
+            for node in traced.graph.nodes:
+                if node.op == "call_module":
+                    node.meta[NOT_EXPORTED] = str(error).rpartition("; ")[2]
     _observe(root, traced, given)
     return Captured(traced, tuple(bound(root, traced.graph, given).values()))
 

@@ -34,6 +34,7 @@ from bnfx.constraints import Constraints, Kind, Site
 from bnfx.elimination import Refused, absorber
 from bnfx.evaluation import Values, readers
 from bnfx.gauges import Gauges, Solver
+from bnfx.inference_graph import NOT_EXPORTED
 from bnfx.ledger import constants
 from bnfx.norms import affine_map_of, holds_norm, is_norm
 from bnfx.operators import BATCH_NORM, affine_of
@@ -315,16 +316,19 @@ def _kept_whole(node: fx.Node, module: nn.Module) -> Iterable[FoldRecord]:
         if not holds_norm(inner):
             continue
         path = f"{node.target}.{name}" if name else str(node.target)
-        why = _why_whole(inner, outer=None if inner is module else module)
+        why = _why_whole(inner, node, outer=None if inner is module else module)
         yield FoldRecord(path, "kept", (), why)
 
 
-def _why_whole(norm: nn.Module, *, outer: nn.Module | None) -> str:
+def _why_whole(norm: nn.Module, node: fx.Node, *, outer: nn.Module | None) -> str:
     if outer is not None:
-        return (
-            f"it lies inside a {type(outer).__name__} that cannot be traced or has hooks; "
-            "pass example_inputs, or remove the hooks"
-        )
+        inside = f"it lies inside a {type(outer).__name__} that"
+        if any(has_hooks(module) for module in outer.modules()):
+            return f"{inside} has hooks, which see what goes through it; remove them first"
+        cause = node.meta.get(NOT_EXPORTED)
+        if cause:
+            return f"{inside} cannot be traced, nor does the exporter take the model ({cause})"
+        return f"{inside} cannot be traced; pass example_inputs"
     if isinstance(norm, _BatchNorm) and norm.training:
         return "it normalises with batch statistics (train mode); call model.eval() first"
     if isinstance(norm, _BatchNorm) and (norm.running_mean is None or norm.running_var is None):

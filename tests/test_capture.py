@@ -94,3 +94,26 @@ def test_where_the_exporter_must_fix_sizes_the_batch_stays_open() -> None:
     assert count_batch_norms(folded) == 0
     other = torch.randn(3, 4, 16, 16)
     torch.testing.assert_close(folded(other), model(other))
+
+
+class Fork(nn.Module):
+    """A forward that depends on values: nothing captures it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 4, H, W) -> the same."""
+        y: Tensor = self.bn(self.conv(x))
+        return y if y.detach().sum() > 0 else -y
+
+
+def test_the_reason_says_what_was_tried_on_a_module_that_stays_whole() -> None:
+    model = nn.Sequential(Fork(), nn.ReLU()).eval()
+    assert "pass example_inputs" in bnfx.plan_fold(model).batch_norms[0].reason
+    given = bnfx.plan_fold(model, torch.randn(1, 4, 5, 5)).batch_norms[0].reason
+    assert "nor does the exporter take the model (torch.export: Could not guard" in given
+    hooked = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))).eval()
+    hooked[0].register_forward_hook(lambda *_: None)
+    assert "remove them first" in bnfx.plan_fold(hooked).batch_norms[0].reason
