@@ -256,11 +256,21 @@ def _guarded(
         wider = found.copy()
         walk.through(others, wider)
         again = _solved(walk, wider, candidates)
-        if others and again.eliminated == gauges.eliminated:
+        if others and again.eliminated == gauges.eliminated and not _has_shape(found, gauges):
             found, gauges = wider, again
         else:
             guards[node] = rank
     return found, gauges, guards
+
+
+def _has_shape(found: Constraints, gauges: Gauges) -> bool:
+    """Whether the result gets bounds or constants that are laid out for one rank."""
+    gone = {site.node for site in gauges.eliminated}
+    return any(bounds_of(b, gauges) is not None for b in found.bounds.values()) or any(
+        site.kind in (Kind.SCALE, Kind.SHIFT) and is_changed(Ends.of(site, gauges), {})
+        for site in found.sites.values()
+        if site.node not in gone
+    )
 
 
 def _demanded(start: fx.Node, rank: int) -> bool:

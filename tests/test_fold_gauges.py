@@ -477,3 +477,24 @@ def test_what_holds_a_constant_does_not_vanish_after_all() -> None:
     x = torch.randn(2, 2, 4, 4, 4, dtype=torch.float64)
     folded = bnfx.fold_bn(model, x, merge_branches=False)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_a_bound_holds_for_the_rank_that_it_was_laid_out_for() -> None:
+    """Nothing tells the rank of what is stacked: a batch of vectors or one of sequences."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.linear(x.view(-1))
+        pairs = torch.stack([y, y], 1)
+        F.relu(m.bn(pairs))
+        return pairs
+
+    layers = {"linear": nn.Linear(4, 4, bias=False), "bn": nn.BatchNorm1d(2)}
+    model = randomise(Net(forward, **layers)).double()
+    x = torch.randn(2, 2, dtype=torch.float64)
+    folded = bnfx.fold_bn(model, thresholds=True, merge_branches=False)
+    try:
+        ours = folded(x)
+    except AssertionError as guard:
+        assert "example_inputs" in str(guard)  # noqa: PT017  # to be right or to refuse, both will do
+    else:
+        torch.testing.assert_close(ours, model(x), rtol=1e-10, atol=1e-12)
