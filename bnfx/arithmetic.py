@@ -25,6 +25,7 @@ from bnfx.operators import affine_of
 from bnfx.optimum import Bound
 from bnfx.passages import Passage, passage_of
 from bnfx.reports import FoldRecord
+from bnfx.unread import UNREAD
 from bnfx.words import describe
 
 #: node.meta key: the evaluation that an operator is a part of.
@@ -137,7 +138,7 @@ def merged_records(
     done: Mapping[str, FoldRecord],
     provenance: Mapping[str, tuple[str, ...]],
 ) -> dict[str, FoldRecord]:
-    """Records of the evaluations that went whole into merged branches.
+    """Records of the evaluations that went whole: into merged branches, or unread.
 
     Args:
         marked: All evaluations.
@@ -148,7 +149,8 @@ def merged_records(
     for name, part in marked.items():
         if name not in done:
             layers = (owner_of(new) for new, old in provenance.items() if part.sources & {*old})
-            found[name] = FoldRecord(part.path, "folded", tuple(dict.fromkeys(layers)), "")
+            into = tuple(dict.fromkeys(layers))
+            found[name] = FoldRecord(part.path, "folded", into, "" if into else UNREAD)
     return found
 
 

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -202,7 +203,8 @@ class Tracer(fx.Tracer):
         path, last = self.path_of_module(m), self.graph._root.prev
         depth = len(self.module_stack)
         try:
-            out = super().call_module(m, forward, args, kwargs)
+            with _nothing_drawn():
+                out = super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.failed is not None or self.is_leaf_module(m, path):
                 self.failed = self.failed or path
@@ -233,6 +235,23 @@ class Tracer(fx.Tracer):
             del self.read[name]
 
 
+@contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """Refuse tracing that draws random numbers: the graph would hold them for constants.
+
+    The global generators are as before then.
+    """
+    before = torch.get_rng_state(), random.getstate()
+    try:
+        yield
+        if not torch.equal(torch.get_rng_state(), before[0]) or random.getstate() != before[1]:
+            raise fx.proxy.TraceError("it draws random numbers, which a graph would hold fixed")
+    except Exception:
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        raise
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether code of the user runs around this module's forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
@@ -245,7 +264,8 @@ def trace(
     while True:
         tracer = kind(opaque, given)
         try:
-            graph = tracer.trace(model)
+            with _nothing_drawn():
+                graph = tracer.trace(model)
         except Exception as error:  # a user's forward on proxies raises anything
             if tracer.failed is None or tracer.opaque == opaque:
                 raise CaptureError(

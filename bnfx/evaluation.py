@@ -41,12 +41,9 @@ class Values:
             return self.known.value(node) is not None
         if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
             return False
-        if not all(n in self._constant for n in node.all_input_nodes) or writes(node):
+        if not all(n in self._constant for n in node.all_input_nodes):
             return False
-        name = str(node.target) if node.op == "call_method" else function_name(node.target)
-        ours = node.op == "call_method" or passage_of(node) is not None or is_torch(node.target)
-        written = any(writes(user) for user in node.users)
-        return ours and name not in _IMPURE and not written
+        return is_pure(node) and not any(writes(user) for user in node.users)
 
     def is_constant(self, node: fx.Node) -> bool:
         """Whether `node` has one value, whatever the inputs are."""
@@ -92,6 +89,15 @@ class Values:
                 value = node.target(*args, **kwargs)  # type: ignore[operator]  # a function
         self._memory[node] = value
         return value
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether a call gives the same result each time and does nothing else."""
+    if node.op not in ("call_function", "call_method") or writes(node):
+        return False
+    name = str(node.target) if node.op == "call_method" else function_name(node.target)
+    ours = node.op == "call_method" or passage_of(node) is not None or is_torch(node.target)
+    return ours and name not in _IMPURE
 
 
 def is_torch(target: Any) -> bool:

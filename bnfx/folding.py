@@ -16,6 +16,7 @@ from bnfx.inference_graph import inference_graph
 from bnfx.passes import FoldBatchNorm, MergeBranches, Merged
 from bnfx.reports import FoldReport, remember, report
 from bnfx.shapes import EXACT, Shapes, shapes_of
+from bnfx.unread import erase_unread
 from bnfx.walk import Options
 from bnfx.writing import Written, round_exact
 
@@ -124,9 +125,10 @@ def _staged(
         name_inplace_flag(node)
     old = freshen(graph.graph, barred(graph.graph))
     order = {node.name: at for at, node in enumerate(graph.graph.nodes)}
-    runs = shapes_of(graph, inputs)
-    written = arithmetic.mark(graph)
     done, folding = Merged(), FoldBatchNorm(inputs, options)
+    written = arithmetic.mark(graph)
+    done.records.update(erase_unread(graph.graph))
+    runs = shapes_of(graph, inputs)
     for stage in range(before + 1):
         if merge_branches:
             runs = _merge(graph, inputs, runs, done)

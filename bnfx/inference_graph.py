@@ -26,6 +26,7 @@ from bnfx.errors import CaptureError
 from bnfx.evaluation import is_torch
 from bnfx.ledger import constants, erase_dead
 from bnfx.norms import holds_norm
+from bnfx.observe import undisturbed_random_state
 from bnfx.operators import BATCH_NORM
 from bnfx.roles import TRANSPARENT_MODULES
 from bnfx.shapes import SEEN
@@ -226,7 +227,7 @@ def _observe(root: nn.Module, traced: fx.GraphModule, given: Example) -> None:
             return out
 
     inputs = bound(root, traced.graph, given.copied()).values()
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), undisturbed_random_state(root):
         Recorder(_runnable(traced, traced)).run(*inputs)
     for node in traced.graph.nodes:
         if node.name in seen:
@@ -307,9 +308,7 @@ def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
                 root, mine.args, dict(mine.kwargs), dynamic_shapes=sizes, strict=False
             )
             if example is wide:
-                with torch.no_grad():
-                    again = given.copied()
-                    clone(program.module())(*again.args, **again.kwargs)
+                outputs(clone(program.module()), given)
         except Exception as error:  # noqa: BLE001  # the exporter and the user's forward raise anything
             errors.append(f"torch.export: {str(error).strip().partition(chr(10))[0]}")
             continue

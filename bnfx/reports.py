@@ -140,8 +140,9 @@ class FoldRecord:
     Attributes:
         path: Module path of the BatchNorm; a functional call goes by its running mean's owner.
         verdict: "folded" (gone), "reduced" (a part of it is gone) or "kept".
-        into: Names of the layers whose weights now carry it.
-        reason: Empty for "folded"; otherwise what keeps it, in words a user can act on.
+        into: Names of the layers whose weights now carry it; none where nothing reads its output.
+        reason: What keeps it, in words a user can act on. With "folded" it is empty, or says why
+            no layer carries it.
     """
 
     path: str

@@ -217,7 +217,7 @@ def check_records(folded: fx.GraphModule, evaluations: int) -> Outcome:
     demand(len(records) >= evaluations, f"{evaluations} evaluations have {len(records)} records")
     verdicts = [record["verdict"] for record in records]
     for record in records:
-        told = record["into"] if record["verdict"] == "folded" else record["reason"]
+        told = record["reason"] or (record["verdict"] == "folded" and record["into"])
         demand(
             bool(told), f"{record['path']} is {record['verdict']}, nothing says into what or why"
         )

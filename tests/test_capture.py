@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 
@@ -117,3 +118,34 @@ def test_the_reason_says_what_was_tried_on_a_module_that_stays_whole() -> None:
     hooked = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))).eval()
     hooked[0].register_forward_hook(lambda *_: None)
     assert "remove them first" in bnfx.plan_fold(hooked).batch_norms[0].reason
+
+
+class Noisy(nn.Module):
+    """Adds noise whose size no argument decides: a trace would hold one draw of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, 4, H - 2, W - 2)."""
+        out: Tensor = self.bn(self.conv(x)) + torch.rand(4, 1, 1)
+        return out
+
+
+def test_random_numbers_are_never_taken_for_constants() -> None:
+    noisy = Noisy()
+    inside = randomise(nn.Sequential(noisy, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))).eval()
+    x, state = torch.randn(2, 3, 6, 6), torch.get_rng_state()
+    with pytest.raises(bnfx.CaptureError, match="random numbers"):
+        bnfx.fold_bn(noisy)
+    whole, exported = bnfx.fold_bn(inside), bnfx.fold_bn(inside, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [r["verdict"] for r in bnfx.report(whole).to_dict()["batch_norms"]] == ["kept", "folded"]
+    assert [r["verdict"] for r in bnfx.report(exported).to_dict()["batch_norms"]] == ["folded"] * 2
+    drawn = []
+    for net in (inside, whole, exported):
+        torch.manual_seed(0)
+        drawn.append(net(x))
+        assert not torch.allclose(net(x), drawn[-1], atol=1e-3)
+    torch.testing.assert_close(drawn[1:], [drawn[0]] * 2)

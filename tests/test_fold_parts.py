@@ -175,3 +175,74 @@ def test_the_same_operand_twice_meets_itself() -> None:
     assert merging._meet([x, x])
     assert not merging._meet([x, 1.0])
     assert not merging._meet([])
+
+
+# -- what nothing reads ------------------------------------------------------------------------
+
+
+class Frozen(nn.Module):
+    """A BatchNorm written as arithmetic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running_mean = nn.Buffer(torch.randn(4))
+        self.running_var = nn.Buffer(torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = (self.running_var + 1e-5).rsqrt().view(-1, 1, 1)
+        return x * scale - self.running_mean.view(-1, 1, 1) * scale
+
+
+class Unread(nn.Module):
+    """A convolution whose output goes on through a BatchNorm, and into branches without an end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.alone, self.before, self.norm = (nn.BatchNorm2d(4) for _ in range(3))
+        self.frozen = Frozen()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        self.alone(y)
+        torch.relu_(self.before(y)).mean()
+        self.frozen(y)
+        return self.norm(y)  # type: ignore[no-any-return]  # modules return Any
+
+
+def test_what_nothing_reads_ties_nothing() -> None:
+    model = randomise(Unread()).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for example in (None, x):
+        folded = bnfx.fold_bn(model, example)
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-12)
+        records = bnfx.report(folded).to_dict()["batch_norms"]
+        told = {r["path"]: (r["verdict"], r["into"], r["reason"]) for r in records}
+        gone: Any = ("folded", [], "nothing reads its output")
+        assert told == {
+            "alone": gone,
+            "before": gone,
+            "frozen": gone,
+            "norm": ("folded", ["conv"], ""),
+        }
+
+
+def test_what_writes_or_draws_stays_though_nothing_reads_it() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.seen = nn.BatchNorm1d(4), nn.Buffer(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.add_(self.norm(x).mean(0))
+            torch.rand_like(x)
+            return x + 1
+
+    model, x = randomise(Net()).double(), torch.randn(2, 4, dtype=torch.float64)
+    folded = bnfx.fold_bn(model)
+    ends = []
+    for net in (model, folded):
+        torch.manual_seed(0)
+        net(x)
+        ends.append((net.get_buffer("seen").clone(), torch.rand(1)))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-12)
