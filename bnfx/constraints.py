@@ -7,7 +7,7 @@ and as a sign, 0 for a > 0 and 1 for a < 0, so that every demand is a linear equ
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -176,7 +176,7 @@ class Systems:
     """The hard equations, solved, over classes of labels.
 
     Attributes:
-        of: (labels,), class of every label.
+        of: (labels,), class of every label, numbered from the ground's, 0.
         scale: log|a|.
         sign: 0 for a > 0, 1 for a < 0.
         shift: d.
@@ -201,16 +201,26 @@ class Systems:
         return Systems(self.of, self.scale.copy(), self.sign.copy(), self.shift.copy())
 
 
-def hard_systems(found: Constraints) -> Systems:
-    """All demands, in solved form. They are homogeneous, so they never contradict each other."""
+def hard_systems(found: Constraints, sites: Sequence[Site]) -> Systems:
+    """All demands, in solved form. They are homogeneous, so they never contradict each other.
+
+    Args:
+        found: Labels and demands.
+        sites: Calls that may vanish. What nothing ties to them keeps its values: it is ground.
+    """
     same = [b.labels for b in found.batches if b.demand is Demand.SAME]
     of = classes(found.count, [(pair[0], pair[1]) for pair in same])
-    slack = np.zeros(found.count, np.int64)
+    tied = components(found, of, sites)
+    ends = [np.append(site.x, site.y) for site in sites]
+    of[~np.isin(tied, tied[np.concatenate([*ends, np.zeros(1, np.int64)])])] = 0
+    of = np.unique(of, return_inverse=True)[1]
+    count = int(of.max()) + 1
+    slack = np.zeros(count, np.int64)
     for labels in found.absorbers:
         slack[of[labels]] = 1
     slack[0] = -1
-    order = np.empty(found.count, np.int64)
-    order[np.lexsort((np.arange(found.count), slack))] = np.arange(found.count)
+    order = np.empty(count, np.int64)
+    order[np.lexsort((np.arange(count), slack))] = np.arange(count)
     systems = Systems(of, LinearSystem(order), LinearSystem(order, 2), LinearSystem(order))
     ground = Rows.of((np.zeros(1, np.int64), 1.0))
     for system in (systems.scale, systems.sign, systems.shift):
@@ -227,7 +237,7 @@ def hard_systems(found: Constraints) -> Systems:
     return systems
 
 
-def equations_of(batches: list[Batch], systems: Systems) -> list[tuple[LinearSystem, Rows]]:
+def equations_of(batches: list[Batch], systems: Systems) -> Iterator[tuple[LinearSystem, Rows]]:
     """The rows that demands other than SAME add to the systems."""
     of = systems.of
     gathered: dict[Demand, list[tuple[Ints, ...]]] = {}
@@ -236,25 +246,23 @@ def equations_of(batches: list[Batch], systems: Systems) -> list[tuple[LinearSys
         parts = (*(of[labels] for labels in batch.labels),)
         factors = tuple(np.broadcast_to(factor, (count,)) for factor in batch.factors)
         gathered.setdefault(batch.demand, []).append((*parts, *factors))
-    result: list[tuple[LinearSystem, Rows]] = []
     for demand, pieces in gathered.items():
         columns = [np.concatenate(column) for column in zip(*pieces, strict=True)]
         columns = _distinct(columns)
         labels = [c.astype(np.int64) for c in columns]
         if demand is Demand.SAME_SCALE:
             rows = Rows.of((labels[0], 1.0), (labels[1], -1.0))
-            result += [(systems.scale, rows), (systems.sign, rows)]
+            yield from ((systems.scale, rows), (systems.sign, rows))
         elif demand is Demand.POSITIVE:
-            result.append((systems.sign, Rows.of((labels[0], 1.0))))
+            yield systems.sign, Rows.of((labels[0], 1.0))
         elif demand is Demand.UNSHIFTED:
-            result.append((systems.shift, Rows.of((labels[0], 1.0))))
+            yield systems.shift, Rows.of((labels[0], 1.0))
         elif demand is Demand.GATE:
             rows = Rows.of((labels[0], 1.0), (labels[1], -1.0), (labels[2], -columns[3]))
-            result += [(systems.scale, rows), (systems.sign, rows)]
+            yield from ((systems.scale, rows), (systems.sign, rows))
         else:
             terms = ((labels[0], 1.0), (labels[1], -columns[3]), (labels[2], -columns[4]))
-            result.append((systems.shift, Rows.of(*terms)))
-    return result
+            yield systems.shift, Rows.of(*terms)
 
 
 def _distinct(columns: list[Any]) -> list[Any]:

@@ -22,16 +22,13 @@ def values(found: Constraints, systems: Systems, limit: float) -> tuple[Floats, 
         limit: Largest |log a| that is sought.
     """
     of = systems.of
-    which = np.unique(of)
-    logs = np.zeros(len(of))
+    which = np.arange(len(systems.scale.order))
     expanded = systems.scale.substituted(Rows.of((which, 1.0)))
     free = _anchored(found, systems, which, expanded, limit)
     terms = np.where(expanded.unknowns < 0, 0.0, free[expanded.unknowns])
-    logs[which] = (terms * expanded.coefficients).sum(axis=1) + expanded.constant
-    signs = np.zeros(len(of))
-    signs[which] = systems.sign.substituted(Rows.of((which, 1.0))).constant
-    shifts = np.zeros(len(of))
-    shifts[which] = systems.shift.substituted(Rows.of((which, 1.0))).constant
+    logs = (terms * expanded.coefficients).sum(axis=1) + expanded.constant
+    signs = systems.sign.substituted(Rows.of((which, 1.0))).constant
+    shifts = systems.shift.substituted(Rows.of((which, 1.0))).constant
     logs[np.abs(logs) < 1e-14] = 0.0
     scale = np.exp(logs) * np.where(signs % 2 == 1, -1.0, 1.0)
     return scale[of], shifts[of]
@@ -41,12 +38,12 @@ def _anchored(
     found: Constraints, systems: Systems, which: Ints, expanded: Rows, limit: float
 ) -> Floats:
     """Values of the free scales: those that leave most weights as they are."""
-    free = np.zeros(len(systems.of))
+    free = np.zeros(len(which))
     single = (expanded.unknowns >= 0).sum(axis=1) == 1
     single &= expanded.coefficients[:, 0] == 1.0
     if not single.any():
         return free
-    weight = np.zeros(len(systems.of))
+    weight = np.zeros(len(which))
     for site in found.sites.values():
         if site.kind in (Kind.AFFINE, Kind.NORM):
             np.add.at(weight, systems.of[np.concatenate([site.x, site.y])], 1.0)

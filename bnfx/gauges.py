@@ -99,7 +99,7 @@ class Solver:
         self.found = found
         self.candidates = candidates
         self.fixed = fixed
-        self.hard = hard_systems(found)
+        self.hard = hard_systems(found, candidates)
         self.sound = Soundness(found, self.hard.of, limit)
         self.bound = Bound(self.hard, candidates)
         self._soft: dict[fx.Node, list[Batch]] = {}

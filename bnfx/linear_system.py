@@ -27,6 +27,9 @@ Flags = npt.NDArray[np.bool_]
 #: operations errs by some 1e-15; refusing an equation that holds costs a fold, not exactness.
 _TOLERANCE = 1e-13
 
+#: Rows that are substituted at a time, which bounds the memory that it takes meanwhile.
+_BLOCK = 8192
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -60,7 +63,7 @@ class Rows:
         """An independent copy."""
         return self.take(np.arange(len(self.constant)))
 
-    def take(self, which: npt.NDArray[Any]) -> Rows:
+    def take(self, which: npt.NDArray[Any] | slice) -> Rows:
         """The chosen rows."""
         return Rows(
             self.unknowns[which], self.coefficients[which], self.constant[which], self.size[which]
@@ -136,6 +139,11 @@ class LinearSystem:
 
     def substituted(self, rows: Rows) -> Rows:
         """The rows in free unknowns, like terms collected."""
+        starts = range(0, max(len(rows.constant), 1), _BLOCK)
+        parts = (rows.take(np.s_[start : start + _BLOCK]) for start in starts)
+        return _joined([self._block(part) for part in parts])
+
+    def _block(self, rows: Rows) -> Rows:
         rows = self._collected(rows)
         while True:
             replace = (rows.unknowns >= 0) & self.defined[rows.unknowns]
@@ -221,6 +229,20 @@ def _widened(rows: Rows, width: int) -> Rows:
         np.pad(rows.coefficients, pad),
         rows.constant,
         rows.size,
+    )
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    """All rows of `parts`, of which there is one at least."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.unknowns.shape[1] for part in parts)
+    wide = [_widened(part, width) for part in parts]
+    return Rows(
+        np.concatenate([part.unknowns for part in wide]),
+        np.concatenate([part.coefficients for part in wide]),
+        np.concatenate([part.constant for part in wide]),
+        np.concatenate([part.size for part in wide]),
     )
 
 

@@ -53,7 +53,7 @@ def _most(solver: Solver, more_than: int) -> int:
     able = [site for site in norms if solver.bound.alone(site) is None]
     for size in range(len(able), more_than, -1):
         for together in itertools.combinations(able, size):
-            systems = hard_systems(solver.found)
+            systems = hard_systems(solver.found, solver.candidates)
             if all(attempt(systems, site, dead=True) is None for site in together):
                 return size
     return more_than
