@@ -249,3 +249,9 @@ def test_default_device_does_not_matter() -> None:
         folded = bnfx.fold_bn(model, X)
     assert [r.verdict for r in bnfx.plan_fold(model, X).batch_norms] == ["folded"] * 2
     torch.testing.assert_close(folded(X), model(X), rtol=1e-10, atol=1e-10)
+
+
+def test_only_models_have_reports() -> None:
+    nothing: Any = None
+    with pytest.raises(bnfx.BnfxError, match="NoneType"):
+        bnfx.report(nothing)
