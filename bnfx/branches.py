@@ -52,7 +52,11 @@ class Branch:
                 return None
             padding = tuple(r // 2 for r in reach)
         wide = weight.detach().cpu().double()
-        summand = torch.zeros(len(wide)).double() if bias is None else bias.detach().cpu().double()
+        summand = (
+            torch.zeros(len(wide), device="cpu").double()
+            if bias is None
+            else bias.detach().cpu().double()
+        )
         numbers = (_numbers(call["stride"], spatial), _numbers(padding, spatial), dilation)
         return Branch(wide, summand, *numbers, int(call["groups"]), spatial + 2)
 
@@ -62,8 +66,8 @@ class Branch:
         spatial = max(0, len(shape) - 2)
         channels = shape[1] if len(shape) > 1 else 1
         ones = (1,) * spatial
-        weight = torch.full((channels, 1, *ones), factor, dtype=torch.float64)
-        zeros = torch.zeros(channels, dtype=torch.float64)
+        weight = torch.full((channels, 1, *ones), factor, dtype=torch.float64, device="cpu")
+        zeros = torch.zeros(channels, dtype=torch.float64, device="cpu")
         return Branch(weight, zeros, ones, (0,) * spatial, ones, channels, len(shape))
 
     @property
@@ -153,11 +157,13 @@ def _regrouped(branch: Branch, groups: int) -> Tensor:
     if branch.groups == groups:
         return branch.weight
     out, narrow = branch.weight.shape[:2]
-    weight = torch.zeros(out, branch.inputs // groups, *branch.weight.shape[2:]).double()
-    channel = torch.arange(out)
+    weight = torch.zeros(
+        out, branch.inputs // groups, *branch.weight.shape[2:], device="cpu"
+    ).double()
+    channel = torch.arange(out, device="cpu")
     old, new = channel // (out // branch.groups), channel // (out // groups)
     start = old * narrow - new * (branch.inputs // groups)
-    weight[channel[:, None], start[:, None] + torch.arange(narrow)] = branch.weight
+    weight[channel[:, None], start[:, None] + torch.arange(narrow, device="cpu")] = branch.weight
     return weight
 
 

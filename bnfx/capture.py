@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import operator
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,6 +36,10 @@ HOOKS = (
 )
 
 _NO_PROXY = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+#: A state of a module: its own attributes, and its tables of buffers and parameters.
+_State = tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ def skeleton(model: nn.Module, shared: Iterable[Tensor] | None = None) -> nn.Mod
     `.to()` on the copy, which replace the data behind an object, leave the model alone. Writing
     into them in place does not.
     """
-    shared = model.parameters() if shared is None else shared
+    if shared is None:
+        shared = model.parameters() if isinstance(model, nn.Module) else ()
     return _copied(model, {id(tensor): _sharing(tensor) for tensor in shared})
 
 
@@ -95,13 +101,15 @@ def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
 
     The weight of torch.nn.utils.weight_norm (the old form) is one: a deep copy alone refuses it.
     """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     try:
         return copy.deepcopy(model, dict[int, Any](memo))
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # the last from lazy modules
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {error}. bnfx never changes the model that "
             "it is given; make copy.deepcopy(model) work"
@@ -119,6 +127,29 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[dict[nn.Module, _State]]:
+    """Put back, at the end, what a forward assigns to attributes; their values at the start.
+
+    Run on proxies or on fake tensors, it would leave these behind in the model. Attributes that
+    are new stay, unless they are proxies: torch.fx keeps constants in some.
+    """
+    before = {m: tuple(dict(table) for table in _tables(m)) for m in model.modules()}
+    try:
+        yield before
+    finally:
+        for module, tables in before.items():
+            for now, old in zip(_tables(module), tables, strict=True):
+                new = [key for key in now if key not in old and isinstance(now[key], fx.Proxy)]
+                for key in new:
+                    del now[key]
+                now.update({key: old[key] for key in old if now.get(key) is not old[key]})
+
+
+def _tables(module: nn.Module) -> _State:
+    return vars(module), module._buffers, module._parameters
+
+
 class Tracer(fx.Tracer):
     """Symbolic tracing with chosen leaves, and with optional arguments at their defaults.
 
@@ -132,6 +163,7 @@ class Tracer(fx.Tracer):
         self.opaque = opaque
         self.given = given
         self.failed: str | None = None
+        self._autocast = _autocast()
         self._entered: set[str] = set()
         self.read: dict[str, Any] = {}
 
@@ -158,17 +190,34 @@ class Tracer(fx.Tracer):
                     raise fx.proxy.TraceError(f"forward takes {parameter}")
                 continue
             value = given.get(name, parameter.default)
-            traced = value is parameter.empty or (
-                name in given and not isinstance(value, _NO_PROXY)
-            )
-            if traced:
+            if value is parameter.empty or name in given:
                 default = () if parameter.default is parameter.empty else (parameter.default,)
-                value = self.create_proxy("placeholder", name, default, {})
+                proxy = self.create_proxy("placeholder", name, default, {})
+                if isinstance(value, _NO_PROXY):
+                    self._hold(name, proxy, value)
+                else:
+                    value = proxy
             if parameter.kind is parameter.KEYWORD_ONLY:
                 keywords[name] = value
             else:
                 args.append(value)
+        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        variadic = [str(p) for p in signature.parameters.values() if p.kind in several]
+        if variadic and not self.graph.find_nodes(op="placeholder"):
+            raise fx.proxy.TraceError(f"forward takes {', '.join(variadic)} alone")
         return functools.partial(root_fn, **keywords) if keywords else root_fn, args
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node; not in a region of autocast, which a graph of torch.fx leaves out."""
+        if _autocast() != self._autocast:
+            raise fx.proxy.TraceError("a part of it runs under torch.autocast")
+        return super().create_node(*args, **kwargs)
+
+    def _hold(self, name: str, proxy: fx.Proxy, value: Any) -> None:
+        """Make the graph refuse another value than the one that it was made for."""
+        checked = self.create_proxy("call_function", operator.eq, (proxy, value), {})
+        words = f"{name} was {value!r} in the example inputs, which this graph was made for"
+        self.create_proxy("call_function", torch._assert, (checked, words), {})
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Modules that could not be traced, or whose hooks would run during tracing, stay whole."""
@@ -252,6 +301,12 @@ def _nothing_drawn() -> Iterator[None]:
         raise
 
 
+def _autocast() -> list[tuple[bool, torch.dtype]]:
+    """Whether autocast is on, and to what, by kind of device."""
+    kinds = ("cpu", "cuda")
+    return [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether code of the user runs around this module's forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
@@ -265,7 +320,7 @@ def trace(
         tracer = kind(opaque, given)
         try:
             with _nothing_drawn():
-                graph = tracer.trace(model)
+                graph = _stateless(tracer, model)
         except Exception as error:  # a user's forward on proxies raises anything
             if tracer.failed is None or tracer.opaque == opaque:
                 raise CaptureError(
@@ -277,6 +332,41 @@ def trace(
             node.type = None  # annotations are strings at times, which no pickle can import
         graph._tracer_cls = None  # unpickling would make a tracer of this class
         return graph, tracer.opaque
+
+
+def _stateless(tracer: Tracer, model: nn.Module) -> fx.Graph:
+    """A trace of a forward that keeps nothing from one call for the next.
+
+    A graph has no place for that: it would compute what the first call does, for ever. What is
+    kept and never read (the last attention weights, say) does no harm.
+    """
+    if "forward" in vars(model):
+        raise fx.proxy.TraceError("it is an attribute of the object, not of its class")
+    with attributes_kept(model) as before:
+        graph = tracer.trace(model)
+        changed = {
+            (f"{path}.{key}" if path else key): (old[key], now[key])
+            for path, module in model.named_modules()
+            for now, old in zip(_tables(module), before.get(module, ()), strict=False)
+            for key in old
+            if key in now and now[key] is not old[key]
+        }
+        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        kept = next((name for name in changed if name in read), None)
+        numbers = [
+            name
+            for name, (old, now) in changed.items()
+            if isinstance(old, int | float) and isinstance(now, int | float) and old != now
+        ]
+        if numbers and kept is None:
+            again = type(tracer)(tracer.opaque, tracer.given).trace(model)
+            kept = None if str(again) == str(graph) else numbers[0]
+    if kept is not None:
+        raise fx.proxy.TraceError(
+            f"it assigns to {kept!r}, which its next call reads; make that a buffer written in "
+            "place, or pass it in and out"
+        )
+    return graph
 
 
 def assemble(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:

@@ -61,7 +61,7 @@ class Values:
         if isinstance(value, bool) or not isinstance(value, int | float | fx.Node):
             return None
         if isinstance(value, int | float):
-            return torch.tensor(float(value), dtype=torch.float64)
+            return torch.tensor(float(value), dtype=torch.float64, device="cpu")
         known = self.of(value)
         if known is None or known.is_complex() or known.dtype is torch.bool:
             return None

@@ -21,9 +21,22 @@ from torch.utils import _pytree as pytree
 
 from bnfx.agreement import alike, bound, outputs, reordered
 from bnfx.calls import argument
-from bnfx.capture import OWNER, RANKS, Example, Tracer, assemble, clone, has_hooks, skeleton, trace
+from bnfx.capture import (
+    HOOKS,
+    OWNER,
+    RANKS,
+    Example,
+    Tracer,
+    assemble,
+    attributes_kept,
+    clone,
+    has_hooks,
+    skeleton,
+    trace,
+)
 from bnfx.errors import CaptureError
 from bnfx.evaluation import is_torch
+from bnfx.guards import rewrite_guards
 from bnfx.ledger import constants, erase_dead
 from bnfx.norms import holds_norm
 from bnfx.observe import undisturbed_random_state
@@ -40,6 +53,11 @@ _RANKS: tuple[tuple[type[nn.Module], frozenset[int]], ...] = (
 
 class _Proxy(fx.Proxy):
     """Records augmented assignment as what it is; torch.fx takes `y += 1` for `y = y + 1`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("data", "real", "imag"):
+            raise fx.proxy.TraceError(f"it assigns to .{name} of a tensor, which no graph records")
+        super().__setattr__(name, value)
 
 
 def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,7 +145,9 @@ def _names_of_tensors(root: nn.Module) -> dict[int, tuple[str, dict[str, Any]]]:
 def _is_stock_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
     """Whether this is BatchNorm as torch computes it; in eval mode SyncBatchNorm is the same."""
     stock = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return isinstance(module, _BatchNorm) and type(module).forward in stock
+    if not isinstance(module, _BatchNorm) or "forward" in vars(module):
+        return False
+    return type(module).forward in stock
 
 
 @dataclass(frozen=True)
@@ -147,6 +167,11 @@ def inference_graph(model: nn.Module, given: Example | None) -> Captured:
     Raises:
         CaptureError: Neither way works; the message holds both causes.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{type(model).__name__} is TorchScript, which has no forward to capture; take the "
+            "module that it was made from"
+        )
     root = skeleton(model)
     try:
         graph, _ = trace(_FunctionalTracer, root, frozenset(), given)
@@ -276,23 +301,32 @@ def _two_of_each(given: Example) -> Example:
 
 
 def _sizes_left_open(root: nn.Module, given: Example, axes: slice) -> dict[str, Any]:
-    """For each argument, which of its `axes` the exporter may leave open: as many as it can."""
-    signature = inspect.signature(root.forward)
+    """For each argument, which of its `axes` the exporter may leave open: as many as it can.
+
+    What a forward takes as `*args` or `**kwargs` is one argument that holds several.
+    """
     try:
-        names = list(signature.bind(*given.args, **given.kwargs).arguments)
-    except TypeError as error:
+        arguments = inspect.signature(root.forward).bind(*given.args, **given.kwargs).arguments
+    except (TypeError, ValueError) as error:  # the latter from a forward that is no Python
         raise CaptureError(
             f"the example does not fit {type(root).__name__}.forward: {error}"
         ) from error
-    args, kwargs = pytree.tree_map(
+    sizes: dict[str, Any] = pytree.tree_map(
         lambda leaf: (
             dict.fromkeys(range(leaf.dim())[axes], torch.export.Dim.AUTO)
             if isinstance(leaf, Tensor)
             else None
         ),
-        (given.args, dict(given.kwargs)),
+        arguments,
     )
-    return dict(zip(names, [*args, *kwargs.values()], strict=False))
+    return sizes
+
+
+def _restore_modes(root: nn.Module, captured: fx.GraphModule) -> None:
+    """The exporter's result says that it trains, whatever the mode of what it was made from."""
+    theirs = dict(root.named_modules(remove_duplicate=False))
+    for path, module in captured.named_modules(remove_duplicate=False):
+        module.training = theirs.get(path, root).training
 
 
 def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
@@ -304,9 +338,10 @@ def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
         # what the exporter notes on tensors would hold in the next attempt too
         mine = example.copied()
         try:
-            program = torch.export.export(
-                root, mine.args, dict(mine.kwargs), dynamic_shapes=sizes, strict=False
-            )
+            with attributes_kept(root):
+                program = torch.export.export(
+                    root, mine.args, dict(mine.kwargs), dynamic_shapes=sizes, strict=False
+                )
             if example is wide:
                 outputs(clone(program.module()), given)
         except Exception as error:  # noqa: BLE001  # the exporter and the user's forward raise anything
@@ -314,9 +349,13 @@ def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
             continue
         captured = program.module()
         assert isinstance(captured, fx.GraphModule)
-        # The exporter's own hooks look at its class; its guards are a node and stay.
-        captured._forward_pre_hooks.clear()
-        captured._forward_pre_hooks_with_kwargs.clear()
+        # The exporter's own hooks look at its class, and no pickle takes them; those for modules
+        # as inputs are for nothing here. Its guards are a node and stay.
+        for hooks in HOOKS:
+            getattr(captured, hooks).clear()
+        captured.graph._tracer_cls = None  # unpickling would make one without its arguments
+        rewrite_guards(captured)
+        _restore_modes(root, captured)
         # It names all state; what no operator reads (num_batches_tracked) is none of this graph.
         erase_dead(captured.graph, [n for n in captured.graph.nodes if n.op == "get_attr"])
         assert program.example_inputs is not None

@@ -17,7 +17,7 @@ from bnfx.linear_system import Ints
 
 def ground_map(shape: Sequence[int]) -> Tensor:
     """Label 0 everywhere."""
-    return torch.zeros((), dtype=torch.int64).expand(tuple(shape))
+    return torch.zeros((), dtype=torch.int64, device="cpu").expand(tuple(shape))
 
 
 def along(labels: Ints, axis: int, shape: Sequence[int]) -> Tensor:

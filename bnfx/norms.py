@@ -82,6 +82,8 @@ def affine_map_of(node: fx.Node, values: Values) -> AffineMap | str:
         value = values.of(call[name])
         if call[name] is not None and value is None:
             return f"its {name} is computed, or written while the network runs"
+        if value is not None and value.is_meta:
+            return f"its {name} is on the meta device and has no values; load the weights first"
         state[name] = None if value is None else _float64(value)
     if not isinstance(call["eps"], float | int):
         return "its eps is computed while the network runs"
@@ -96,6 +98,10 @@ def affine_map_of(node: fx.Node, values: Values) -> AffineMap | str:
     bad = np.flatnonzero(~(np.isfinite(s) & np.isfinite(t)))
     if len(bad):
         return f"its map is not finite on channels {bad.tolist()[:8]}"
+    with np.errstate(all="ignore"):  # a fold carries what it reads as s (x + t/s)
+        lost = np.flatnonzero((s != 0) & ~(np.isfinite(1 / s) & np.isfinite(t / s)))
+    if len(lost):
+        return f"its scale is too small to divide by on channels {lost.tolist()[:8]}"
     return AffineMap(s, t, mean, std)
 
 

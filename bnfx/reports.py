@@ -194,7 +194,7 @@ def report(model: nn.Module) -> InsertReport | FoldReport:
     """
     meta = getattr(model, "meta", None)
     done = meta.get(_REPORT) if isinstance(meta, dict) else None
-    done = done or model.__dict__.get("_bnfx_report")
+    done = done or getattr(model, "__dict__", {}).get("_bnfx_report")
     if not isinstance(done, InsertReport | FoldReport):
         raise BnfxError(
             f"this {type(model).__name__} was not returned by bnfx, so there is no report of it; "

@@ -170,7 +170,8 @@ def _affine(
     kept = torch.ones_like(a_o)
     kept[list(dead)] = 0.0
     borders = bool(site.size) and bool((d_i != 0).any())
-    new = torch.empty(weight.shape, dtype=site.like.dtype if rounded else torch.float64)
+    dtype = site.like.dtype if rounded else torch.float64
+    new = torch.empty(weight.shape, dtype=dtype, device="cpu")
     layout = _Layout(row, int(call["groups"]))
     moved = _scale_into(new, weight.detach(), layout, (a_i, a_o * kept), d_i)
     new_bias = a_o * (old + d_o - (0.0 if borders else moved))
@@ -195,10 +196,12 @@ def _scale_into(
     source, target = layout.of(weight), layout.of(new)
     inverse, factor = layout.inputs(1.0 / scales[0], source), layout.outputs(scales[1], source)
     shift = layout.inputs(d_i, source)
-    moved = torch.zeros(source.shape[:2], dtype=torch.float64)
+    moved = torch.zeros(source.shape[:2], dtype=torch.float64, device="cpu")
     shifted = bool((d_i != 0).any())
     for part in _slabs(source):
-        wide = torch.empty(source[part].shape, dtype=torch.float64).copy_(source[part])
+        wide = torch.empty(source[part].shape, dtype=torch.float64, device="cpu").copy_(
+            source[part]
+        )
         if shifted:
             moved[part] = (wide * shift[part[0]]).flatten(2).sum(2)
         target[part] = wide.mul_(inverse[part[0]]).mul_(factor[part])

@@ -83,7 +83,10 @@ def _bounds_of(node: fx.Node) -> tuple[float, float] | None:
         upper = argument(node, 1, "max")
     if not all(bound is None or isinstance(bound, int | float) for bound in (lower, upper)):
         return None
-    return (-np.inf if lower is None else lower, np.inf if upper is None else upper)
+    lower, upper = -np.inf if lower is None else lower, np.inf if upper is None else upper
+    if np.isnan(lower) or np.isnan(upper):
+        return None
+    return min(lower, upper), upper  # where they cross, torch gives the upper one
 
 
 def _casts(node: fx.Node) -> bool:

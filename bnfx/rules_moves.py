@@ -50,21 +50,19 @@ def transpose(walk: Walk, node: fx.Node) -> Tensor:
 def concatenate(walk: Walk, node: fx.Node) -> Tensor:
     """Labels side by side."""
     axis = argument(node, 1, "dim", 0)
-    parts = argument(node, 0, "tensors")
-    if not isinstance(axis, int) or not isinstance(parts, tuple | list):
+    if not isinstance(axis, int):
         raise Opaque
     shape = walk.shape_of(node)
-    maps = [walk.labels_of(part) for part in parts]
+    maps = _parts(walk, argument(node, 0, "tensors"))
     return concatenated([m for m in maps if m.dim() == len(shape)], axis)
 
 
 def stack(walk: Walk, node: fx.Node) -> Tensor:
     """Labels side by side along a new axis."""
     axis = argument(node, 1, "dim", 0)
-    parts = argument(node, 0, "tensors")
-    if not isinstance(axis, int) or not isinstance(parts, tuple | list):
+    if not isinstance(axis, int):
         raise Opaque
-    maps = [walk.labels_of(part) for part in parts]
+    maps = _parts(walk, argument(node, 0, "tensors"))
     if len({m.shape for m in maps}) > 1:  # of assumed ranks: torch takes equal shapes only
         raise Opaque
     return concatenated([m.unsqueeze(axis) for m in maps], axis)
@@ -73,6 +71,23 @@ def stack(walk: Walk, node: fx.Node) -> Tensor:
 def shape(walk: Walk, node: fx.Node) -> Any:
     """What depends on shapes alone has no gauge."""
     return walk.grounded(node)
+
+
+def _parts(walk: Walk, parts: object) -> list[Tensor]:
+    """The labels of each of several tensors, which may be what one call gave, a chunk say."""
+    if not isinstance(parts, fx.Node):
+        if not isinstance(parts, tuple | list):
+            raise Opaque
+        return [walk.labels_of(part) for part in parts]
+    maps, fakes = walk.maps.get(parts), walk.shapes.values.get(parts)
+    if not isinstance(maps, tuple | list) or not isinstance(fakes, tuple | list):
+        raise Opaque
+    found = []
+    for labels, fake in zip(maps, fakes, strict=True):
+        if not isinstance(labels, Tensor) or not is_tensor(fake) or not fake.is_floating_point():
+            raise Opaque
+        found.append(labels)
+    return found
 
 
 def _moved(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -211,7 +211,9 @@ class _Runner:
                 return UNKNOWN
             found.assumed[node] = rank
             shape = [batch, channels, *[size] * row.spatial]
-            return torch.empty(shape[row.spatial + 2 - rank :], dtype=weight.dtype)
+            return torch.empty(
+                shape[row.spatial + 2 - rank :], dtype=weight.dtype, device=weight.device
+            )
         return UNKNOWN
 
     def _weight(self, node: object) -> Tensor | None:
@@ -274,7 +276,7 @@ class _Runner:
                 found.failures.append(node)
                 found.impossible = True
             found.assumed[node] = len(sizes)
-            return torch.empty(sizes, dtype=weight.dtype)
+            return torch.empty(sizes, dtype=weight.dtype, device=weight.device)
         ranks = node.meta.get(RANKS, frozenset())
         if node.target in BATCH_NORM and ranks:
             mean = self._weight(argument(node, 1, "running_mean"))
@@ -285,7 +287,9 @@ class _Runner:
                 found.failures.append(node)
                 found.impossible = True
                 return UNKNOWN
-            return torch.empty(batch, mean.shape[0], *[space] * (rank - 2), dtype=mean.dtype)
+            return torch.empty(
+                batch, mean.shape[0], *[space] * (rank - 2), dtype=mean.dtype, device=mean.device
+            )
         return UNKNOWN
 
 

@@ -99,6 +99,8 @@ class Walk:
         if any(not 0 <= axis < labels.dim() for axis in axes):  # of assumed ranks
             raise Opaque
         rows, sizes = rows_along(labels, axes)
+        if not rows.shape[1]:  # of an empty batch
+            raise Opaque
         first = rows[:, 0]
         if rows.shape[1] > 1:
             differ = rows != first[:, None]
