@@ -54,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, out: IO[str]) -> int:
     try:
         check_reports(options)
+    except UsageError as error:  # a report must not land where it was just refused
+        tell(f"{type(error).__name__}: {error}")
+        if options.json == "-":
+            write_error(options, error, USAGE, out)
+        return USAGE
+    try:
         outcome = _carry_out(options)
         write_results(options, outcome, out)
     except BnfxError as error:
@@ -63,6 +69,9 @@ def _run(options: argparse.Namespace, out: IO[str]) -> int:
         return _give_up(options, out, error, MISSING)
     except OSError as error:
         return _give_up(options, out, error, NOT_CAPTURED)
+    except SystemExit as stop:  # a factory or a forward that ends the process has verified nothing
+        said = UsageError(f"the model's own code ended the process with SystemExit({stop.code!r})")
+        return _give_up(options, out, said, USAGE)
     except Exception as error:  # noqa: BLE001  # a defect must not end like a failed verification
         traceback.print_exc()
         tell("this is a defect of bnfx, or of the model's own code: see the lines above")

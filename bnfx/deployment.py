@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 import os
 import tempfile
 import time
@@ -24,10 +26,12 @@ from bnfx.export import ExportReport, export_onnx, training_modules
 from bnfx.folding import fold_bn
 from bnfx.graph_pictures import fold_pictures
 from bnfx.placing import move_into_place, real_target
+from bnfx.providers import execution_provider
 from bnfx.references import Precision
 from bnfx.report_files import check_report_path, write_report
 from bnfx.reports import FoldReport, Report
 from bnfx.reports import report as report_of
+from bnfx.runs import Sample
 from bnfx.sampling import as_sample
 from bnfx.stages import StageReport, ledger_of
 from bnfx.verdicts import VerifyReport
@@ -35,6 +39,8 @@ from bnfx.verify import verify_onnx
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+_NUMBERS = (type(None), bool, int, float, str)
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,9 @@ def deploy(
             is the `DeployReport`.
         CaptureError, FoldError, ExportError, ProviderError: As from the steps.
     """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+    execution_provider(provider)
     target, seconds = real_target(f), dict[str, float]()
     tell = progress or (lambda _: None)
     timed = partial(_timed, seconds, tell)
@@ -161,7 +170,8 @@ def deploy(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         written = Path(folder) / target.name
         with timed("export"):
-            exported = export_onnx(folded, args, written, **options)
+            taken, own = _taken(model, folded, as_sample(args, kwargs), dynamic_shapes)
+            exported = export_onnx(folded, taken.args, written, **{**options, **own})
         del folded  # verification needs the memory
         with timed("verify"):
             verified = verify_onnx(model, written, args, kwargs=kwargs, **checks)
@@ -173,7 +183,7 @@ def deploy(
                 measured = _measure(model, args, written, provider, options)
         kept = None
         if not verified and bundle is not None:
-            kept = str(write_bundle(Path(bundle), written, args, kwargs, verified))
+            kept = _kept(Path(bundle), written, args, kwargs, verified)
         if verified:
             move_into_place(written, target)
     status: Literal["deployed", "failed"] = "deployed" if verified else "failed"
@@ -203,6 +213,41 @@ def _renamed(measured: BenchReport, names: Mapping[str, str]) -> BenchReport:
     """The report with the file's place instead of where it was measured; what is gone has none."""
     arms = (replace(arm, path=names.get(arm.path, "-")) for arm in measured.arms)
     return replace(measured, arms=tuple(arms))
+
+
+def _taken(
+    model: nn.Module, folded: nn.Module, example: Sample, dynamic_shapes: Any
+) -> tuple[Sample, dict[str, Any]]:
+    """The arguments that a folded graph still takes, and options of the export that go with them.
+
+    Symbolic tracing keeps None and numbers as what they are: they are no arguments any more.
+    """
+    names = set(inspect.signature(folded.forward).parameters)
+    bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
+    gone = {k for k, v in bound.items() if k not in names and isinstance(v, _NUMBERS)}
+    if not gone:
+        return example, {}
+    positional = list(bound)[: len(example.args)]
+    stays = [name not in gone for name in positional]
+    args = tuple(itertools.compress(example.args, stays))
+    kwargs = {name: value for name, value in example.kwargs.items() if name not in gone}
+    if isinstance(dynamic_shapes, Mapping):
+        shapes: Any = {k: v for k, v in dynamic_shapes.items() if k not in gone}
+    elif isinstance(dynamic_shapes, tuple | list):
+        shapes = tuple(itertools.compress(dynamic_shapes, stays))
+    else:
+        shapes = dynamic_shapes
+    return Sample(args, kwargs), {"kwargs": kwargs, "dynamic_shapes": shapes}
+
+
+def _kept(
+    bundle: Path, written: Path, args: Any, kwargs: Mapping[str, Any] | None, found: VerifyReport
+) -> str:
+    """Where what reproduces a failure lies, or why it does not: that must not hide the failure."""
+    try:
+        return str(write_bundle(bundle, written, args, kwargs, found))
+    except OSError as error:
+        return f"the bundle {bundle} cannot be written: {error}"
 
 
 def _measure(

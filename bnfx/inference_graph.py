@@ -154,7 +154,8 @@ def inference_graph(model: nn.Module, given: Example | None) -> Captured:
             raise CaptureError(
                 f"{error}. Pass example_inputs, so that torch.export can capture the model"
             ) from error
-        return _exported(root, given, str(error))
+        # Tracing may have left proxies in attributes that the forward assigns.
+        return _exported(skeleton(model), given, str(error))
     _restore_ranks(root, graph)
     traced = assemble(root, graph)
     if given is not None and not _agree(root, traced, given):
@@ -318,6 +319,9 @@ def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
         # The exporter's own hooks look at its class; its guards are a node and stay.
         captured._forward_pre_hooks.clear()
         captured._forward_pre_hooks_with_kwargs.clear()
+        theirs = {path: module.training for path, module in root.named_modules()}
+        for path, made in captured.named_modules():  # the exporter leaves them all in train mode
+            made.training = theirs.get(path, root.training)
         # It names all state; what no operator reads (num_batches_tracked) is none of this graph.
         erase_dead(captured.graph, [n for n in captured.graph.nodes if n.op == "get_attr"])
         assert program.example_inputs is not None
