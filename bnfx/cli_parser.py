@@ -16,7 +16,7 @@ exit codes:
   2  usage: arguments that are wrong, files that are missing, inputs that do not fit
   3  the requested environment is missing: the CUDA provider, a package
   4  capture or export failed; files that were there are as they were
-130  interrupted
+130  interrupted; 143 or 129 where SIGTERM or SIGHUP asked to end
 """
 
 _MODEL = """\

@@ -616,15 +616,16 @@ def test_progress_is_shown_on_a_terminal(here: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-def test_an_interrupt_is_clean(here: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_is_clean(here: Path, number: signal.Signals) -> None:
     (here / "old.pt2").write_bytes(b"older")
     command = [sys.executable, "-m", "bnfx", "fold", "nets:slow", "old.pt2", *X]
     with subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "started\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         rest = process.stderr.read()
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "interrupted" in rest
     assert "Traceback" not in rest
     assert (here / "old.pt2").read_bytes() == b"older"
