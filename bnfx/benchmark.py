@@ -26,6 +26,7 @@ from bnfx.onnx_files import read_onnx
 from bnfx.providers import SessionSettings, load_onnxruntime, open_session, require_provider
 from bnfx.reports import Report, table
 from bnfx.runner import Request
+from bnfx.sampling import as_sample
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -139,8 +140,8 @@ def benchmark_onnx(
     if num_runs < 50:
         raise BnfxError(f"num_runs={num_runs} is too few for a median and a spread; use 50 or more")
     fusions = bn_fusions or ("on" if baseline is None else "both")
-    positional = (args,) if isinstance(args, Tensor) else tuple(args)
-    leaves = pytree.tree_leaves((positional, dict(kwargs or {})))
+    sample = as_sample(args, kwargs)
+    leaves = pytree.tree_leaves((sample.args, dict(sample.kwargs)))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="bnfx-") as folder:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import IO
 
 from bnfx import cli_parser
@@ -25,6 +29,8 @@ from bnfx.cli_results import (
 from bnfx.errors import BnfxError, MissingPackageError, ProviderError, UsageError, VerificationError
 
 INTERRUPTED = 128 + signal.SIGINT
+#: These end a process of Python at once, with temporary files and processes left behind.
+_STOPS = (signal.SIGTERM,) if sys.platform == "win32" else (signal.SIGTERM, signal.SIGHUP)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,18 +48,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        with results_apart() as out, warnings.catch_warnings():
+        with _stoppable(), results_apart() as out, warnings.catch_warnings():
             # torch.export of torch 2.13 calls its own deprecated pytree test
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             return _run(options, out)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Stopped) as stop:
         tell("interrupted; files that were there are as they were")
-        return INTERRUPTED
+        return int(stop.args[0]) if isinstance(stop, _Stopped) else INTERRUPTED
+
+
+class _Stopped(BaseException):
+    """A signal came that asks the process to end; the argument is the exit code."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Signals that ask the process to end do it like an interrupt, which leaves nothing behind."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise _Stopped(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    mine = [number for number in _STOPS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _run(options: argparse.Namespace, out: IO[str]) -> int:
     try:
         check_reports(options)
+    except UsageError as error:  # a report must not land where it was just refused
+        tell(f"{type(error).__name__}: {error}")
+        if options.json == "-":
+            write_error(options, error, USAGE, out)
+        return USAGE
+    try:
         outcome = _carry_out(options)
         write_results(options, outcome, out)
     except BnfxError as error:
@@ -63,6 +99,9 @@ def _run(options: argparse.Namespace, out: IO[str]) -> int:
         return _give_up(options, out, error, MISSING)
     except OSError as error:
         return _give_up(options, out, error, NOT_CAPTURED)
+    except SystemExit as stop:  # a factory or a forward that ends the process has verified nothing
+        said = UsageError(f"the model's own code ended the process with SystemExit({stop.code!r})")
+        return _give_up(options, out, said, USAGE)
     except Exception as error:  # noqa: BLE001  # a defect must not end like a failed verification
         traceback.print_exc()
         tell("this is a defect of bnfx, or of the model's own code: see the lines above")

@@ -215,6 +215,7 @@ def _verify(options: argparse.Namespace) -> Outcome:
     _require_file(options.file)
     checks = _check_options(options)
     if options.model.endswith(".onnx"):
+        _require_file(options.model)
         args = _inputs_of_file(options) if options.input else None
         with step("verifying"):
             done = bnfx.verify_onnx(options.model, options.file, args, **checks)

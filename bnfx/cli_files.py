@@ -14,7 +14,8 @@ def check_target(path: Path, suffixes: Sequence[str]) -> None:
     """Refuse a file that could not be written in the end, before any work is done.
 
     Raises:
-        UsageError: Its folder does not exist, it is a folder, or its name ends in something else.
+        UsageError: Its folder does not exist, it is a folder, a device or a pipe, or its name ends
+            in something else.
     """
     if suffixes and path.suffix not in suffixes:
         raise UsageError(f"{path}: its name must end in {', '.join(suffixes)}")
@@ -22,6 +23,8 @@ def check_target(path: Path, suffixes: Sequence[str]) -> None:
         raise UsageError(f"{path}: there is no folder {path.parent}")
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the name of a file")
+    if suffixes and path.exists() and not path.is_file():
+        raise UsageError(f"{path} is a device or a pipe, not to be replaced; give a file")
 
 
 @contextmanager

@@ -67,11 +67,18 @@ def tell(line: str) -> None:
 
 
 def write(text: str, target: str, out: IO[str]) -> None:
-    """Write to a file, in one step, or to `out` where the name is "-"."""
+    """Write to a file, in one step, or to `out` where the name is "-".
+
+    A device or a pipe is written to and stays what it is.
+    """
     if target == "-":
         with suppress(BrokenPipeError):  # the reader has gone: nobody is left to tell
             out.write(text if text.endswith("\n") else text + "\n")
             out.flush()
         return
-    with replacing(Path(target)) as written:
-        written.write_bytes(text.encode(errors="replace"))
+    path, content = Path(target), text.encode(errors="replace")
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    with replacing(path) as written:
+        written.write_bytes(content)

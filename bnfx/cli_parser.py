@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ exit codes:
   2  usage: arguments that are wrong, files that are missing, inputs that do not fit
   3  the requested environment is missing: the CUDA provider, a package
   4  capture or export failed; files that were there are as they were
-130  interrupted
+130  interrupted; 143 or 129 where SIGTERM or SIGHUP asked to end
 """
 
 _MODEL = """\
@@ -157,13 +158,15 @@ def _provider(command: argparse.ArgumentParser) -> None:
 
 def _checks(command: argparse.ArgumentParser) -> None:
     _provider(command)
-    command.add_argument("--num-inputs", type=_count, default=8, metavar="N", help="to pool over")
+    command.add_argument(
+        "--num-inputs", type=_positive, default=8, metavar="N", help="to pool over"
+    )
     command.add_argument(
         "--batch-sizes", type=_counts, metavar="N,N", help="to run as well, where the batch is free"
     )
     command.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), default="fp32")
     command.add_argument(
-        "--max-ratio", type=float, default=4.0, metavar="R", help="limit of error over budget"
+        "--max-ratio", type=_ratio, default=4.0, metavar="R", help="limit of error over budget"
     )
 
 
@@ -173,8 +176,24 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _positive(text: str) -> int:
+    if not _count(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is nothing to verify on; give 1 or more")
+    return int(text)
+
+
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(part) for part in text.split(","))
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def _ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no limit; give a positive number, such as 4")
+    return value
 
 
 def _provider_name(text: str) -> str:

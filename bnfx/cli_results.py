@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -44,14 +44,31 @@ def check_reports(options: argparse.Namespace) -> None:
     """Refuse reports that could not be written in the end, before any work is done.
 
     Raises:
-        UsageError: Two of them want standard output; a folder does not exist.
+        UsageError: Two of them want standard output; a folder does not exist; a report would
+            overwrite another file of the same command.
     """
-    names = (options.json, options.markdown, options.html)
+    names = [options.json, options.markdown, options.html]
     if names.count("-") > 1:
         raise UsageError("only one report fits on standard output")
+    taken = {Path(name).resolve() for name in _files(options)}
     for name in names:
-        if name not in (None, "-"):
-            check_target(Path(name), ())
+        if name in (None, "-"):
+            continue
+        path = Path(name)
+        check_target(path, ())
+        if path.resolve() in taken and (path.is_file() or not path.exists()):
+            raise UsageError(f"{name} is another file of this command; give the report its own")
+        taken.add(path.resolve())
+
+
+def _files(options: argparse.Namespace) -> Iterator[str]:
+    """The files that a command reads and writes besides its reports."""
+    for name in ("model", "file", "checkpoint", "baseline"):
+        value = getattr(options, name, None)
+        if value is not None:
+            yield value
+    yield from getattr(options, "input", ())
+    yield from getattr(options, "calibration", None) or ()
 
 
 def write_results(options: argparse.Namespace, outcome: Outcome, out: IO[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 import os
 import tempfile
 import time
@@ -14,20 +16,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from bnfx.benchmark import BenchReport, benchmark_onnx
 from bnfx.bundle import write_bundle
-from bnfx.capture import clone
+from bnfx.capture import assemble, clone
 from bnfx.errors import CaptureError, VerificationError
 from bnfx.export import ExportReport, export_onnx, training_modules
 from bnfx.folding import fold_bn
 from bnfx.graph_pictures import fold_pictures
 from bnfx.placing import move_into_place, real_target
+from bnfx.providers import execution_provider
 from bnfx.references import Precision
 from bnfx.report_files import check_report_path, write_report
-from bnfx.reports import FoldReport, Report
+from bnfx.reports import FoldReport, Report, remember
 from bnfx.reports import report as report_of
+from bnfx.runs import Sample
 from bnfx.sampling import as_sample
 from bnfx.stages import StageReport, ledger_of
 from bnfx.verdicts import VerifyReport
@@ -35,6 +39,8 @@ from bnfx.verify import verify_onnx
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+_NUMBERS = (type(None), bool, int, float, str)
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,9 @@ def deploy(
             is the `DeployReport`.
         CaptureError, FoldError, ExportError, ProviderError: As from the steps.
     """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+    execution_provider(provider)
     target, seconds = real_target(f), dict[str, float]()
     tell = progress or (lambda _: None)
     timed = partial(_timed, seconds, tell)
@@ -161,7 +170,11 @@ def deploy(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         written = Path(folder) / target.name
         with timed("export"):
-            exported = export_onnx(folded, args, written, **options)
+            given = as_sample(args, kwargs)
+            numbers, taken, own = _taken(model, given, dynamic_shapes)
+            fixed = _with_numbers(folded, numbers)
+            exported = export_onnx(fixed, taken.args, written, **{**options, **own})
+            del fixed
         del folded  # verification needs the memory
         with timed("verify"):
             verified = verify_onnx(model, written, args, kwargs=kwargs, **checks)
@@ -173,7 +186,7 @@ def deploy(
                 measured = _measure(model, args, written, provider, options)
         kept = None
         if not verified and bundle is not None:
-            kept = str(write_bundle(Path(bundle), written, args, kwargs, verified))
+            kept = _kept(Path(bundle), written, args, kwargs, verified)
         if verified:
             move_into_place(written, target)
     status: Literal["deployed", "failed"] = "deployed" if verified else "failed"
@@ -203,6 +216,58 @@ def _renamed(measured: BenchReport, names: Mapping[str, str]) -> BenchReport:
     """The report with the file's place instead of where it was measured; what is gone has none."""
     arms = (replace(arm, path=names.get(arm.path, "-")) for arm in measured.arms)
     return replace(measured, arms=tuple(arms))
+
+
+def _taken(
+    model: nn.Module, example: Sample, dynamic_shapes: Any
+) -> tuple[dict[str, Any], Sample, dict[str, Any]]:
+    """Arguments that are None or numbers, the others, and options of the export for these.
+
+    A file has no input for a number, and the exporter names no axes beside one.
+    """
+    bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
+    numbers = {name: value for name, value in bound.items() if isinstance(value, _NUMBERS)}
+    if not numbers:
+        return {}, example, {}
+    positional = list(bound)[: len(example.args)]
+    stays = [name not in numbers for name in positional]
+    args = tuple(itertools.compress(example.args, stays))
+    kwargs = {name: value for name, value in example.kwargs.items() if name not in numbers}
+    if isinstance(dynamic_shapes, Mapping):
+        shapes: Any = {k: v for k, v in dynamic_shapes.items() if k not in numbers}
+    elif isinstance(dynamic_shapes, tuple | list):
+        shapes = tuple(itertools.compress(dynamic_shapes, stays))
+    else:
+        shapes = dynamic_shapes
+    return numbers, Sample(args, kwargs), {"kwargs": kwargs, "dynamic_shapes": shapes}
+
+
+def _with_numbers(folded: fx.GraphModule, numbers: Mapping[str, Any]) -> fx.GraphModule:
+    """The graph with these arguments fixed; it shares its weights with `folded`."""
+    if not numbers:
+        return folded
+    graph = copy.deepcopy(folded.graph)
+    for node in [n for n in graph.nodes if n.op == "placeholder" and n.target in numbers]:
+        value = numbers[str(node.target)]
+
+        def fixed(arg: Any, node: fx.Node = node, value: Any = value) -> Any:
+            return value if arg is node else arg
+
+        for user in list(node.users):
+            user.args = fx.node.map_aggregate(user.args, fixed)
+            user.kwargs = fx.node.map_aggregate(user.kwargs, fixed)
+        graph.erase_node(node)
+    return remember(assemble(folded, graph), report_of(folded))
+
+
+def _kept(
+    bundle: Path, written: Path, args: Any, kwargs: Mapping[str, Any] | None, found: VerifyReport
+) -> str:
+    """Where what reproduces a failure lies, or why it does not: that must not hide the failure."""
+    try:
+        return str(write_bundle(bundle, written, args, kwargs, found))
+    except OSError as error:
+        return f"the bundle {bundle} cannot be written: {error}"
 
 
 def _measure(

@@ -95,10 +95,16 @@ def export_onnx(
         ExportError: A module is in train mode; an opset that would be changed silently; the
             exporter failed; the file is not valid ONNX.
     """
+    if not isinstance(model, nn.Module):
+        raise ExportError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
     _require_eval(model)
     _require_opset(opset_version)
     target = real_target(f)
     opset = opset_version if opset_version is not None else _least_opset(model)
+    if not isinstance(args, Tensor | tuple | list):
+        raise ExportError(
+            f"args is a {type(args).__name__}; give a tuple of positional arguments, or one tensor"
+        )
     positional = (args,) if isinstance(args, Tensor) else tuple(args)
     program = _program(
         model,
@@ -109,6 +115,7 @@ def export_onnx(
         dynamic_shapes=dynamic_shapes,
         opset_version=opset,
     )
+    _require_names(program, input_names, output_names)
     _annotate(program.model.metadata_props, model)
     size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
     external = size > _INLINE_BYTES if external_data is None else external_data
@@ -163,11 +170,31 @@ def _require_eval(model: nn.Module) -> None:
 
 def _require_opset(version: int | None) -> None:
     newest = min(_NEWEST_OPSET, onnx.defs.onnx_opset_version())
+    if version is not None and not isinstance(version, int):
+        raise ExportError(f"opset_version={version!r} is no integer")
     if version is not None and not _OLDEST_OPSET <= version <= newest:
         raise ExportError(
             f"opset_version={version} cannot be written: the exporter supports {_OLDEST_OPSET} to "
             f"{newest} and would change it silently"
         )
+
+
+def _require_names(
+    program: torch.onnx.ONNXProgram,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+) -> None:
+    """The exporter drops names that are too many, and takes a string for its letters."""
+    graph = program.model.graph
+    for what, names, values in (
+        ("input", input_names, graph.inputs),
+        ("output", output_names, graph.outputs),
+    ):
+        if names is not None and (isinstance(names, str) or len(names) > len(values)):
+            raise ExportError(
+                f"{what}_names={names!r} does not fit: the graph has {len(values)} {what}s "
+                f"({', '.join(str(value.name) for value in values)}); give a list of one name each"
+            )
 
 
 def _least_opset(model: nn.Module) -> int | None:

@@ -180,7 +180,8 @@ def inference_graph(model: nn.Module, given: Example | None) -> Captured:
             raise CaptureError(
                 f"{error}. Pass example_inputs, so that torch.export can capture the model"
             ) from error
-        return _exported(root, given, str(error))
+        # Tracing may have left proxies in attributes that the forward assigns.
+        return _exported(skeleton(model), given, str(error))
     _restore_ranks(root, graph)
     traced = assemble(root, graph)
     if given is not None and not _agree(root, traced, given):

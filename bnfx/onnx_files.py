@@ -215,8 +215,15 @@ def _external_fault(tensor: onnx.TensorProto, size: int, folder: Path) -> str:
     location, offset, length = external_location(tensor)
     if not location:
         return "has its data elsewhere and does not say where"
+    keys = [entry.key for entry in tensor.external_data]
+    if len(keys) != len(set(keys)):
+        return f"says twice where its data is: {', '.join(keys)}; readers would differ"
     inside = folder.resolve()
-    data = (inside / location).resolve()
+    try:
+        data = (inside / location).resolve()
+        data.exists()
+    except (OSError, ValueError) as error:  # too long, a null character
+        return f"has its data in {location[:80]!r}, which cannot be the name of a file: {error}"
     if Path(location).is_absolute() or not data.is_relative_to(inside):
         return f"has its data outside the file's folder, in {location!r}; refused"
     if not data.is_file():

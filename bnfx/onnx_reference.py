@@ -27,7 +27,7 @@ from bnfx.layers import as_tensor, composed, samples
 from bnfx.onnx_files import all_nodes, describe_type, read_onnx, tensor_array, type_name
 from bnfx.onnx_layers import file_layers
 from bnfx.onnx_types import BFLOAT16, DOUBLE, FLOAT, HALF, float_types, retyped
-from bnfx.references import COMPOSED, Form, Precision, arrays
+from bnfx.references import COMPOSED, Form, Precision, arrays, require_same
 from bnfx.runner import Answer, Request
 from bnfx.runs import RowTruths, Runs, Sample
 from bnfx.staging import stage
@@ -119,6 +119,15 @@ class OnnxReference:
                 f"the reference {self.name} cannot be evaluated in float64: {error}"
             ) from error
         return Runs(own, own, exact, declared)
+
+    def require_one_answer(self, sample: Sample, runs: Runs) -> None:
+        """Refuse a file that computes something else each time, as `TorchReference` does.
+
+        Raises:
+            VerificationError: The same input gives other outputs.
+        """
+        again = self._answer([sample], values=False).results[0] or []
+        require_same(self.name, runs, again)
 
     def release(self) -> None:
         """Nothing is kept between runs."""

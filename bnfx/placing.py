@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import onnx
@@ -26,14 +27,23 @@ def real_target(f: str | os.PathLike[str]) -> Path:
     """The file to replace: where `f` is a symbolic link, what it points to.
 
     Raises:
-        ExportError: It is a folder, or its folder does not exist.
+        ExportError: It is a folder, a device or a pipe, no name of a file, or its folder does not
+            exist.
     """
-    given = Path(f)
-    target = given.resolve() if given.is_symlink() else given
+    try:
+        given = Path(f)
+        target = given.resolve() if given.is_symlink() else given
+        existing = target.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        existing = None
+    except (OSError, TypeError, ValueError) as error:  # too long, not a path, a null character
+        raise ExportError(f"{f!r} cannot be the name of a file: {error}") from error
     if not target.parent.is_dir():
         raise ExportError(f"{target.parent} is not a folder; make it before exporting to {given}")
     if target.is_dir():
         raise ExportError(f"{target} is a folder; give the name of a file")
+    if existing is not None and not stat.S_ISREG(existing.st_mode):
+        raise ExportError(f"{target} is a device or a pipe, not to be replaced; give a file")
     return target
 
 

@@ -68,7 +68,7 @@ def execution_provider(provider: str, *, tf32: bool = False) -> tuple[str, dict[
     Raises:
         ProviderError: Another provider.
     """
-    kind, colon, index = provider.partition(":")
+    kind, colon, index = str(provider).partition(":")
     if kind == "cpu" and not colon:
         return _CPU, {}
     if kind == "cuda" and (index.isdecimal() or not colon):

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bnfx.capture import clone, example
-from bnfx.compare import Array
+from bnfx.compare import UNIT, Array, relative_error
 from bnfx.errors import BnfxError, VerificationError
 from bnfx.folding import exact_graph, fold_bn
 from bnfx.inference_graph import inference_graph
@@ -32,6 +33,9 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+_UNITS = {"float16": UNIT["fp16"], "bfloat16": UNIT["bf16"]}
+#: Units of rounding that a sum whose order is left to the threads may differ by.
+_REPEATED = 64
 _ORDER: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16")
 
 
@@ -64,7 +68,8 @@ class TorchReference:
     #: Whether a wrong weight is a failure.
     decides = True
 
-    def __init__(self, model: nn.Module, precision: Precision) -> None:
+    def __init__(self, model: nn.Module, precision: Precision, outputs: int | None = None) -> None:
+        self._outputs = outputs
         self.name = type(model).__name__
         self.precision = effective_precision(model, precision)
         self.dtype = DTYPES[self.precision]
@@ -72,6 +77,8 @@ class TorchReference:
         self._own = clone(model)
         same = self.precision in ("fp32", "tf32") and _all_of(model, torch.float32)
         same = same or _all_of(model, self.dtype)
+        # Beside float32, float64 parts round less: such a model is its own budget.
+        same = same or (self.precision == "fp32" and self.weights == "float32")
         self._rounded = self._own if same else clone(model).to(self.dtype)
         self._same = same and self.precision != "tf32"
         self._wide: nn.Module | None = None
@@ -103,6 +110,18 @@ class TorchReference:
             exact.append(arrays(self._in_float64(sample)) if truth is None else truth)
         dtypes = tuple(str(t.dtype).removeprefix("torch.") for t in (called or [[]])[0])
         return Runs(own, rounded, exact, dtypes)
+
+    def require_one_answer(self, sample: Sample, runs: Runs) -> None:
+        """Refuse a reference that computes something else each time: it would set no limit.
+
+        Args:
+            sample: An input.
+            runs: What `run` gave for it.
+
+        Raises:
+            VerificationError: The same input gives other outputs.
+        """
+        require_same(self.name, runs, arrays(self._call(self._own, sample, None)))
 
     def _in_precision(self, sample: Sample) -> list[Tensor]:
         if self.precision == "tf32":
@@ -139,7 +158,12 @@ class TorchReference:
             raise VerificationError(
                 f"the reference {self.name} fails on an input: {error}"
             ) from error
-        return [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if len(tensors) != self._outputs:  # a size that a forward returns is an output of the file
+            numbers = [leaf for leaf in leaves if isinstance(leaf, Tensor | int | float)]
+            if len(numbers) == self._outputs:
+                tensors = [torch.as_tensor(leaf) for leaf in numbers]
+        return [leaf.detach().cpu() for leaf in tensors]
 
     def forms(self, sample: Sample) -> Iterator[Form]:
         """The layers as folding can leave them, the likeliest form first, computed in float64.
@@ -214,10 +238,15 @@ class TorchReference:
 
     def _traced(self, graph: fx.GraphModule, given: Sample, changed: frozenset[str]) -> Traced:
         slots = sum(node.op == "placeholder" for node in graph.graph.nodes)
-        bound = list(_bound(self._own, given).values())
-        flat = pytree.tree_leaves(bound)
-        values = flat if len(flat) == slots else bound
-        if len(values) != slots:
+        bound = _bound(self._own, given)
+        names = {str(node.target) for node in graph.graph.nodes if node.op == "placeholder"}
+        ways = (
+            pytree.tree_leaves(list(bound.values())),
+            list(bound.values()),
+            [value for name, value in bound.items() if name in names],  # numbers and None are gone
+        )
+        values = next((way for way in ways if len(way) == slots), None)
+        if values is None:
             raise VerificationError(
                 f"the graph of {self.name} takes {slots} inputs, the example has {len(bound)}"
             )
@@ -246,6 +275,29 @@ def effective_precision(model: nn.Module, precision: Precision) -> Precision:
         "bf16" if torch.bfloat16 in found else "fp16" if torch.float16 in found else "fp32"
     )
     return max(own, precision, key=_ORDER.index)
+
+
+def require_same(name: str, runs: Runs, again: Sequence[Array]) -> None:
+    """Refuse a reference whose first run, `runs`, and a second one on the same input differ.
+
+    Raises:
+        VerificationError: They do.
+    """
+    for k, (one, other) in enumerate(zip(runs.own[0], again, strict=True)):
+        limit = _REPEATED * _UNITS.get(runs.dtypes[k], UNIT["fp32"])
+        if one.shape != other.shape or not _same(one, other, limit):
+            raise VerificationError(
+                f"output {k} of the reference {name} is another one each time that it runs on the "
+                "same input (random numbers, or state that a run changes), so there is nothing to "
+                "compare with; make it deterministic"
+            )
+
+
+def _same(one: Array, other: Array, limit: float) -> bool:
+    if not np.issubdtype(one.dtype, np.inexact):
+        return bool(np.array_equal(one, other))
+    finite = np.isfinite(one)
+    return bool((finite == np.isfinite(other)).all()) and relative_error([other], [one]) <= limit
 
 
 def _dtype_of(model: nn.Module) -> str:

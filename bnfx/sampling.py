@@ -17,7 +17,15 @@ _OTHER_BATCHES = (1, 2, 7)
 
 
 def as_sample(args: Any, kwargs: Any = None) -> Sample:
-    """An example as arguments (a lone tensor is accepted)."""
+    """An example as arguments (a lone tensor is accepted).
+
+    Raises:
+        VerificationError: It is neither a sequence nor a tensor.
+    """
+    if not isinstance(args, Tensor | tuple | list):
+        raise VerificationError(
+            f"args is a {type(args).__name__}; give a tuple of positional arguments, or one tensor"
+        )
     return Sample((args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {}))
 
 
@@ -32,7 +40,7 @@ def pool(example: Sample, inputs: Sequence[Any] | None, num_inputs: int) -> list
         if not given:
             raise VerificationError("inputs is empty; give at least one, or leave it out")
         return given
-    if num_inputs < 1:
+    if not isinstance(num_inputs, int) or num_inputs < 1:
         raise VerificationError(f"num_inputs={num_inputs} verifies nothing; use 8 or more")
     generator = torch.Generator().manual_seed(0)
     return [example, *(drawn(example, generator) for _ in range(num_inputs - 1))]
@@ -89,13 +97,24 @@ def symbolic_batch(values: Sequence[onnx.ValueInfoProto]) -> str | None:
 def other_batches(
     values: Sequence[onnx.ValueInfoProto], example: Sample, wanted: Sequence[int] | None
 ) -> tuple[int, ...]:
-    """Batch sizes to run besides that of the example."""
-    if wanted is not None:
-        return tuple(wanted)
+    """Batch sizes to run besides that of the example.
+
+    Raises:
+        VerificationError: One of those wanted is no size.
+    """
     own = batch_of(example)
+    if wanted is not None:
+        return _sizes(wanted)
     if own is None or symbolic_batch(values) is None:
         return ()
     return tuple(size for size in _OTHER_BATCHES if size != own)
+
+
+def _sizes(wanted: Sequence[int]) -> tuple[int, ...]:
+    given = tuple(wanted) if isinstance(wanted, Sequence) else (None,)
+    if not all(isinstance(size, int) and size >= 1 for size in given):
+        raise VerificationError(f"batch_sizes={wanted!r} must be integers of at least 1")
+    return tuple(size for size in given if size is not None)
 
 
 def resized(samples: Sequence[Sample], size: int) -> Sample:

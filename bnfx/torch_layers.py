@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from bnfx.calls import arguments
@@ -50,11 +51,14 @@ class Constant:
         name: Its name in the reference.
         value: In float64, or as it is where it is not floating.
         untouched: Whether it is a parameter of the source as it is.
+        hidden: Whether it lies in a module that is kept whole and evaluates BatchNorms: bnfx folds
+            nothing there, an exporter may.
     """
 
     name: str
     value: Tensor
     untouched: bool
+    hidden: bool = False
 
 
 @dataclass(frozen=True)
@@ -212,8 +216,9 @@ class _Recorder(fx.Interpreter):
     def _remember_constants(self, n: fx.Node) -> None:
         if n.op == "call_module":
             inner = self.module.get_submodule(str(n.target))
+            hidden = any(isinstance(module, _BatchNorm) for module in inner.modules())
             for name, value in inner.state_dict().items():
-                self._remember(f"{n.target}.{name}", value, stored=True)
+                self._remember(f"{n.target}.{name}", value, stored=True, hidden=hidden)
         for node in n.all_input_nodes:
             if node in self.fixed and n.op != "output":
                 stored = node.op == "get_attr"
@@ -221,10 +226,11 @@ class _Recorder(fx.Interpreter):
                 if isinstance(value, Tensor):
                     self._remember(str(node.target) if stored else node.name, value, stored=stored)
 
-    def _remember(self, name: str, value: Tensor, *, stored: bool) -> None:
+    def _remember(self, name: str, value: Tensor, *, stored: bool, hidden: bool = False) -> None:
         wide = value.detach().cpu()
         wide = wide.double() if wide.is_floating_point() else wide
-        self.constants.setdefault(name, Constant(name, wide, stored and name not in self.changed))
+        untouched = stored and name not in self.changed
+        self.constants.setdefault(name, Constant(name, wide, untouched, hidden))
 
 
 def _geometry(call: dict[str, Any], row: Affine, weight: Tensor) -> Geometry:

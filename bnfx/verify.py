@@ -29,6 +29,7 @@ from bnfx.layer_checks import MAX_LAYER_RATIO
 from bnfx.localisation import output_fault
 from bnfx.onnx_files import FOLDED, all_nodes, metadata_of, read_onnx, type_name
 from bnfx.onnx_reference import OnnxReference
+from bnfx.providers import execution_provider
 from bnfx.references import DTYPES, Precision, TorchReference, arrays
 from bnfx.runner import Answer, Request, execute
 from bnfx.runs import RowTruths, Runs, Sample
@@ -91,16 +92,19 @@ def verify_onnx(
             to it. CUDA always does.
 
     Raises:
-        VerificationError: The file cannot be read or loaded, has other inputs, or the reference is
-            in train mode.
+        VerificationError: The file cannot be read or loaded, has other inputs; the reference is in
+            train mode, or has no one answer; an argument makes no sense.
         ProviderError: The provider did not run the graph, or not in the arithmetic asked for.
     """
     start = time.perf_counter()
-    if precision not in DTYPES:
+    if precision not in tuple(DTYPES):
         raise VerificationError(f"precision={precision!r} is unknown; use {', '.join(DTYPES)}")
+    if not isinstance(max_ratio, int | float) or not 0 <= max_ratio < math.inf:
+        raise VerificationError(f"max_ratio={max_ratio!r} is no limit; use 4.0")
+    execution_provider(provider)
     path = Path(f)
     proto = read_onnx(path)
-    reference = _reference(model, precision, timeout)
+    reference = _reference(model, precision, timeout, len(proto.graph.output))
     if args is None and not kwargs and isinstance(reference, OnnxReference):
         example = reference.example()
     else:
@@ -114,11 +118,14 @@ def verify_onnx(
     pooled = pool(example, inputs, num_inputs)
     fixed = isinstance(reference, OnnxReference) and symbolic_batch(reference.inputs) is None
     sizes = () if fixed and batch_sizes is None else other_batches(values, example, batch_sizes)
+    if batch_of(pooled[0]) == 0:
+        raise VerificationError("the first input has a batch of 0, which verifies nothing")
     small = [resized(pooled, size) for size in sizes]
     plan = _Plan(path, proto, provider, reference, pooled, small, sizes, names, values)
     began = time.perf_counter()
     first = reference.run(pooled[:1])
     each = time.perf_counter() - began
+    reference.require_one_answer(pooled[0], first)
     limit = max(120.0, 100 * each * (len(pooled) + sum(sizes))) if timeout is None else timeout
     reference.release()  # while onnxruntime holds the weights too
     staged, answer = _run(plan, localize=localize, timeout=limit, isolate=isolate)
@@ -132,8 +139,16 @@ def verify_onnx(
 
 
 def _reference(
-    model: nn.Module | str | os.PathLike[str], precision: Precision, timeout: float | None
+    model: nn.Module | str | os.PathLike[str],
+    precision: Precision,
+    timeout: float | None,
+    outputs: int,
 ) -> Reference:
+    if not isinstance(model, nn.Module | str | os.PathLike):
+        raise VerificationError(
+            f"the reference is a {type(model).__name__}; give a torch.nn.Module, or the path of an "
+            "ONNX file"
+        )
     if not isinstance(model, nn.Module):
         return OnnxReference(Path(model), precision, timeout or 600.0)
     if found := training_modules(model):
@@ -141,7 +156,7 @@ def _reference(
             f"the reference is in train mode at {found[:8]}, so it has no one answer; call "
             "model.eval() first"
         )
-    return TorchReference(model, precision)
+    return TorchReference(model, precision, outputs)
 
 
 @dataclass(frozen=True)

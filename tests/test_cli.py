@@ -84,6 +84,10 @@ def number():
     return 7
 
 
+def leaving():
+    raise SystemExit(0)
+
+
 def broken():
     raise ValueError("no such weights")
 
@@ -153,6 +157,7 @@ def test_the_examples_in_the_help_run(
         (("fold", "nets:number"), 2, "returned a int"),
         (("fold", "nets:torch.pi"), 2, "is a float, not a factory"),
         (("fold", "nets:broken"), 2, "ValueError: no such weights"),
+        (("fold", "nets:leaving"), 2, "SystemExit(0)"),
         (("fold", "nets:small(width=x)"), 2, "literal arguments"),
         (("fold", "nets:small(wide=3)"), 2, "wide"),
         (("fold", "faulty:net"), 2, "ZeroDivisionError"),
@@ -178,6 +183,10 @@ def test_the_examples_in_the_help_run(
         (("fold", "nets:small", *X, "--dynamic", "x:4=n"), 2, "4 axes"),
         (("verify", "nets:small", "absent.onnx", *X), 2, "no file absent.onnx"),
         (("verify", "nets:small", "a.onnx", "--provider", "tpu"), 2, "tpu"),
+        (("verify", "nets:small", "a.onnx", "--batch-sizes", "1,0"), 2, "nothing to verify on"),
+        (("verify", "nets:small", "a.onnx", "--num-inputs", "0"), 2, "nothing to verify on"),
+        (("verify", "nets:small", "a.onnx", "--max-ratio", "inf"), 2, "is no limit"),
+        (("verify", "nets:small", "a.onnx", "--max-ratio", "nan"), 2, "is no limit"),
         (("export", "nets:small", "a.onnx"), 2, "needs example inputs"),
         (("bench", "absent.onnx"), 2, "no file absent.onnx"),
         (("inspect", "absent.onnx"), 2, "no file absent.onnx"),
@@ -406,6 +415,30 @@ def test_a_failure_leaves_the_older_file(here: Path, argv: tuple[str, ...]) -> N
     assert left == {"nets.py", "needy.py", "faulty.py", older.name}
 
 
+@pytest.mark.parametrize(
+    "reports",
+    [("--json", "./a.onnx"), ("--html", "nets.npz"), ("--json", "r", "--markdown", "r")],
+)
+def test_a_report_overwrites_no_other_file(here: Path, reports: tuple[str, ...]) -> None:
+    np.savez(here / "nets.npz", x=np.ones((1, 3, 16, 16), np.float32))
+    (here / "a.onnx").write_bytes(b"older")
+    before = {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()}
+    assert main(["deploy", "nets:small", "a.onnx", "--input", "nets.npz", *reports]) == 2
+    assert {p.name: p.read_bytes() for p in here.iterdir() if p.is_file()} == before
+
+
+def test_reports_go_into_pipes_and_leave_them(here: Path) -> None:
+    os.mkfifo(here / "pipe")
+    reader = os.open(here / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert main(["fold", "nets:small", "--json", "pipe"]) == 0
+    with os.fdopen(reader) as stream:
+        assert strict(stream.read())["exit_code"] == 0
+    assert (here / "pipe").is_fifo()
+    os.mkfifo(here / "pipe.onnx")
+    assert main(["deploy", "nets:small", "pipe.onnx", *X]) == 2
+    assert (here / "pipe.onnx").is_fifo()
+
+
 def test_a_failed_deploy_writes_its_reports_and_its_bundle(here: Path) -> None:
     reports = ["--json", "r.json", "--markdown", "r.md", "--html", "r.html", "--bundle", "kept"]
     argv = ["deploy", "nets:small", "a.onnx", *X, "--max-ratio", "1e-9", *reports]
@@ -583,15 +616,16 @@ def test_progress_is_shown_on_a_terminal(here: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-def test_an_interrupt_is_clean(here: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_is_clean(here: Path, number: signal.Signals) -> None:
     (here / "old.pt2").write_bytes(b"older")
     command = [sys.executable, "-m", "bnfx", "fold", "nets:slow", "old.pt2", *X]
     with subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "started\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         rest = process.stderr.read()
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "interrupted" in rest
     assert "Traceback" not in rest
     assert (here / "old.pt2").read_bytes() == b"older"

@@ -83,6 +83,13 @@ def short_data(f: Path) -> None:
     f.write_bytes(add_weight(external("w.bin")).SerializeToString())
 
 
+def in_two_places(f: Path) -> None:
+    (f.parent / "w.bin").write_bytes(bytes(16))
+    tensor = external("w.bin")
+    tensor.external_data.add(key="location", value="other.bin")
+    f.write_bytes(add_weight(tensor).SerializeToString())
+
+
 def truncated(f: Path) -> None:
     weight = numpy_helper.from_array(np.zeros((1, 4), np.float32), "w")
     content = add_weight(weight).SerializeToString()
@@ -114,6 +121,9 @@ UNREADABLE: dict[str, tuple[Write, str]] = {
     "data through a link": (link_outside, "outside"),
     "data missing": (proto(add_weight(external("gone.bin"))), "missing"),
     "data too short": (short_data, "which has 8"),
+    "data behind a null": (proto(add_weight(external("a\0b"))), "cannot be the name"),
+    "data of a long name": (proto(add_weight(external("n" * 5000))), "cannot be the name"),
+    "data in two places": (in_two_places, "says twice"),
     "data nowhere": (proto(add_weight(external(""))), "does not say where"),
     "a cycle": (proto(model([*CYCLE, RELU])), "cycle"),
     "read and never defined": (proto(model([helper.make_node("Relu", ["z"], ["y"])])), "'z'"),
