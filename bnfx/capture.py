@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import inspect
 import operator
-import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bnfx.errors import CaptureError
+from bnfx.forward_state import autocast_state, nothing_drawn, stateless
 from bnfx.operators import BATCH_NORM
 
 #: node.meta key: the ranks that the BatchNorm module behind a functional call accepts.
@@ -36,10 +36,6 @@ HOOKS = (
 )
 
 _NO_PROXY = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-
-
-#: A state of a module: its own attributes, and its tables of buffers and parameters.
-_State = tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -127,29 +123,6 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[dict[nn.Module, _State]]:
-    """Put back, at the end, what a forward assigns to attributes; their values at the start.
-
-    Run on proxies or on fake tensors, it would leave these behind in the model. Attributes that
-    are new stay, unless they are proxies: torch.fx keeps constants in some.
-    """
-    before = {m: tuple(dict(table) for table in _tables(m)) for m in model.modules()}
-    try:
-        yield before
-    finally:
-        for module, tables in before.items():
-            for now, old in zip(_tables(module), tables, strict=True):
-                new = [key for key in now if key not in old and isinstance(now[key], fx.Proxy)]
-                for key in new:
-                    del now[key]
-                now.update({key: old[key] for key in old if now.get(key) is not old[key]})
-
-
-def _tables(module: nn.Module) -> _State:
-    return vars(module), module._buffers, module._parameters
-
-
 class Tracer(fx.Tracer):
     """Symbolic tracing with chosen leaves, and with optional arguments at their defaults.
 
@@ -163,7 +136,7 @@ class Tracer(fx.Tracer):
         self.opaque = opaque
         self.given = given
         self.failed: str | None = None
-        self._autocast = _autocast()
+        self._autocast = autocast_state()
         self._entered: set[str] = set()
         self.read: dict[str, Any] = {}
 
@@ -209,7 +182,7 @@ class Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """A node; not in a region of autocast, which a graph of torch.fx leaves out."""
-        if _autocast() != self._autocast:
+        if autocast_state() != self._autocast:
             raise fx.proxy.TraceError("a part of it runs under torch.autocast")
         return super().create_node(*args, **kwargs)
 
@@ -252,7 +225,7 @@ class Tracer(fx.Tracer):
         path, last = self.path_of_module(m), self.graph._root.prev
         depth = len(self.module_stack)
         try:
-            with _nothing_drawn():
+            with nothing_drawn():
                 out = super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.failed is not None or self.is_leaf_module(m, path):
@@ -284,29 +257,6 @@ class Tracer(fx.Tracer):
             del self.read[name]
 
 
-@contextmanager
-def _nothing_drawn() -> Iterator[None]:
-    """Refuse tracing that draws random numbers: the graph would hold them for constants.
-
-    The global generators are as before then.
-    """
-    before = torch.get_rng_state(), random.getstate()
-    try:
-        yield
-        if not torch.equal(torch.get_rng_state(), before[0]) or random.getstate() != before[1]:
-            raise fx.proxy.TraceError("it draws random numbers, which a graph would hold fixed")
-    except Exception:
-        torch.set_rng_state(before[0])
-        random.setstate(before[1])
-        raise
-
-
-def _autocast() -> list[tuple[bool, torch.dtype]]:
-    """Whether autocast is on, and to what, by kind of device."""
-    kinds = ("cpu", "cuda")
-    return [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
-
-
 def has_hooks(module: nn.Module) -> bool:
     """Whether code of the user runs around this module's forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
@@ -319,8 +269,8 @@ def trace(
     while True:
         tracer = kind(opaque, given)
         try:
-            with _nothing_drawn():
-                graph = _stateless(tracer, model)
+            with nothing_drawn():
+                graph = stateless(tracer, model)
         except Exception as error:  # a user's forward on proxies raises anything
             if tracer.failed is None or tracer.opaque == opaque:
                 raise CaptureError(
@@ -332,41 +282,6 @@ def trace(
             node.type = None  # annotations are strings at times, which no pickle can import
         graph._tracer_cls = None  # unpickling would make a tracer of this class
         return graph, tracer.opaque
-
-
-def _stateless(tracer: Tracer, model: nn.Module) -> fx.Graph:
-    """A trace of a forward that keeps nothing from one call for the next.
-
-    A graph has no place for that: it would compute what the first call does, for ever. What is
-    kept and never read (the last attention weights, say) does no harm.
-    """
-    if "forward" in vars(model):
-        raise fx.proxy.TraceError("it is an attribute of the object, not of its class")
-    with attributes_kept(model) as before:
-        graph = tracer.trace(model)
-        changed = {
-            (f"{path}.{key}" if path else key): (old[key], now[key])
-            for path, module in model.named_modules()
-            for now, old in zip(_tables(module), before.get(module, ()), strict=False)
-            for key in old
-            if key in now and now[key] is not old[key]
-        }
-        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-        kept = next((name for name in changed if name in read), None)
-        numbers = [
-            name
-            for name, (old, now) in changed.items()
-            if isinstance(old, int | float) and isinstance(now, int | float) and old != now
-        ]
-        if numbers and kept is None:
-            again = type(tracer)(tracer.opaque, tracer.given).trace(model)
-            kept = None if str(again) == str(graph) else numbers[0]
-    if kept is not None:
-        raise fx.proxy.TraceError(
-            f"it assigns to {kept!r}, which its next call reads; make that a buffer written in "
-            "place, or pass it in and out"
-        )
-    return graph
 
 
 def assemble(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:

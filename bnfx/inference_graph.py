@@ -28,7 +28,6 @@ from bnfx.capture import (
     Example,
     Tracer,
     assemble,
-    attributes_kept,
     clone,
     has_hooks,
     skeleton,
@@ -36,6 +35,7 @@ from bnfx.capture import (
 )
 from bnfx.errors import CaptureError
 from bnfx.evaluation import is_torch
+from bnfx.forward_state import attributes_kept
 from bnfx.guards import rewrite_guards
 from bnfx.ledger import constants, erase_dead
 from bnfx.norms import holds_norm
