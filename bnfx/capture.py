@@ -38,6 +38,10 @@ HOOKS = (
 _NO_PROXY = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
+#: What ends a string in the code that torch.fx writes; it puts names there as they are.
+_UNQUOTABLE = frozenset('"\\\n\r')
+
+
 @dataclass(frozen=True)
 class Example:
     """Example inputs of a model: positional arguments and keyword arguments."""
@@ -279,9 +283,18 @@ def trace(
             opaque = tracer.opaque
             continue
         for node in graph.nodes:
+            _require_quotable(node)
             node.type = None  # annotations are strings at times, which no pickle can import
         graph._tracer_cls = None  # unpickling would make a tracer of this class
         return graph, tracer.opaque
+
+
+def _require_quotable(node: fx.Node) -> None:
+    if node.op in ("get_attr", "call_module") and set(str(node.target)) & _UNQUOTABLE:
+        raise CaptureError(
+            f"the name {node.target!r} holds a quote, a backslash or a line break, which torch.fx "
+            "cannot write into code; rename the module"
+        )
 
 
 def assemble(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:

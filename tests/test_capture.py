@@ -149,3 +149,22 @@ def test_random_numbers_are_never_taken_for_constants() -> None:
         drawn.append(net(x))
         assert not torch.allclose(net(x), drawn[-1], atol=1e-3)
     torch.testing.assert_close(drawn[1:], [drawn[0]] * 2)
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb"])
+def test_a_name_that_is_no_string_in_code_is_refused(name: str) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Conv2d(3, 4, 1))
+    model.add_module("bn", nn.BatchNorm2d(4))
+    with pytest.raises(bnfx.CaptureError, match="rename"):
+        bnfx.fold_bn(model.eval())
+
+
+def test_names_are_no_markup_in_a_report() -> None:
+    model = nn.Sequential()
+    model.add_module("<script>alert(1)<|script>&'x", nn.Conv2d(3, 4, 1))
+    model.add_module("<b>bn", nn.BatchNorm2d(4))
+    page = bnfx.report(bnfx.fold_bn(model.eval())).to_html()
+    assert "<script>alert" not in page
+    assert "<b>bn" not in page
+    assert "&lt;b&gt;bn" in page
