@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import types
@@ -31,11 +32,14 @@ class _GuardTracer(fx.proxy.GraphAppendingTracer):
 
     def largest(self, *values: Any) -> Any:
         """`max`, which would ask which value is larger."""
-        return self.create_proxy("call_function", torch.sym_max, values, {})
+        return functools.reduce(functools.partial(self._of_two, torch.sym_max), values)
 
     def smallest(self, *values: Any) -> Any:
         """`min`, likewise."""
-        return self.create_proxy("call_function", torch.sym_min, values, {})
+        return functools.reduce(functools.partial(self._of_two, torch.sym_min), values)
+
+    def _of_two(self, function: Any, a: Any, b: Any) -> Any:
+        return self.create_proxy("call_function", function, (a, b), {})
 
 
 _assert: Any = torch._assert

@@ -620,7 +620,13 @@ def test_progress_is_shown_on_a_terminal(here: Path) -> None:
 def test_an_interrupt_is_clean(here: Path, number: signal.Signals) -> None:
     (here / "old.pt2").write_bytes(b"older")
     command = [sys.executable, "-m", "bnfx", "fold", "nets:slow", "old.pt2", *X]
-    with subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True) as process:
+
+    def heed() -> None:  # nohup and background jobs ignore some, and a child inherits that
+        signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, cwd=here, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "started\n"
         process.send_signal(number)
