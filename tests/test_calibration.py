@@ -262,6 +262,9 @@ def _rank(rank: int, folder: str, estimator: Any) -> None:
     wrapped = nn.parallel.DistributedDataParallel(model)
     bnfx.recalibrate_bn(wrapped, data[rank::2], estimator=estimator, progress=False)
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    del (
+        wrapped
+    )  # the last one to hold the group joins its threads, which may wait for Python's lock
     torch.distributed.destroy_process_group()
 
 
