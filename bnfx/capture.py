@@ -35,8 +35,8 @@ HOOKS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 )
 
-_NO_PROXY = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-
+#: Values that a graph holds as they are: a proxy for them would only hide which way a forward goes.
+NO_PROXY = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 #: What ends a string in the code that torch.fx writes; it puts names there as they are.
 _UNQUOTABLE = frozenset('"\\\n\r')
@@ -170,7 +170,7 @@ class Tracer(fx.Tracer):
             if value is parameter.empty or name in given:
                 default = () if parameter.default is parameter.empty else (parameter.default,)
                 proxy = self.create_proxy("placeholder", name, default, {})
-                if isinstance(value, _NO_PROXY):
+                if isinstance(value, NO_PROXY):
                     self._hold(name, proxy, value)
                 else:
                     value = proxy

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from bnfx.benchmark import BenchReport, benchmark_onnx
 from bnfx.bundle import write_bundle
-from bnfx.capture import assemble, clone
+from bnfx.capture import NO_PROXY, assemble, clone
 from bnfx.errors import CaptureError, VerificationError
 from bnfx.export import ExportReport, export_onnx, training_modules
 from bnfx.folding import fold_bn
@@ -39,8 +39,6 @@ from bnfx.verify import verify_onnx
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-_NUMBERS = (type(None), bool, int, float, str)
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,7 @@ def _taken(
     A file has no input for a number, and the exporter names no axes beside one.
     """
     bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
-    numbers = {name: value for name, value in bound.items() if isinstance(value, _NUMBERS)}
+    numbers = {name: value for name, value in bound.items() if isinstance(value, NO_PROXY)}
     if not numbers:
         return {}, example, {}
     positional = list(bound)[: len(example.args)]

@@ -238,15 +238,10 @@ class TorchReference:
 
     def _traced(self, graph: fx.GraphModule, given: Sample, changed: frozenset[str]) -> Traced:
         slots = sum(node.op == "placeholder" for node in graph.graph.nodes)
-        bound = _bound(self._own, given)
-        names = {str(node.target) for node in graph.graph.nodes if node.op == "placeholder"}
-        ways = (
-            pytree.tree_leaves(list(bound.values())),
-            list(bound.values()),
-            [value for name, value in bound.items() if name in names],  # numbers and None are gone
-        )
-        values = next((way for way in ways if len(way) == slots), None)
-        if values is None:
+        bound = list(_bound(self._own, given).values())
+        flat = pytree.tree_leaves(bound)
+        values = flat if len(flat) == slots else bound
+        if len(values) != slots:
             raise VerificationError(
                 f"the graph of {self.name} takes {slots} inputs, the example has {len(bound)}"
             )

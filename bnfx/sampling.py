@@ -111,10 +111,10 @@ def other_batches(
 
 
 def _sizes(wanted: Sequence[int]) -> tuple[int, ...]:
-    given = tuple(wanted) if isinstance(wanted, Sequence) else (None,)
-    if not all(isinstance(size, int) and size >= 1 for size in given):
+    sizes = isinstance(wanted, Sequence) and all(isinstance(n, int) and n >= 1 for n in wanted)
+    if not sizes:
         raise VerificationError(f"batch_sizes={wanted!r} must be integers of at least 1")
-    return tuple(size for size in given if size is not None)
+    return tuple(wanted)
 
 
 def resized(samples: Sequence[Sample], size: int) -> Sample:
