@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bnfx.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from bnfx import passes
     from bnfx.benchmark import BenchReport, benchmark_onnx
-    from bnfx.calibration import recalibrate_bn
     from bnfx.deployment import DeployReport, deploy
-    from bnfx.editing import Change, Edited, apply_pass
-    from bnfx.environment import EnvReport, doctor
+    from bnfx.editing.driver import Change, Edited, apply_pass
+    from bnfx.environment.doctor import EnvReport, doctor
     from bnfx.errors import (
         BnfxError,
         CalibrationError,
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
     from bnfx.inspection import InspectReport, inspect_onnx
     from bnfx.optimizers import param_groups
     from bnfx.recipes import Hparams, Recipe, recipe
-    from bnfx.reports import FoldReport, InsertReport, report
-    from bnfx.stages import StageReport, removal_ledger
-    from bnfx.verdicts import VerifyReport
+    from bnfx.removal import StageReport, removal_ledger
+    from bnfx.reports.report import FoldReport, InsertReport, report
+    from bnfx.statistics.calibration import recalibrate_bn
+    from bnfx.verification.verdicts import VerifyReport
     from bnfx.verify import verify_onnx
 
-__version__ = "0.1.0"
 
 __all__ = [
     "BenchReport",
@@ -88,28 +89,28 @@ _HOME = {
     "BnfxError": "bnfx.errors",
     "CalibrationError": "bnfx.errors",
     "CaptureError": "bnfx.errors",
-    "Change": "bnfx.editing",
+    "Change": "bnfx.editing.driver",
     "DeployReport": "bnfx.deployment",
-    "Edited": "bnfx.editing",
-    "EnvReport": "bnfx.environment",
+    "Edited": "bnfx.editing.driver",
+    "EnvReport": "bnfx.environment.doctor",
     "ExportError": "bnfx.errors",
     "ExportReport": "bnfx.export",
     "FoldError": "bnfx.errors",
-    "FoldReport": "bnfx.reports",
+    "FoldReport": "bnfx.reports.report",
     "Hparams": "bnfx.recipes",
     "InsertError": "bnfx.errors",
-    "InsertReport": "bnfx.reports",
+    "InsertReport": "bnfx.reports.report",
     "InspectReport": "bnfx.inspection",
     "ProviderError": "bnfx.errors",
     "Recipe": "bnfx.recipes",
     "RecipeError": "bnfx.errors",
-    "StageReport": "bnfx.stages",
+    "StageReport": "bnfx.removal",
     "VerificationError": "bnfx.errors",
-    "VerifyReport": "bnfx.verdicts",
-    "apply_pass": "bnfx.editing",
+    "VerifyReport": "bnfx.verification.verdicts",
+    "apply_pass": "bnfx.editing.driver",
     "benchmark_onnx": "bnfx.benchmark",
     "deploy": "bnfx.deployment",
-    "doctor": "bnfx.environment",
+    "doctor": "bnfx.environment.doctor",
     "export_onnx": "bnfx.export",
     "fold_bn": "bnfx.folding",
     "insert_bn": "bnfx.insertion",
@@ -117,10 +118,10 @@ _HOME = {
     "param_groups": "bnfx.optimizers",
     "plan_fold": "bnfx.folding",
     "plan_insert": "bnfx.insertion",
-    "recalibrate_bn": "bnfx.calibration",
+    "recalibrate_bn": "bnfx.statistics.calibration",
     "recipe": "bnfx.recipes",
-    "removal_ledger": "bnfx.stages",
-    "report": "bnfx.reports",
+    "removal_ledger": "bnfx.removal",
+    "report": "bnfx.reports.report",
     "verify_onnx": "bnfx.verify",
 }
 

@@ -21,12 +21,12 @@ from torch.utils import _pytree as pytree
 
 from bnfx.errors import BnfxError, VerificationError
 from bnfx.floor import write_floor
-from bnfx.isolated import execute_apart
-from bnfx.onnx_files import read_onnx
-from bnfx.providers import SessionSettings, load_onnxruntime, open_session, require_provider
-from bnfx.reports import Report, table
-from bnfx.runner import Request
-from bnfx.sampling import as_sample
+from bnfx.onnx_files.reading import read_onnx
+from bnfx.reports.report import Report, table
+from bnfx.runtime.isolated import execute_apart
+from bnfx.runtime.runner import Request
+from bnfx.runtime.sessions import SessionSettings, load_onnxruntime, open_session, require_provider
+from bnfx.verification.samples import as_sample
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bnfx.verdicts import VerifyReport
+from bnfx.verification.verdicts import VerifyReport
 
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "bnfx")
 

@@ -20,21 +20,22 @@ from torch import fx, nn
 
 from bnfx.benchmark import BenchReport, benchmark_onnx
 from bnfx.bundle import write_bundle
-from bnfx.capture import NO_PROXY, assemble, clone
 from bnfx.errors import CaptureError, VerificationError
 from bnfx.export import ExportReport, export_onnx, training_modules
 from bnfx.folding import fold_bn
-from bnfx.graph_pictures import fold_pictures
-from bnfx.placing import move_into_place, real_target
-from bnfx.providers import execution_provider
-from bnfx.references import Precision
-from bnfx.report_files import check_report_path, write_report
-from bnfx.reports import FoldReport, Report, remember
-from bnfx.reports import report as report_of
-from bnfx.runs import Sample
-from bnfx.sampling import as_sample
-from bnfx.stages import StageReport, ledger_of
-from bnfx.verdicts import VerifyReport
+from bnfx.graphs.examples import clone
+from bnfx.graphs.tracing import NO_PROXY, assemble
+from bnfx.onnx_files.placing import move_into_place, real_target
+from bnfx.removal import StageReport, ledger_of
+from bnfx.reports.graph_pictures import fold_pictures
+from bnfx.reports.report import FoldReport, Report, remember
+from bnfx.reports.report import report as report_of
+from bnfx.reports.report_files import check_report_path, write_report
+from bnfx.runtime.sessions import execution_provider
+from bnfx.verification.references import Precision
+from bnfx.verification.runs import Sample
+from bnfx.verification.samples import as_sample
+from bnfx.verification.verdicts import VerifyReport
 from bnfx.verify import verify_onnx
 
 if TYPE_CHECKING:

@@ -16,12 +16,13 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
-from bnfx.calls import arguments
 from bnfx.errors import ExportError
-from bnfx.onnx_files import FOLDED, VERSION, all_nodes, describe_type, opset_of
-from bnfx.operators import BATCH_NORM
-from bnfx.placing import data_files, move_into_place, name_by_content, real_target
-from bnfx.reports import FoldReport, Report, table
+from bnfx.onnx_files.placing import data_files, move_into_place, name_by_content, real_target
+from bnfx.onnx_files.reading import FOLDED, VERSION, all_nodes, describe_type, opset_of
+from bnfx.operators.calls import arguments
+from bnfx.operators.layers import BATCH_NORM
+from bnfx.reports.report import FoldReport, Report, table
+from bnfx.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -236,8 +237,6 @@ def _program(model: nn.Module, args: tuple[Any, ...], **options: Any) -> torch.o
 
 
 def _annotate(metadata: dict[str, str], model: nn.Module) -> None:
-    from bnfx import __version__
-
     metadata[VERSION] = __version__
     meta = model.meta if isinstance(model, fx.GraphModule) else {}
     done = meta.get("bnfx")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 
-from bnfx.onnx_files import read_onnx
+from bnfx.onnx_files.reading import read_onnx
 
 
 def write_floor(f: Path, folder: Path) -> tuple[Path, int]:

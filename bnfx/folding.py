@@ -7,18 +7,19 @@ from typing import Any
 
 from torch import fx, nn
 
-from bnfx import arithmetic
-from bnfx.aliasing import barred, freshen, restore
-from bnfx.capture import Example, assemble, example
-from bnfx.effects import name_inplace_flag
 from bnfx.errors import FoldError
-from bnfx.inference_graph import inference_graph
+from bnfx.gauges import written_out
+from bnfx.gauges.walk import Options
+from bnfx.gauges.writing import Written, round_exact
+from bnfx.graphs.examples import Example, example
+from bnfx.graphs.in_place import barred, freshen, restore
+from bnfx.graphs.inference import inference_graph
+from bnfx.graphs.shapes import EXACT, Shapes, shapes_of
+from bnfx.graphs.tracing import assemble
+from bnfx.operators.effects import name_inplace_flag
 from bnfx.passes import FoldBatchNorm, MergeBranches, Merged
-from bnfx.reports import FoldReport, remember, report
-from bnfx.shapes import EXACT, Shapes, shapes_of
+from bnfx.reports.report import FoldReport, remember, report
 from bnfx.unread import erase_unread
-from bnfx.walk import Options
-from bnfx.writing import Written, round_exact
 
 #: More merging than this after folding has not been seen; it would only be left undone.
 _STAGES = 4
@@ -126,7 +127,7 @@ def _staged(
     old = freshen(graph.graph, barred(graph.graph))
     order = {node.name: at for at, node in enumerate(graph.graph.nodes)}
     done, folding = Merged(), FoldBatchNorm(inputs, options)
-    written = arithmetic.mark(graph)
+    written = written_out.mark(graph)
     done.records.update(erase_unread(graph.graph))
     runs = shapes_of(graph, inputs)
     for stage in range(before + 1):
@@ -147,7 +148,7 @@ def _staged(
     if rounded:
         round_exact(graph, done.exact)
     restore(graph.graph, old)
-    records = done.records | arithmetic.merged_records(written, done.records, done.provenance)
+    records = done.records | written_out.merged_records(written, done.records, done.provenance)
     names = sorted(records, key=lambda name: order[name.partition("/")[0]])
     told = FoldReport(tuple(records[n] for n in names), done.provenance, plan.unavoidable)
     return remember(assemble(graph, graph.graph), told)

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfx.calibration import calibrate
-from bnfx.capture import Example, example, modes_kept
+from bnfx.editing.insert_plan import InsertPlan, carry_out, make_plan, report_of
+from bnfx.editing.inserted import Origin
+from bnfx.editing.preservation import require_reached, require_same_outputs
 from bnfx.errors import InsertError
-from bnfx.insert_plan import InsertPlan, carry_out, make_plan, report_of
-from bnfx.inserted import Origin
-from bnfx.ledger import attribute
+from bnfx.graphs.examples import Example, example, modes_kept
+from bnfx.graphs.parameters import attribute
 from bnfx.optimizers import patch_optimizer, require_patchable
 from bnfx.passes import InsertBatchNorm, InsertFilter, InsertPlacement, InsertSite
-from bnfx.preservation import require_reached, require_same_outputs
-from bnfx.reports import InsertReport, remember
+from bnfx.reports.report import InsertReport, remember
+from bnfx.statistics.calibration import calibrate
 
 Init = Literal["fresh", "identity", "calibrate"]
 

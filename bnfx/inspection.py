@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from bnfx.onnx_files import (
+from bnfx.onnx_files.reading import (
     VERSION,
     Located,
     describe_type,
@@ -24,7 +24,7 @@ from bnfx.onnx_files import (
     opset_of,
     read_onnx,
 )
-from bnfx.reports import Report, table
+from bnfx.reports.report import Report, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

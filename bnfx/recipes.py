@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from bnfx.editing import Change, apply_pass
+from bnfx.editing.driver import Change, apply_pass
 from bnfx.errors import RecipeError
 from bnfx.insertion import insert_bn
 from bnfx.passes import InsertFilter, RemoveDropout, RemoveLocalResponseNorm, ZeroInitResidual
-from bnfx.reports import InsertReport, Report, report, table, tally
+from bnfx.reports.report import InsertReport, Report, report, table, tally
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from bnfx.evaluation import is_pure
-from bnfx.norms import is_norm
-from bnfx.reports import FoldRecord
-from bnfx.words import norm_path
+from bnfx.graphs.constants import is_pure
+from bnfx.graphs.naming import norm_path
+from bnfx.graphs.norms import is_norm
+from bnfx.reports.report import FoldRecord
 
 #: Why no layer carries a BatchNorm that is gone.
 UNREAD = "nothing reads its output"

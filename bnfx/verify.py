@@ -3,7 +3,7 @@
 Three tiers. Weights: the reference is folded again in float64, and every weight that reaches a node
 of the file is held against it. Layers: each on the input that the file gives it; they point at what
 is wrong. Outputs: onnxruntime against the reference in float64, in units of the reference's own
-error (see `bnfx.compare`). Nothing that the file claims about itself weakens a check.
+error (see `bnfx.verification.outputs`). Nothing that the file claims about itself weakens a check.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from typing import Any
 import onnx
 from torch import nn
 
-from bnfx.compare import UNIT, Array, OutputCheck, check_output
 from bnfx.errors import VerificationError
 from bnfx.export import training_modules
-from bnfx.isolated import execute_apart
-from bnfx.layer_checks import MAX_LAYER_RATIO
-from bnfx.localisation import output_fault
-from bnfx.onnx_files import FOLDED, all_nodes, metadata_of, read_onnx, type_name
-from bnfx.onnx_reference import OnnxReference
-from bnfx.providers import execution_provider
-from bnfx.references import DTYPES, Precision, TorchReference, arrays
-from bnfx.runner import Answer, Request, execute
-from bnfx.runs import RowTruths, Runs, Sample
-from bnfx.sampling import (
+from bnfx.numbers import UNIT, Array
+from bnfx.onnx_files.reading import FOLDED, all_nodes, metadata_of, read_onnx, type_name
+from bnfx.runtime.isolated import execute_apart
+from bnfx.runtime.runner import Answer, Request, execute
+from bnfx.runtime.sessions import execution_provider
+from bnfx.verification.file_reference import OnnxReference
+from bnfx.verification.layer_checks import MAX_LAYER_RATIO
+from bnfx.verification.localisation import output_fault
+from bnfx.verification.outputs import OutputCheck, check_output
+from bnfx.verification.references import DTYPES, Precision, TorchReference, arrays
+from bnfx.verification.runs import RowTruths, Runs, Sample
+from bnfx.verification.samples import (
     as_sample,
     batch_of,
     other_batches,
@@ -42,10 +43,10 @@ from bnfx.sampling import (
     rows_of,
     symbolic_batch,
 )
-from bnfx.staging import Staged, stage
-from bnfx.tiers import Findings, check_layers
-from bnfx.verdicts import Divergence, TierCheck, VerifyReport
-from bnfx.weight_checks import MAX_WEIGHT_RATIO, Rounding
+from bnfx.verification.staging import Staged, stage
+from bnfx.verification.tiers import Findings, check_layers
+from bnfx.verification.verdicts import Divergence, TierCheck, VerifyReport
+from bnfx.verification.weight_checks import MAX_WEIGHT_RATIO, Rounding
 
 Reference = TorchReference | OnnxReference
 

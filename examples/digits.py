@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from training import BATCH, Images, Run, load, predict, share, train
 
 import bnfx
-from bnfx.reports import Report
+from bnfx.reports.report import Report
 
 DYNAMIC_BATCH = ({0: "batch"},)
 

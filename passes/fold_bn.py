@@ -6,9 +6,10 @@ In eval mode a BatchNorm is, per channel, y = s x + t (Ioffe & Szegedy 2015, sec
 
 Every tensor of the graph gets a gauge per channel, x' = a (x + d), that the layers around it can
 take up in their weights. The BatchNorm vanishes iff a_x = s a_y and d_y = s d_x - t hold together
-with what all other operators demand (`bnfx.propagation`, `bnfx.gauges`). Behind a convolution that
-it alone reads this is the usual W' = s W, b' = s b + t; before one that pads nothing, W' = W s,
-b' = b + W t; and across residual sums, concatenations and pooling it is one joint system.
+with what all other operators demand (`bnfx.gauges.rules`, `bnfx.gauges.choice`). Behind a
+convolution that it alone reads this is the usual W' = s W, b' = s b + t; before one that pads
+nothing, W' = W s, b' = b + W t; and across residual sums, concatenations and pooling it is one
+joint system.
 
 All weights are computed in float64 and rounded once. A BatchNorm that stays, stays one BatchNorm.
 """
@@ -26,29 +27,30 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfx import arithmetic
-from bnfx.aliasing import Aliases, aliases, barred
-from bnfx.capture import RANKS, has_hooks
-from bnfx.certificates import Explanation
-from bnfx.constraints import Constraints, Kind, Site
-from bnfx.elimination import Refused, absorber
-from bnfx.evaluation import Values, readers
-from bnfx.gauges import Gauges, Solver
-from bnfx.inference_graph import NOT_EXPORTED
-from bnfx.ledger import constants
-from bnfx.norms import affine_map_of, holds_norm, is_norm
-from bnfx.operators import BATCH_NORM, affine_of
-from bnfx.passages import Passage, passage_of
-from bnfx.propagation import propagate
-from bnfx.provenance import vanished_into
-from bnfx.reports import FoldRecord
-from bnfx.rewriting import Ends, Pending, bounds_of, change_of, is_changed
-from bnfx.roles import Role, role_of
-from bnfx.shapes import Shapes, at_other_ranks, is_tensor, shapes_of
-from bnfx.soundness import NARROW, WIDE
-from bnfx.walk import Options, Walk
-from bnfx.words import describe, norm_path
-from bnfx.writing import Written, write
+from bnfx.gauges import written_out
+from bnfx.gauges.choice import Gauges, Solver
+from bnfx.gauges.constraints import Constraints, Kind, Site
+from bnfx.gauges.elimination import Refused, absorber
+from bnfx.gauges.explanation import Explanation
+from bnfx.gauges.new_weights import Ends, Pending, bounds_of, change_of, is_changed
+from bnfx.gauges.provenance import vanished_into
+from bnfx.gauges.rules import propagate
+from bnfx.gauges.soundness import NARROW, WIDE
+from bnfx.gauges.walk import Options, Walk
+from bnfx.gauges.writing import Written, write
+from bnfx.graphs.constants import Values, readers
+from bnfx.graphs.examples import has_hooks
+from bnfx.graphs.in_place import Aliases, aliases, barred
+from bnfx.graphs.inference import NOT_EXPORTED
+from bnfx.graphs.naming import describe, norm_path
+from bnfx.graphs.norms import affine_map_of, holds_norm, is_norm
+from bnfx.graphs.parameters import constants
+from bnfx.graphs.shapes import Shapes, at_other_ranks, is_tensor, shapes_of
+from bnfx.graphs.tracing import RANKS
+from bnfx.operators.layers import BATCH_NORM, affine_of
+from bnfx.operators.passages import Passage, passage_of
+from bnfx.operators.roles import Role, role_of
+from bnfx.reports.report import FoldRecord
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,13 @@ class FoldBatchNorm:
         others = sum(r.verdict == "kept" for r in records.values()) - sum(
             site.kind is Kind.BATCH_NORM for site, _ in stayed
         )
-        written = arithmetic.records(module.graph, found, vanished, explanation)
+        written = written_out.records(module.graph, found, vanished, explanation)
         records.update(written)
         bounds = {
             node: (new, b.like) for node, b in found.bounds.items() if (new := bounds_of(b, gauges))
         }
         least = others + gauges.bound.unavoidable(stayed)
-        least += arithmetic.unavoidable(module.graph, gauges.bound)
+        least += written_out.unavoidable(module.graph, gauges.bound)
         return Plan(gauges.eliminated, done, records, guards, least, bounds)
 
     def rewrite(self, module: fx.GraphModule, plan: Plan, *, rounded: bool = True) -> Written:

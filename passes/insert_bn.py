@@ -29,15 +29,23 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfx.calls import arguments
+from bnfx.editing.affine_calls import (
+    AffineCall,
+    Evidence,
+    Readers,
+    affine_modules,
+    channels_of,
+    join,
+    traced,
+)
+from bnfx.editing.consumers import Ends, depends_on_input, describe, ends_of, reaches
+from bnfx.editing.inserted import Origin
 from bnfx.errors import InsertError
-from bnfx.evidence import AffineCall, Evidence, Readers, affine_modules, channels_of, join, traced
-from bnfx.inserted import Origin
-from bnfx.ledger import attribute, free_name
-from bnfx.module_graph import ModuleGraph
-from bnfx.reach import Ends, depends_on_input, describe, ends_of, reaches
-from bnfx.reports import InsertRecord
-from bnfx.roles import Role, role_of
+from bnfx.graphs.parameters import attribute, free_name
+from bnfx.graphs.training import ModuleGraph
+from bnfx.operators.calls import arguments
+from bnfx.operators.roles import Role, role_of
+from bnfx.reports.report import InsertRecord
 
 Init = Literal["fresh", "identity"]
 Placement = Literal["pre_activation", "post_activation"]

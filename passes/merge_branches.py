@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bnfx.aliasing import barred
-from bnfx.branches import Branch, absorbed, joined
-from bnfx.calls import argument, arguments
-from bnfx.capture import owner_of
-from bnfx.evaluation import Values
-from bnfx.ledger import attribute, constants, erase_dead, free_name, set_tensor
-from bnfx.norms import affine_map_of, is_norm
-from bnfx.operators import affine_of
-from bnfx.passages import Passage, passage_of
-from bnfx.reports import FoldRecord
-from bnfx.shapes import Shapes, is_tensor, shapes_of
-from bnfx.words import norm_path
+from bnfx.graphs.constants import Values
+from bnfx.graphs.in_place import barred
+from bnfx.graphs.naming import norm_path
+from bnfx.graphs.norms import affine_map_of, is_norm
+from bnfx.graphs.parameters import attribute, constants, erase_dead, free_name, set_tensor
+from bnfx.graphs.shapes import Shapes, is_tensor, shapes_of
+from bnfx.graphs.tracing import owner_of
+from bnfx.operators.calls import argument, arguments
+from bnfx.operators.convolution import Branch, absorbed, joined
+from bnfx.operators.layers import affine_of
+from bnfx.operators.passages import Passage, passage_of
+from bnfx.reports.report import FoldRecord
 
 
 @dataclass(frozen=True, eq=False)

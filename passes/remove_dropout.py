@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from bnfx.calls import function_name
-from bnfx.capture import has_hooks
-from bnfx.declarations import Preserved
-from bnfx.draft import Draft, Region, argument, constant_by_mode
-from bnfx.editing import OPTIONAL, OUT_OF_REACH, Change, chosen, unseen_calls
+from bnfx.editing.declarations import Preserved
+from bnfx.editing.draft import Draft, Region, argument, constant_by_mode
+from bnfx.editing.driver import OPTIONAL, OUT_OF_REACH, Change, chosen, unseen_calls
+from bnfx.editing.sightings import SeenCall, call_name, source_of
 from bnfx.errors import RecipeError
-from bnfx.sightings import SeenCall, call_name, source_of
+from bnfx.graphs.examples import has_hooks
+from bnfx.operators.calls import function_name
 
 
 @dataclass(frozen=True)

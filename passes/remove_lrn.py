@@ -15,10 +15,10 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import fx, nn
 
-from bnfx.capture import has_hooks
-from bnfx.declarations import Preserved
-from bnfx.draft import Draft, argument
-from bnfx.editing import OPTIONAL, OUT_OF_REACH, Change, chosen, unseen_calls
+from bnfx.editing.declarations import Preserved
+from bnfx.editing.draft import Draft, argument
+from bnfx.editing.driver import OPTIONAL, OUT_OF_REACH, Change, chosen, unseen_calls
+from bnfx.graphs.examples import has_hooks
 
 _KINDS = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
 

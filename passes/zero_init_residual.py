@@ -20,13 +20,13 @@ import torch
 from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfx.calls import function_name
-from bnfx.capture import batch_norm_path
-from bnfx.declarations import Preserved
-from bnfx.draft import Draft, Region
-from bnfx.editing import Change, chosen
-from bnfx.operators import BATCH_NORM, affine_of
-from bnfx.roles import Role, role_of
+from bnfx.editing.declarations import Preserved
+from bnfx.editing.draft import Draft, Region
+from bnfx.editing.driver import Change, chosen
+from bnfx.graphs.tracing import batch_norm_path
+from bnfx.operators.calls import function_name
+from bnfx.operators.layers import BATCH_NORM, affine_of
+from bnfx.operators.roles import Role, role_of
 
 #: Stochastic depth in torchvision and timm: it drops the branch of some examples, or nothing.
 _BRANCH_DROPS = frozenset({"stochastic_depth", "drop_path", "StochasticDepth", "DropPath"})

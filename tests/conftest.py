@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from bnfx.providers import cuda_unavailable_reason
+from bnfx.runtime.sessions import cuda_unavailable_reason
 
 
 @pytest.fixture(autouse=True)

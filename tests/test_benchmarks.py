@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import zoo
+from tests.support import zoo
 from tests.test_examples import ROOT, run_script
 
 BENCHMARKS = ("random_graphs", "fold_zoo", "fold_latency", "fold_cost", "verify_cost")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import bnfx
-from bnfx.placing import data_files
-from tests.fault_networks import NETWORKS, Plain
-from tests.laws import randomise
-from tests.test_verify import DYNAMIC, Two, export
+from bnfx.onnx_files.placing import data_files
+from tests.support.fault_networks import NETWORKS, Plain
+from tests.support.laws import randomise
+from tests.verification.test_verify import DYNAMIC, Two, export
 
 
 def plain(seed: int = 0) -> tuple[nn.Module, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import zoo
+from tests.support import zoo
 
 pytestmark = pytest.mark.zoo
 

@@ -25,8 +25,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import bnfx
-from bnfx.capture import example as as_example
-from bnfx.inference_graph import inference_graph
+from bnfx.graphs.examples import example as as_example
+from bnfx.graphs.inference import inference_graph
 
 UNTOUCHED = "200 MB untouched"
 

@@ -40,8 +40,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import bnfx
-from bnfx.capture import example as as_example
-from bnfx.inference_graph import inference_graph
+from bnfx.graphs.examples import example as as_example
+from bnfx.graphs.inference import inference_graph
 
 #: Ways to call fold_bn. The first is the default.
 ARMS: dict[str, dict[str, Any]] = {

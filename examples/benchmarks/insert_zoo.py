@@ -35,8 +35,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 import bnfx
-from bnfx.evidence import affine_modules
-from bnfx.reports import InsertReport
+from bnfx.editing.affine_calls import affine_modules
+from bnfx.reports.report import InsertReport
 
 _LARGE = 25_000_000
 _SUITES = {

@@ -23,9 +23,9 @@ from rich.console import Console
 
 sys.path.insert(0, str(ROOT))  # the networks and the laws are those of the tests
 
-from tests.graph_laws import Outcome, check, options_of_fold_bn
-from tests.graph_moves import MOVES
-from tests.graphs import NAME, Sample, random_network
+from tests.support.graph_laws import Outcome, check, options_of_fold_bn
+from tests.support.graph_moves import MOVES
+from tests.support.graphs import NAME, Sample, random_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Case:
     def text(self) -> str:
         """A script that shows the mistake."""
         call = f"check(build(), inputs, given={self.given}, **{self.options})"
-        lines = ("", "from tests.graph_laws import check", "", f"print({call})", "")
+        lines = ("", "from tests.support.graph_laws import check", "", f"print({call})", "")
         return f"# seed {self.seed}\n" + self.sample.source() + "\n".join(lines)
 
 

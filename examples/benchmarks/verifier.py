@@ -35,8 +35,8 @@ import bnfx
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the tests are no installed package
 
-from tests.fault_networks import NETWORKS, Network
-from tests.faults import Fault, all_faults, strip_claims
+from tests.support.fault_networks import NETWORKS, Network
+from tests.support.faults import Fault, all_faults, strip_claims
 
 Source = tuple[torch.nn.Module, tuple[torch.Tensor, ...]]
 

@@ -1,0 +1,268 @@
+"""Example inputs from the command line: `name:1x3x224x224[:dtype[:low..high]]`, or an `.npz`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnfx.errors import UsageError
+from bnfx.graphs.examples import clone
+from bnfx.inspection import InspectReport
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+
+_FORM = "NAME:1x3x224x224[:DTYPE[:LOW..HIGH]]"
+_MOST_BYTES = 2**33  # a typing error such as 1x3x224224x224 should not take the machine down
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Example inputs bound to a model's forward.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        names: Names of the ONNX inputs, in order; None leaves them to the exporter.
+        values: All of it by name, in order.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    names: tuple[str, ...] | None
+    values: Mapping[str, Tensor]
+
+
+def parse_inputs(specs: Sequence[str]) -> dict[str, Tensor]:
+    """Tensors by name from the values of `--input`; drawn from a fixed seed.
+
+    Raises:
+        UsageError: A spec cannot be read, a name stands twice, a file is not an `.npz` of arrays.
+    """
+    found: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for spec in specs:
+        given = (
+            _from_npz(Path(spec)) if spec.endswith(".npz") else dict([_from_spec(spec, generator)])
+        )
+        if twice := sorted(set(found) & set(given)):
+            raise UsageError(f"input {twice[0]!r} is given twice")
+        found.update(given)
+    return found
+
+
+def _from_spec(spec: str, generator: torch.Generator) -> tuple[str, Tensor]:
+    name, *rest = spec.split(":")
+    if not name or not 1 <= len(rest) <= 3:
+        raise UsageError(f"input {spec!r} has not the form {_FORM}, and is no .npz file")
+    shape = _shape(rest[0], spec)
+    word = rest[1] if len(rest) > 1 and rest[1] else "float32"
+    if word not in DTYPES:
+        raise UsageError(f"input {spec!r}: dtype {word!r} is unknown; use {', '.join(DTYPES)}")
+    dtype = DTYPES[word]
+    size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if size > _MOST_BYTES:
+        raise UsageError(f"input {spec!r} would take {size / 2**30:.0f} GiB; check its shape")
+    bounds = _bounds(rest[2], spec) if len(rest) > 2 else None
+    return name, _draw(shape, dtype, bounds, generator)
+
+
+def _shape(text: str, spec: str) -> tuple[int, ...]:
+    if not text:
+        return ()
+    if not re.fullmatch(r"\d+(x\d+)*", text):
+        raise UsageError(
+            f"input {spec!r}: {text!r} is no shape; write numbers with x between, such as "
+            "1x3x224x224 (an axis of free size is declared with --dynamic NAME:AXIS=SYMBOL)"
+        )
+    return tuple(int(n) for n in text.split("x"))
+
+
+def _bounds(text: str, spec: str) -> tuple[float, float]:
+    low, dots, high = text.partition("..")
+    try:
+        bounds = float(low), float(high)
+    except ValueError:
+        bounds = (1.0, 0.0)
+    if not dots or not bounds[0] <= bounds[1]:
+        raise UsageError(f"input {spec!r}: {text!r} is no range; write LOW..HIGH, such as 0..29999")
+    return bounds
+
+
+def _draw(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    bounds: tuple[float, float] | None,
+    generator: torch.Generator,
+) -> Tensor:
+    """Normal floats, uniform ones inside bounds; integers from bounds, or of 0 and 1.
+
+    An embedding of two rows takes 0 and 1.
+    """
+    if dtype is torch.bool:
+        return torch.randint(0, 2, shape, generator=generator).to(dtype)
+    if not dtype.is_floating_point:
+        low, high = bounds or (0, 1)
+        limits = torch.iinfo(dtype)
+        low, high = max(int(low), limits.min), min(int(high), limits.max)
+        return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
+    if bounds is None:
+        return torch.randn(shape, generator=generator).to(dtype)
+    return (torch.rand(shape, generator=generator) * (bounds[1] - bounds[0]) + bounds[0]).to(dtype)
+
+
+def _from_npz(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path} to read inputs from")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path} is not a readable .npz of arrays: {error}") from error
+    if not arrays:
+        raise UsageError(f"{path} holds no arrays")
+    try:
+        return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+    except TypeError as error:
+        raise UsageError(f"{path} holds an array that torch has no dtype for: {error}") from error
+
+
+def inputs_of(found: InspectReport) -> dict[str, Tensor]:
+    """Inputs that fit an ONNX file; a free axis has size 1.
+
+    Raises:
+        UsageError: An input is no tensor of known rank and dtype.
+    """
+    specs = []
+    for name, kind in found.inputs.items():
+        match = re.fullmatch(r"(\w+)\[(.*)\]", kind)
+        if match is None or match[1] not in DTYPES:
+            raise UsageError(f"{found.path}: give input {name!r} ({kind}) with --input")
+        sizes = [size if size.isdecimal() and size != "0" else "1" for size in match[2].split(",")]
+        specs.append((name, "x".join(sizes) if match[2] else "", match[1]))
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: _draw(_shape(sizes, name), DTYPES[dtype], None, generator)
+        for name, sizes, dtype in specs
+    }
+
+
+def in_order(values: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """`values` in the order of `names`, those of a file's inputs; other names go by position.
+
+    Raises:
+        UsageError: Some names are the file's and some are not, or their number is another.
+    """
+    wanted = list(names)
+    if len(values) != len(wanted) or (set(values) & set(wanted) and set(values) != set(wanted)):
+        raise UsageError(
+            f"the inputs given are {', '.join(values)}; those of the file are {', '.join(wanted)}"
+        )
+    return {name: values[name] for name in wanted} if set(values) == set(wanted) else dict(values)
+
+
+def bind(model: nn.Module, values: Mapping[str, Tensor]) -> Inputs:
+    """Give `values` to the arguments of the model's forward.
+
+    Where all names are arguments of the forward, each goes to its own. Where none is, they are
+    positional in the order given, and their names become the names of the ONNX inputs.
+
+    Raises:
+        UsageError: Some names are arguments and some are not, or an argument is missing.
+    """
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    unknown = [name for name in values if name not in named]
+    if unknown and len(unknown) < len(values):
+        raise UsageError(
+            f"input {unknown[0]!r} is no argument of {type(model).__name__}.forward, which takes "
+            f"{', '.join(sorted(named))}; use those names, or other names for all of them"
+        )
+    if unknown or not values:
+        return Inputs(tuple(values.values()), {}, tuple(values) or None, values)
+    args: list[Tensor] = []
+    kwargs = dict(values)
+    for parameter in parameters:
+        by_position = parameter.kind in (
+            parameter.POSITIONAL_ONLY,
+            parameter.POSITIONAL_OR_KEYWORD,
+        )
+        if not by_position or parameter.name not in kwargs:
+            break
+        args.append(kwargs.pop(parameter.name))
+    ordered = {p.name: values[p.name] for p in parameters if p.name in values}
+    return Inputs(tuple(args), kwargs, None, ordered)
+
+
+def check_forward(model: nn.Module, inputs: Inputs) -> None:
+    """Run a copy of the model once, so that inputs that do not fit are told from later failures.
+
+    Raises:
+        UsageError: The forward refuses them.
+    """
+    trial = clone(model)
+    for part in trial.modules():
+        part.training = False  # an exported graph refuses eval()
+    try:
+        with torch.no_grad():
+            trial(*copy.deepcopy(inputs.args), **copy.deepcopy(dict(inputs.kwargs)))
+    except Exception as error:  # a user's forward raises anything
+        first = str(error).strip().partition("\n")[0]
+        raise UsageError(
+            f"{type(model).__name__} does not take these inputs: {type(error).__name__}: {first}"
+        ) from error
+
+
+def dynamic_shapes(inputs: Inputs, specs: Sequence[str], *, batch: bool) -> Any:
+    """`dynamic_shapes` of `torch.onnx.export`; None where every axis is fixed.
+
+    Args:
+        inputs: The inputs.
+        specs: Values of `--dynamic`, NAME:AXIS=SYMBOL.
+        batch: Whether axis 0 of every input is free.
+
+    Raises:
+        UsageError: A spec cannot be read, or names an input or axis that is not there.
+    """
+    if (specs or batch) and not inputs.values:
+        raise UsageError("the free axes of a .pt2 file are those that it was exported with")
+    axes: dict[str, dict[int, str]] = {name: {} for name in inputs.values}
+    if batch:
+        for name, value in inputs.values.items():
+            if value.dim():
+                axes[name][0] = "batch"
+    for spec in specs:
+        match = re.fullmatch(r"([^:]+):(\d+)=([A-Za-z_]\w*)", spec)
+        if match is None:
+            raise UsageError(f"--dynamic {spec!r} has not the form NAME:AXIS=SYMBOL")
+        name, axis, symbol = match[1], int(match[2]), match[3]
+        if name not in axes:
+            raise UsageError(f"--dynamic {spec!r}: there is no input {name!r} among {list(axes)}")
+        if axis >= inputs.values[name].dim():
+            raise UsageError(f"--dynamic {spec!r}: {name!r} has {inputs.values[name].dim()} axes")
+        axes[name][axis] = symbol
+    if not any(axes.values()):
+        return None
+    if inputs.kwargs:
+        return axes
+    return tuple(axes[name] for name in inputs.values)

@@ -1,0 +1,375 @@
+"""The options of the command line, with help texts whose examples run as they stand."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+from bnfx.version import __version__
+
+_CODES = """\
+exit codes:
+  0  done, and verified where the command verifies
+  1  verification or policy failed, or the ONNX file cannot be read
+  2  usage: arguments that are wrong, files that are missing, inputs that do not fit
+  3  the requested environment is missing: the CUDA provider, a package
+  4  capture or export failed; files that were there are as they were
+130  interrupted; 143 or 129 where SIGTERM or SIGHUP asked to end
+"""
+
+_MODEL = """\
+MODEL is PACKAGE.MODULE:FACTORY, imported from the current directory or the installed packages and
+called without arguments or with literal ones ('nets:resnet(depth=18)'), or a .pt2 file of
+torch.export.save. Both are code: run those that you trust.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that keeps line breaks and takes no abbreviated options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
+        )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    main_parser = _Parser(
+        prog="bnfx",
+        description="Put BatchNorm into PyTorch networks, fold it away, export to ONNX, verify.",
+        epilog=f"{_CODES}\n'bnfx COMMAND --help' shows the options of a command, and examples.",
+    )
+    main_parser.add_argument("--version", action="version", version=f"bnfx {__version__}")
+    commands = main_parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+    )
+    for name, (summary, examples, fill) in _COMMANDS.items():
+        notes = "" if name == "doctor" else f"{_MODEL}\n"
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"{notes}examples:\n{examples}\n{_CODES}",
+        )
+        fill(command)
+        _results(command)
+    return main_parser
+
+
+def _results(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("results")
+    group.add_argument(
+        "--json", metavar="FILE", help="write the report as JSON; - for standard output, alone"
+    )
+    group.add_argument("--markdown", metavar="FILE", help="write the report as Markdown")
+    group.add_argument("--html", metavar="FILE", help="write the report as one HTML file")
+
+
+def _model(command: argparse.ArgumentParser, what: str = "the model") -> None:
+    command.add_argument("model", metavar="MODEL", help=f"{what} (see below)")
+    command.add_argument(
+        "--checkpoint", metavar="FILE", help="state dict to load into it (.pt, .pth, .safetensors)"
+    )
+
+
+def _inputs(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("example inputs (a .pt2 file brings its own)")
+    group.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="NAME:1x3x224x224[:DTYPE[:LOW..HIGH]] or FILE.npz; once for each input",
+    )
+
+
+def _dynamic(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dynamic-batch", action="store_true", help="axis 0 of every input is free"
+    )
+    command.add_argument(
+        "--dynamic",
+        action="append",
+        default=[],
+        metavar="NAME:AXIS=SYMBOL",
+        help="this axis is free; equal symbols mean equal sizes",
+    )
+
+
+def _onnx(command: argparse.ArgumentParser) -> None:
+    _dynamic(command)
+    command.add_argument("--opset", type=int, metavar="N", help="18 or later")
+    command.add_argument(
+        "--output-name", action="append", metavar="NAME", help="once for each output, in order"
+    )
+    command.add_argument(
+        "--external-data",
+        action=argparse.BooleanOptionalAction,
+        help="weights in FILE.data, or not; by default decided by size",
+    )
+
+
+#: Options of `fold_bn` by their names there, for every command that folds.
+FOLDING = ("merge_branches", "thresholds", "border_maps")
+
+
+def _folding(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("folding")
+    group.add_argument(
+        "--no-merge-branches",
+        dest="merge_branches",
+        action="store_false",
+        help="convolutions of one input that are added stay apart",
+    )
+    group.add_argument(
+        "--thresholds",
+        action="store_true",
+        help="bounds per channel may take a shift through a ReLU; may cost time",
+    )
+    group.add_argument(
+        "--border-maps",
+        action="store_true",
+        help="constant maps may take a shift through zero padding; may cost time",
+    )
+
+
+def _policy(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("policy (exit code 1 where it is broken)")
+    group.add_argument(
+        "--max-batch-norms-left", type=_count, metavar="N", help="how many may stay at most"
+    )
+    group.add_argument(
+        "--require-folded",
+        dest="max_batch_norms_left",
+        action="store_const",
+        const=0,
+        help="none may stay",
+    )
+
+
+def _provider(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--provider", default="cpu", type=_provider_name, help="cpu, cuda or cuda:1; never another"
+    )
+
+
+def _checks(command: argparse.ArgumentParser) -> None:
+    _provider(command)
+    command.add_argument(
+        "--num-inputs", type=_positive, default=8, metavar="N", help="to pool over"
+    )
+    command.add_argument(
+        "--batch-sizes", type=_counts, metavar="N,N", help="to run as well, where the batch is free"
+    )
+    command.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), default="fp32")
+    command.add_argument(
+        "--max-ratio", type=_ratio, default=4.0, metavar="R", help="limit of error over budget"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of things")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not _count(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is nothing to verify on; give 1 or more")
+    return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def _ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no limit; give a positive number, such as 4")
+    return value
+
+
+def _provider_name(text: str) -> str:
+    kind, colon, index = text.partition(":")
+    if (kind == "cpu" and not colon) or (kind == "cuda" and (index.isdecimal() or not colon)):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is unknown; use cpu, cuda or cuda:1")
+
+
+def _inspect(command: argparse.ArgumentParser) -> None:
+    _model(command, "a model, or an .onnx file")
+    _inputs(command)
+    _folding(command)
+    _policy(command)
+
+
+def _insert(command: argparse.ArgumentParser) -> None:
+    _model(command)
+    command.add_argument(
+        "file", nargs="?", metavar="FILE", help="state dict to write: .pt, .pth or .safetensors"
+    )
+    _inputs(command)
+    group = command.add_argument_group("insertion")
+    group.add_argument("--init", choices=("fresh", "identity", "calibrate"), default="fresh")
+    group.add_argument(
+        "--calibration",
+        action="append",
+        default=[],
+        metavar="FILE.npz",
+        help="one batch for --init calibrate; repeat it for more",
+    )
+    group.add_argument(
+        "--placement", choices=("pre_activation", "post_activation"), default="pre_activation"
+    )
+    group.add_argument("--include", action="append", metavar="GLOB", help="layers to consider")
+    group.add_argument("--exclude", action="append", metavar="GLOB", help="layers to leave alone")
+
+
+def _fold(command: argparse.ArgumentParser) -> None:
+    _model(command)
+    command.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help="to write: .pt2 for torch.export.load, or a state dict (.pt, .pth, .safetensors)",
+    )
+    _inputs(command)
+    _dynamic(command)
+    _folding(command)
+    _policy(command)
+
+
+def _export(command: argparse.ArgumentParser) -> None:
+    _model(command)
+    command.add_argument("file", metavar="FILE", help="the .onnx file to write")
+    _inputs(command)
+    command.add_argument("--fold", action="store_true", help="fold the BatchNorms first")
+    _folding(command)
+    _onnx(command)
+
+
+def _verify(command: argparse.ArgumentParser) -> None:
+    _model(command, "the unfolded reference, or an .onnx file to compare with")
+    command.add_argument("file", metavar="FILE", help="the .onnx file to check")
+    _inputs(command)
+    _checks(command)
+    _policy(command)
+
+
+def _deploy(command: argparse.ArgumentParser) -> None:
+    _model(command)
+    command.add_argument("file", metavar="FILE", help="the .onnx file to write once it has passed")
+    _inputs(command)
+    _folding(command)
+    _onnx(command)
+    _checks(command)
+    command.add_argument(
+        "--benchmark", action="store_true", help="measure it against the unfolded model too"
+    )
+    command.add_argument(
+        "--bundle", metavar="DIR", help="after a failure, fill this folder with what reproduces it"
+    )
+    _policy(command)
+
+
+def _bench(command: argparse.ArgumentParser) -> None:
+    _model(command, "an .onnx file, or a model, which is exported unfolded and folded")
+    command.add_argument("--baseline", metavar="FILE", help="an .onnx file to measure in turns")
+    _inputs(command)
+    _folding(command)
+    _provider(command)
+    command.add_argument("--num-runs", type=_count, default=100, metavar="N", help="50 or more")
+    command.add_argument(
+        "--num-threads", type=_count, default=1, metavar="N", help="of an operator; 0: all that fit"
+    )
+
+
+def _doctor(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--require",
+        action="append",
+        default=[],
+        choices=("cpu", "cuda"),
+        help="exit code 3 where onnxruntime cannot run a node on it",
+    )
+
+
+#: Command -> summary, examples, and what adds its options.
+_COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
+    "inspect": (
+        "list the BatchNorms of a model or an .onnx file, and where they can go",
+        """\
+  bnfx inspect nets:small
+  bnfx inspect nets:small --input x:1x3x16x16 --json -
+""",
+        _inspect,
+    ),
+    "insert": (
+        "put BatchNorm between affine layers and the nonlinearities they feed",
+        """\
+  bnfx insert nets:plain
+  bnfx insert nets:plain plain-bn.pt --input x:1x3x16x16 --init identity
+""",
+        _insert,
+    ),
+    "fold": (
+        "fold every provable BatchNorm into the layers around it",
+        """\
+  bnfx fold nets:small --require-folded
+  bnfx fold nets:small small.pt2 --input x:1x3x16x16 --html fold.html
+  bnfx fold 'nets:small(width=4)' small.safetensors
+""",
+        _fold,
+    ),
+    "export": (
+        "write a model as ONNX",
+        """\
+  bnfx export nets:small unfolded.onnx --input x:1x3x16x16
+  bnfx export nets:small small.onnx --fold --input x:1x3x16x16 --dynamic-batch
+""",
+        _export,
+    ),
+    "verify": (
+        "check an .onnx file against the unfolded model that it was made from",
+        """\
+  bnfx export nets:small small.onnx --fold --input x:1x3x16x16 --dynamic-batch
+  bnfx verify nets:small small.onnx --input x:1x3x16x16
+  bnfx verify nets:small small.onnx --input x:1x3x16x16 --batch-sizes 1,4 --json report.json
+  bnfx export nets:small unfolded.onnx --input x:1x3x16x16 --dynamic-batch
+  bnfx verify unfolded.onnx small.onnx
+""",
+        _verify,
+    ),
+    "deploy": (
+        "fold, export, verify, and only then move the .onnx file into place",
+        """\
+  bnfx deploy nets:small small.onnx --input x:1x3x16x16 --dynamic-batch --require-folded
+  bnfx deploy nets:small small.onnx --input x:1x3x16x16 --html deploy.html --json deploy.json
+""",
+        _deploy,
+    ),
+    "bench": (
+        "measure the latency of .onnx files, interleaved",
+        """\
+  bnfx export nets:small unfolded.onnx --input x:1x3x16x16
+  bnfx export nets:small small.onnx --fold --input x:1x3x16x16
+  bnfx bench small.onnx --baseline unfolded.onnx
+  bnfx bench nets:small --input x:1x3x16x16 --html bench.html
+""",
+        _bench,
+    ),
+    "doctor": (
+        "tell whether this environment can do the work, and what to do where it cannot",
+        """\
+  bnfx doctor --require cpu
+""",
+        _doctor,
+    ),
+}

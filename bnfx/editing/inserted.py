@@ -1,0 +1,167 @@
+"""The module that insertion returns: a graph that still knows the model it was made from."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnfx.graphs.examples import HOOKS
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an inserted BatchNorm came from, in names that start from the graph's root.
+
+    Attributes:
+        layer: Path of the affine layer, "" for the root itself.
+        bias: Name of the bias that beta replaced; None where there was none, or where it stays.
+        norm: Path of the BatchNorm.
+    """
+
+    layer: str
+    bias: str | None
+    norm: str
+
+
+class InsertedGraph(fx.GraphModule):
+    """A `torch.fx.GraphModule` with inserted BatchNorms.
+
+    It loads checkpoints of the model from before the insertion: where a `state_dict` has a layer
+    but not the BatchNorm behind it, the layer's old bias becomes beta, and the BatchNorm an
+    identity (mean 0, var 1, gamma sqrt(1 + eps)). It survives copying and pickling as what it is.
+    """
+
+    _bnfx_origins: tuple[Origin, ...] = ()
+
+    @staticmethod
+    def build(
+        root: nn.Module, graph: fx.Graph, origins: Sequence[Origin], like: nn.Module | None = None
+    ) -> InsertedGraph:
+        """`graph` with what it reads of `root`, in the mode and with the outer hooks of `root`.
+
+        Args:
+            root: The module that the graph was traced from.
+            graph: The graph, with the BatchNorms of `origins`.
+            origins: The BatchNorms that were inserted.
+            like: A layer whose plain attributes, such as `in_features`, the result has as well.
+        """
+        _mention_everything(root, graph)
+        graph.lint()
+        module = InsertedGraph(root, graph, class_name=type(root).__name__)
+        module._bnfx_origins = tuple(origins)
+        theirs = dict(root.named_modules(remove_duplicate=False))
+        for path, made in module.named_modules(remove_duplicate=False):
+            made.training = theirs[path].training
+        _take_hooks(module, root)
+        if like is not None:
+            _take_absent(module, like)
+            for name, value in vars(like).items():
+                if not name.startswith("_") and name not in module.__dict__:
+                    setattr(module, name, value)
+        return module
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        _translate(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InsertedGraph:
+        made = super().__deepcopy__(memo)
+        assert isinstance(made, InsertedGraph)
+        for name, value in self.__dict__.items():
+            if name not in made.__dict__:
+                made.__dict__[name] = copy.deepcopy(value, memo)
+        _take_absent(made, self)
+        _take_modes(made, self)
+        _take_hooks(made, self)
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild, arguments = super().__reduce__()
+        return _rebuilt, (rebuild, arguments)
+
+
+def _mention_everything(root: nn.Module, graph: fx.Graph) -> None:
+    """Read every parameter and buffer of `root`: what a graph reads survives copy and pickle."""
+    covered = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for name in root.state_dict(keep_vars=True):
+        inside = any(name.startswith(f"{path}.") for path in covered)
+        if name in covered or inside or name.endswith("_extra_state"):
+            continue
+        with graph.inserting_before(first):
+            graph.get_attr(name)
+
+
+def _rebuilt(rebuild: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]) -> InsertedGraph:
+    """Unpickle: torch rebuilds a plain GraphModule, with all attributes."""
+    plain = rebuild(*arguments)
+    made = InsertedGraph(plain, plain.graph, class_name=type(plain).__name__)
+    for name, value in plain.__dict__.items():
+        made.__dict__.setdefault(name, value)
+    body = arguments[0]
+    for name, parameter in body["_parameters"].items():
+        if parameter is None:
+            made.register_parameter(name, None)
+    for hooks in HOOKS:
+        getattr(made, hooks).update(body.get(hooks, {}))
+    _take_modes(made, plain)
+    made.training = bool(body["training"])
+    return made
+
+
+def _take_modes(made: nn.Module, source: nn.Module) -> None:
+    theirs = dict(source.named_modules(remove_duplicate=False))
+    for path, module in made.named_modules(remove_duplicate=False):
+        module.training = theirs[path].training
+
+
+def _take_absent(made: nn.Module, source: nn.Module) -> None:
+    """A parameter that is None, such as a bias that is gone, stays an attribute."""
+    for name, parameter in source._parameters.items():
+        if parameter is None and name not in made._parameters:
+            made.register_parameter(name, None)
+
+
+def _take_hooks(made: nn.Module, source: nn.Module) -> None:
+    for hooks in HOOKS:
+        getattr(made, hooks).update(getattr(source, hooks))
+
+
+def _translate(module: InsertedGraph, state_dict: dict[str, Any], prefix: str) -> None:
+    """Turn a checkpoint from before the insertion into one of `module`."""
+    spent: set[str] = set()
+    for origin in module._bnfx_origins:
+        norm = module.get_submodule(origin.norm)
+        own, layer = f"{prefix}{origin.norm}.", f"{prefix}{origin.layer}"
+        known = any(key == layer or key.startswith(f"{layer}.") for key in state_dict)
+        if origin.layer == "":
+            known = any(key.startswith(prefix) for key in state_dict)
+        if not isinstance(norm, _BatchNorm) or not known:
+            continue
+        if any(key.startswith(own) for key in state_dict):
+            continue
+        bias = None if origin.bias is None else state_dict.get(f"{prefix}{origin.bias}")
+        for name, value in _identity(norm, bias).items():
+            state_dict[own + name] = value
+        spent.add(f"{prefix}{origin.bias}")
+    for key in spent & state_dict.keys():
+        del state_dict[key]
+
+
+def _identity(norm: _BatchNorm, bias: Tensor | None) -> dict[str, Tensor]:
+    """The state of a BatchNorm that only adds `bias`."""
+    state = {name: torch.zeros_like(value) for name, value in norm.state_dict().items()}
+    state["running_var"].fill_(1)
+    state["weight"].fill_(math.sqrt(1 + norm.eps))
+    if bias is not None:
+        state["bias"].copy_(bias)
+    return state

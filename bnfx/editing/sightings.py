@@ -1,0 +1,64 @@
+"""Calls of dropout and local response normalisation in the record of a run (`graphs.observed`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from bnfx.graphs.observed import SCOPES
+from bnfx.operators.calls import function_name
+
+#: Operators that are noted.
+_NOTED = frozenset(
+    (
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"),
+        *("alpha_dropout", "feature_alpha_dropout"),
+        *("local_response_norm", "scaled_dot_product_attention"),
+    )
+)
+#: Operators behind which a softmax's result is still that.
+_SAME_VALUES = frozenset(
+    (
+        *("to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone"),
+        *("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class SeenCall:
+    """A call that was seen.
+
+    Attributes:
+        function: Name of the operator.
+        path: Module in whose forward it was called.
+        after_softmax: Whether its input was the result of a softmax: attention, that is.
+    """
+
+    function: str
+    path: str
+    after_softmax: bool
+
+
+def seen_calls(graph: fx.Graph) -> tuple[SeenCall, ...]:
+    """The noted calls in an observed graph, in the order of execution."""
+    return tuple(
+        SeenCall(name, path, call_name(source_of(node)) == "softmax")
+        for node in graph.nodes
+        if (name := call_name(node)) in _NOTED
+        for path in [next(reversed(node.meta[SCOPES]), "")]
+    )
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """What made the first input of `node`, seen through casts and views."""
+    source = node.all_input_nodes[0]
+    while call_name(source) in _SAME_VALUES and source.all_input_nodes:
+        source = source.all_input_nodes[0]
+    return source
+
+
+def call_name(node: fx.Node) -> str:
+    """Name of the function or method that `node` calls; of anything else, its target's."""
+    return str(node.target) if node.op == "call_method" else function_name(node.target)

@@ -1,0 +1,248 @@
+"""`doctor`: whether this environment can fold, export, verify and run, and what to do if not.
+
+Looking is apart from judging: `bnfx.environment.facts` collects what is there, `judge` turns it
+into one line each, with the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from bnfx.environment.facts import Facts, collect
+from bnfx.reports.report import Report, table
+from bnfx.runtime.packages import mismatch
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_INSTALL = "pip install 'bnfx[gpu]' (serves on the CPU too) or 'bnfx[cpu]', never both"
+_OPTIONAL = {
+    "matplotlib": "bnfx[plots]",
+    "safetensors": "safetensors",
+    "timm": "bnfx[zoo]",
+    "torchvision": "bnfx[zoo]",
+}
+
+
+@dataclass(frozen=True)
+class EnvCheck:
+    """One line of the report.
+
+    Attributes:
+        name: What was looked at.
+        status: "ok"; "warning": bnfx works, something else may not; "error": bnfx cannot work.
+        detail: What was found.
+        remedy: What to do; "" where nothing needs doing.
+    """
+
+    name: str
+    status: Literal["ok", "warning", "error"]
+    detail: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class EnvReport(Report):
+    """The environment, line by line; true where it is usable.
+
+    Attributes:
+        status: "error" if any line is; else "warning" if any is; else "ok".
+        providers: "cpu" and "cuda" -> why no node runs there; "" where one ran.
+        checks: The lines.
+    """
+
+    status: Literal["ok", "warning", "error"]
+    providers: Mapping[str, str]
+    checks: tuple[EnvCheck, ...]
+
+    def __bool__(self) -> bool:
+        return self.status != "error"
+
+    def why_not(self, provider: str) -> str:
+        """Why onnxruntime runs no node on "cpu" or "cuda"; "" where it does."""
+        return self.providers[provider]
+
+    def __rich__(self) -> RenderableType:
+        rows = [(c.name, c.status, c.detail, c.remedy or "-") for c in self.checks]
+        title = f"doctor: {self.status}"
+        return table(title, ("", "status", "found", "what to do"), rows)
+
+
+def doctor() -> EnvReport:
+    """Look at Python, the packages, onnxruntime's providers, CUDA's libraries and the driver.
+
+    Providers are started in a process of their own, so that one that crashes cannot take this one
+    with it. Works where onnxruntime is missing or broken.
+    """
+    return judge(collect())
+
+
+def judge(facts: Facts) -> EnvReport:
+    """The report on what was found."""
+    checks = tuple(_checks(facts))
+    found = {check.status for check in checks}
+    status: Literal["ok", "warning", "error"] = (
+        "error" if "error" in found else "warning" if "warning" in found else "ok"
+    )
+    return EnvReport(status, dict(facts.providers), checks)
+
+
+def _checks(facts: Facts) -> Iterator[EnvCheck]:
+    yield EnvCheck("bnfx", "ok", facts.bnfx)
+    yield _python(facts)
+    for name in ("torch", "numpy", "onnx", "onnxscript"):
+        yield _package(facts, name)
+    yield from _runtime(facts)
+    yield _provider_cpu(facts)
+    yield from _cuda(facts)
+    for name, extra in _OPTIONAL.items():
+        version = facts.versions.get(name)
+        remedy = "" if version else f"optional; pip install {extra}"
+        yield EnvCheck(name, "ok", version or "not installed", remedy)
+
+
+def _python(facts: Facts) -> EnvCheck:
+    if facts.python >= (3, 11):
+        return EnvCheck("Python", "ok", ".".join(map(str, facts.python)))
+    found = ".".join(map(str, facts.python))
+    return EnvCheck("Python", "error", found, "use Python 3.11 or later")
+
+
+def _package(facts: Facts, name: str) -> EnvCheck:
+    version, least = facts.versions[name], facts.least.get(name, "")
+    wanted = f"pip install '{name}>={least}'" if least else f"pip install {name}"
+    if version is None:
+        return EnvCheck(name, "error", "not installed", wanted)
+    if broken := facts.import_errors.get(name):
+        return EnvCheck(name, "error", f"{version}, and its import fails: {broken}", wanted)
+    built = f", built for {_cuda_text(facts.torch_cuda)}" if name == "torch" else ""
+    if least and numbers(version) < numbers(least):
+        return EnvCheck(name, "error", f"{version}{built}; {least} or later is needed", wanted)
+    return EnvCheck(name, "ok", f"{version}{built}")
+
+
+def _cuda_text(version: str | None) -> str:
+    return f"CUDA {version}" if version else "the CPU"
+
+
+def _runtime(facts: Facts) -> Iterator[EnvCheck]:
+    found = " and ".join(f"{name} {version}" for name, version in facts.runtimes.items())
+    again = f"pip uninstall -y {' '.join(facts.runtimes)}, then {_INSTALL}"
+    owner = facts.runtime_owner or "an unknown one"
+    if not facts.runtimes:
+        yield EnvCheck("onnxruntime", "error", "not installed", _INSTALL)
+    elif len(facts.runtimes) > 1:
+        detail = f"{found}: they own the same files, and those there now are of {owner}"
+        yield EnvCheck("onnxruntime", "error", detail, again)
+    elif broken := facts.import_errors.get("onnxruntime"):
+        yield EnvCheck("onnxruntime", "error", f"{found}, and its import fails: {broken}", again)
+    elif facts.runtime_owner and facts.runtime_owner not in facts.runtimes:
+        detail = f"{found}, but the files there are of {owner}"
+        yield EnvCheck("onnxruntime", "error", detail, again)
+    else:
+        yield _runtime_version(facts, *facts.runtimes.items())
+
+
+def _runtime_version(facts: Facts, wheel: tuple[str, str]) -> EnvCheck:
+    name, version = wheel
+    found, least = f"{name} {version}, built for {_cuda_text(facts.runtime_cuda)}", facts.least
+    if name in least and numbers(version) < numbers(least[name]):
+        remedy = f"pip install '{name}>={least[name]}'"
+        return EnvCheck("onnxruntime", "error", f"{found}; {least[name]} is needed", remedy)
+    return EnvCheck("onnxruntime", "ok", found)
+
+
+def _provider_cpu(facts: Facts) -> EnvCheck:
+    reason = facts.providers["cpu"]
+    if not reason:
+        return EnvCheck("provider cpu", "ok", "ran a node")
+    return EnvCheck("provider cpu", "error", reason, "mend onnxruntime, as said above")
+
+
+def _cuda(facts: Facts) -> Iterator[EnvCheck]:
+    """Whether CUDA runs; and only for an onnxruntime that is built for it, what it lacks."""
+    reason = facts.providers["cuda"]
+    if not reason:
+        yield EnvCheck("provider cuda", "ok", "ran a node, and none fell back to the CPU")
+    elif not facts.runtime_cuda:
+        remedy = "for NVIDIA GPUs: pip install 'bnfx[gpu]' in its place"
+        yield EnvCheck("provider cuda", "ok", "not built into this onnxruntime", remedy)
+        return
+    else:
+        remedy = "see the lines on CUDA below; on the CPU bnfx works without"
+        yield EnvCheck("provider cuda", "warning", reason, remedy)
+    missing = bool(reason)
+    yield _majors(facts)
+    yield _libraries(facts, missing=missing)
+    yield _driver(facts, missing=missing)
+    yield _cudnn(facts, missing=missing)
+
+
+def _majors(facts: Facts) -> EnvCheck:
+    assert facts.runtime_cuda is not None
+    wanted = facts.runtime_cuda.partition(".")[0]
+    if facts.torch_cuda is None:
+        detail = f"torch is built for the CPU, onnxruntime for CUDA {facts.runtime_cuda}"
+        remedy = f"for GPUs: install a torch built for CUDA {wanted}, which brings the libraries"
+        return EnvCheck("CUDA versions", "ok", detail, remedy)
+    detail = f"torch {facts.torch_cuda}, onnxruntime {facts.runtime_cuda}"
+    if mismatch(facts.runtime_cuda, facts.torch_cuda) is None:
+        return EnvCheck("CUDA versions", "ok", detail)
+    remedy = (
+        f"install a torch built for CUDA {wanted}, or an onnxruntime-gpu for CUDA "
+        f"{facts.torch_cuda.partition('.')[0]} (1.23 to 1.26 are CUDA 12, 1.28 and later CUDA 13)"
+    )
+    return EnvCheck("CUDA versions", "warning", f"{detail}: majors differ", remedy)
+
+
+def _libraries(facts: Facts, *, missing: bool) -> EnvCheck:
+    if facts.missing_libraries is None:
+        return EnvCheck("CUDA libraries", "ok", "not looked at: there is no ldd here")
+    lacking = [name for name in facts.missing_libraries if not name.startswith("libcuda.so")]
+    if not lacking:
+        return EnvCheck("CUDA libraries", "ok", "all found")
+    assert facts.runtime_cuda is not None
+    packages = sorted({package_of(name, facts.runtime_cuda) for name in lacking})
+    remedy = f"pip install {' '.join(packages)}"
+    status: Literal["ok", "warning"] = "warning" if missing else "ok"
+    return EnvCheck("CUDA libraries", status, f"missing: {', '.join(lacking)}", remedy)
+
+
+def _driver(facts: Facts, *, missing: bool) -> EnvCheck:
+    if facts.driver is not None:
+        devices = ", ".join(facts.devices) or "no device"
+        if facts.devices:
+            return EnvCheck("driver", "ok", f"{facts.driver}; {devices}")
+        return EnvCheck("driver", "warning", f"{facts.driver}; {devices}", "attach a GPU")
+    remedy = "install NVIDIA's driver; in a container, run it with --gpus all"
+    found = "libcuda.so.1 does not load"
+    return EnvCheck("driver", "warning" if missing else "ok", found, remedy)
+
+
+def _cudnn(facts: Facts, *, missing: bool) -> EnvCheck:
+    assert facts.runtime_cuda is not None
+    if facts.cudnn is not None:
+        return EnvCheck("cuDNN", "ok", facts.cudnn)
+    package = package_of("libcudnn.so.9", facts.runtime_cuda)
+    status: Literal["ok", "warning"] = "warning" if missing else "ok"
+    return EnvCheck("cuDNN", status, "libcudnn.so.9 does not load", f"pip install {package}")
+
+
+def package_of(library: str, cuda: str) -> str:
+    """The package on PyPI that brings a CUDA library, such as "libcublas.so.13" for CUDA "13.0"."""
+    major = cuda.partition(".")[0]
+    stem = library.partition(".")[0].removeprefix("lib")
+    if stem.startswith("cudnn"):
+        return f"nvidia-cudnn-cu{major}"
+    names = {"cublas": "cublas", "cublasLt": "cublas", "cudart": "cuda-runtime"}
+    names |= {"nvrtc": "cuda-nvrtc", "nvJitLink": "nvjitlink"}
+    suffix = "" if int(major) >= 13 else f"-cu{major}"  # from CUDA 13 on names have no suffix
+    return f"nvidia-{names.get(stem, stem.lower())}{suffix}"
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """`"2.13.0+cpu"` -> `(2, 13, 0)`."""
+    parts = version.partition("+")[0].split(".")
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)

@@ -1,0 +1,1 @@
+"""Folding as algebra: which gauge every element may carry, the choice, the new weights."""

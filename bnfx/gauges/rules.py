@@ -1,0 +1,114 @@
+"""Labels through an inference graph: one rule for each passage of the operator table.
+
+The rules are those of a gauge x' = a (x + d). An operator without a rule, and one whose arguments
+do not fit its rule, lets nothing through: its inputs and outputs are ground.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from bnfx.gauges import (
+    rules_axes,
+    rules_contractions,
+    rules_elements,
+    rules_layers,
+    rules_moves,
+    rules_sums,
+)
+from bnfx.gauges.constraints import Cause
+from bnfx.gauges.labels import array
+from bnfx.gauges.walk import Opaque, Walk
+from bnfx.graphs.constants import reads_elements
+from bnfx.graphs.naming import describe
+from bnfx.graphs.shapes import UNKNOWN
+from bnfx.operators.layers import BATCH_NORM, INSTANCE_NORM, affine_of
+from bnfx.operators.passages import Passage, passage_of
+
+#: A rule gives the labels of what a call returns and writes its demands, or raises `Opaque`.
+Rule = Callable[[Walk, fx.Node], Any]
+
+RULES: dict[Passage, Rule] = {
+    Passage.MOVE: rules_moves.move,
+    Passage.IDENTITY: rules_elements.identity,
+    Passage.SHAPE: rules_moves.shape,
+    Passage.RECTIFIER: rules_elements.rectifier,
+    Passage.MAX_POOL: rules_axes.pool,
+    Passage.AVERAGE_POOL: rules_axes.pool,
+    Passage.INTERPOLATE: rules_axes.interpolate,
+    Passage.MEAN: rules_axes.reduce,
+    Passage.SUM: rules_axes.reduce,
+    Passage.PAD: rules_axes.pad,
+    Passage.CONCAT: rules_moves.concatenate,
+    Passage.STACK: rules_moves.stack,
+    Passage.ADD: rules_sums.add,
+    Passage.SUBTRACT: rules_sums.add,
+    Passage.MULTIPLY: rules_sums.multiply,
+    Passage.DIVIDE: rules_sums.multiply,
+    Passage.MATMUL: rules_contractions.matmul,
+    Passage.ATTENTION: rules_contractions.attention,
+    Passage.EXTREMUM: rules_sums.extremum,
+    Passage.NORM: rules_layers.norm,
+    Passage.CLAMP: rules_elements.clamp,
+}
+
+
+def propagate(walk: Walk) -> None:
+    """Visit every node in order; the demands are in `walk.found` then."""
+    for node in walk.graph.nodes:
+        if node.op == "placeholder" or any(
+            n in walk.data and reads_elements(node, n) for n in node.all_input_nodes
+        ):
+            walk.data.add(node)
+        if node.op in ("placeholder", "get_attr"):
+            walk.maps[node] = walk.grounded(node)
+        elif node.op == "output":
+            walk.ground_inputs(node, "graph output")
+        else:
+            walk.maps[node] = _visit(walk, node)
+        if node in walk.barred:
+            _bar(walk, node)
+
+
+def _visit(walk: Walk, node: fx.Node) -> Any:
+    if walk.values.is_constant(node) or node not in walk.data:
+        return walk.grounded(node)
+    found = walk.found
+    before = len(found.batches)
+    try:
+        return _rule(walk, node)(walk, node)
+    except Opaque:
+        del found.batches[before:]
+        if node in found.sites:  # it had gauges at another input size
+            for labels in (found.sites[node].x, found.sites[node].y):
+                found.ground(labels, Cause(node, describe(node)))
+        walk.ground_inputs(node, describe(node))
+        return walk.grounded(node)
+
+
+def _rule(walk: Walk, node: fx.Node) -> Rule:
+    if affine_of(node, {}) is not None:
+        return rules_layers.affine
+    if node.target in BATCH_NORM or node.target in INSTANCE_NORM:
+        return rules_layers.batch_norm
+    if node.target is getattr:
+        return rules_moves.transpose if node.args[1] in ("T", "mT") else rules_moves.shape
+    passage = passage_of(node)
+    if passage not in RULES:
+        raise Opaque
+    if passage is not Passage.SHAPE and any(
+        walk.shapes.values.get(n) is UNKNOWN for n in node.all_input_nodes
+    ):
+        raise Opaque
+    return RULES[passage]
+
+
+def _bar(walk: Walk, node: fx.Node) -> None:
+    cause = Cause(node, "values that are written in place while others read them")
+    for leaf in pytree.tree_leaves(walk.maps.get(node)):
+        if isinstance(leaf, Tensor):
+            walk.found.ground(array(leaf), cause)

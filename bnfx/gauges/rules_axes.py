@@ -1,0 +1,111 @@
+"""Rules of operators over axes: pooling, interpolation, means, sums and padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bnfx.gauges.constraints import Cause
+from bnfx.gauges.labels import along, array, compact, ground_map, settled
+from bnfx.gauges.walk import Opaque, Walk
+from bnfx.graphs.naming import describe
+from bnfx.operators.calls import all_equal, argument, base_name, function_name
+from bnfx.operators.passages import Passage, passage_of
+
+
+def pool(walk: Walk, node: fx.Node) -> Any:
+    """One gauge for each channel; a > 0 under a maximum, d = 0 where padded zeros are counted."""
+    value = argument(node, 0, "input")
+    labels, name = walk.labels_of(value), base_name(function_name(node.target))
+    spatial = int(next(c for c in name if c.isdigit()))
+    axis = labels.dim() - 1 - spatial
+    cause = Cause(node, describe(node))
+    channels = walk.channels(labels, axis, cause)
+    if passage_of(node) is Passage.MAX_POOL:
+        walk.positive(channels, cause)
+    elif not name.startswith("adaptive") and _counts_padding(node):
+        walk.unshifted(channels, Cause(node, f"the counted zero padding of {describe(node)}"))
+    out = walk.shapes.values[node]
+    if isinstance(out, tuple | list):
+        return (along(channels, axis, out[0].shape), ground_map(out[1].shape))
+    return along(channels, axis, walk.shape_of(node))
+
+
+def interpolate(walk: Walk, node: fx.Node) -> Tensor:
+    """One gauge for each channel."""
+    labels = walk.labels_of(argument(node, 0, "input"))
+    channels = walk.channels(labels, 1, Cause(node, describe(node)))
+    return along(channels, 1, walk.shape_of(node))
+
+
+def reduce(walk: Walk, node: fx.Node) -> Tensor:
+    """One gauge for each place that stays; d = 0 under a sum."""
+    labels = walk.labels_of(argument(node, 0, "input"))
+    dims = argument(node, 1, "dim")
+    if dims is None or dims == () or dims == [] or isinstance(dims, fx.Node):
+        dims = tuple(range(labels.dim()))
+    dims = (dims,) if isinstance(dims, int) else tuple(dims)
+    if not all(isinstance(d, int) for d in dims) or not labels.dim():
+        raise Opaque
+    reduced = {d % labels.dim() for d in dims}
+    cause = Cause(node, describe(node))
+    kept = [axis for axis in range(labels.dim()) if axis not in reduced]
+    small = compact(labels)
+    kept_shape = [small.shape[axis] for axis in kept]
+    rows = walk.rows(small, kept, cause)
+    if passage_of(node) is Passage.SUM:
+        walk.unshifted(rows, Cause(node, f"the sum {describe(node)}"))
+    shape = walk.shape_of(node)
+    view = (
+        [small.shape[axis] if axis in kept else 1 for axis in range(labels.dim())]
+        if len(shape) == labels.dim()
+        else kept_shape
+    )
+    return torch.from_numpy(rows).reshape(view).expand(shape)
+
+
+def pad(walk: Walk, node: fx.Node) -> Tensor:
+    """Equal gauges; d = 0 where zeros come in."""
+    labels = walk.labels_of(argument(node, 0, "input"))
+    widths, mode = argument(node, 1, "pad"), argument(node, 2, "mode", "constant")
+    fill = argument(node, 3, "value")
+    if isinstance(node.target, torch._ops.OpOverload):
+        mode, fill = ("constant", mode) if function_name(node.target) != "pad" else (mode, fill)
+        fill = None if fill == "constant" else fill
+    if not isinstance(widths, tuple | list) or not all(isinstance(w, int) for w in widths):
+        raise Opaque
+    axes = [labels.dim() - 1 - i // 2 for i, w in enumerate(widths) if w]
+    small, shape = compact(settled(labels)), walk.shape_of(node)
+    if any(small.shape[axis] > 1 for axis in axes):
+        if mode != "constant" or fill not in (None, 0):
+            raise Opaque
+        return _pad_channels(walk, node, labels, list(widths))
+    if mode == "constant":
+        if fill not in (None, 0):
+            raise Opaque
+        walk.unshifted(array(small), Cause(node, f"the zeros of {describe(node)}"))
+    return small.expand([shape[i] if n == 1 else n for i, n in enumerate(small.shape)])
+
+
+def _pad_channels(walk: Walk, node: fx.Node, labels: Tensor, widths: list[int]) -> Tensor:
+    """Zeros beside channels have gauges of their own."""
+    padded = torch.nn.functional.pad(labels.double(), widths, value=-1.0).long()
+    new = padded < 0
+    small = compact(settled(torch.where(new, torch.full_like(padded, -1), padded)))
+    holes = small < 0
+    y = walk.found.fresh(node, "y", int(holes.sum()))
+    walk.unshifted(y, Cause(node, f"the zeros of {describe(node)}"))
+    walk.unshifted(array(labels), Cause(node, f"the zeros of {describe(node)}"))
+    filled = small.clone()
+    filled[holes] = torch.from_numpy(y)
+    return filled.expand(walk.shape_of(node))
+
+
+def _counts_padding(node: fx.Node) -> bool:
+    padding = argument(node, 3, "padding", 0)
+    counted = argument(node, 5, "count_include_pad", True)
+    return (not all_equal(padding, 0) and counted is not False) or argument(
+        node, 6, "divisor_override"
+    ) is not None

@@ -1,0 +1,121 @@
+"""A walk through an inference graph: what it knows so far, and what rules ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from bnfx.gauges.constraints import Cause, Constraints, Demand
+from bnfx.gauges.labels import array, ground_map, rows_along
+from bnfx.graphs.constants import Values
+from bnfx.graphs.shapes import Shapes, is_tensor
+from bnfx.numbers import Ints
+
+
+class Opaque(Exception):
+    """The rule of an operator does not fit this call."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may carry a gauge though it costs something.
+
+    Attributes:
+        thresholds: Bounds of ReLU, ReLU6, Hardtanh and clamp, one for each channel.
+        border_maps: A constant map behind a convolution that pads zeros, for one input size.
+    """
+
+    thresholds: bool = False
+    border_maps: bool = False
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One walk at the sizes of `shapes`; it writes its demands into `found`.
+
+    Attributes:
+        graph: The inference graph.
+        shapes: Fake values of its nodes.
+        values: Values of its constants.
+        found: Labels and demands.
+        barred: Nodes whose values must stay.
+        options: What may carry a gauge though it costs something.
+        maps: Node -> the labels of what it gives, in containers like its own.
+        data: Nodes that depend on elements of an input.
+    """
+
+    graph: fx.Graph
+    shapes: Shapes
+    values: Values
+    found: Constraints
+    barred: frozenset[fx.Node]
+    options: Options
+    maps: dict[fx.Node, Any] = field(default_factory=dict)
+    data: set[fx.Node] = field(default_factory=set)
+
+    def shape_of(self, node: fx.Node) -> tuple[int, ...]:
+        """The shape of what `node` gives; where it is unknown, no rule fits."""
+        value = self.shapes.values.get(node)
+        if not is_tensor(value):
+            raise Opaque
+        return tuple(int(n) for n in value.shape)
+
+    def labels_of(self, value: object) -> Tensor:
+        """The labels of a floating-point tensor."""
+        if not isinstance(value, fx.Node):
+            raise Opaque
+        labels, fake = self.maps.get(value), self.shapes.values.get(value)
+        if not isinstance(labels, Tensor) or not is_tensor(fake) or not fake.is_floating_point():
+            raise Opaque
+        return labels
+
+    def grounded(self, node: fx.Node) -> Any:
+        """A map of the ground for what `node` gives, in containers like its own."""
+        value = self.shapes.values.get(node)
+        if is_tensor(value):
+            return ground_map([int(n) for n in value.shape])
+        if isinstance(value, tuple | list | dict):
+            return pytree.tree_map(lambda v: ground_map(v.shape) if is_tensor(v) else None, value)
+        return None
+
+    def ground_inputs(self, node: fx.Node, words: str) -> None:
+        """Demand the ground of all that `node` reads."""
+        for value in node.all_input_nodes:
+            for leaf in pytree.tree_leaves(self.maps.get(value)):
+                if isinstance(leaf, Tensor):
+                    self.found.ground(array(leaf), Cause(node, words))
+
+    def channels(self, labels: Tensor, axis: int, cause: Cause) -> Ints:
+        """One label for each channel; the others of a channel are made equal to it."""
+        return self.rows(labels, [axis], cause)
+
+    def rows(self, labels: Tensor, axes: Sequence[int], cause: Cause) -> Ints:
+        """One label for each place along `axes`; the others of a place are made equal to it."""
+        if any(not 0 <= axis < labels.dim() for axis in axes):  # of assumed ranks
+            raise Opaque
+        rows, sizes = rows_along(labels, axes)
+        if not rows.shape[1]:  # of an empty batch
+            raise Opaque
+        first = rows[:, 0]
+        if rows.shape[1] > 1:
+            differ = rows != first[:, None]
+            count = self.found.count
+            keys = np.unique((first[:, None] * count + rows)[differ])
+            self.found.demand(Demand.SAME, keys // count, keys % count, cause=cause)
+        spread = [labels.shape[axis] for axis in axes]
+        return np.array(np.broadcast_to(first.reshape(sizes), spread).reshape(-1))
+
+    def unshifted(self, labels: Ints, cause: Cause, *, soft: bool = False) -> None:
+        """Demand d = 0."""
+        used = np.unique(labels)
+        self.found.demand(Demand.UNSHIFTED, used[used > 0], cause=cause, soft=soft)
+
+    def positive(self, labels: Ints, cause: Cause, *, soft: bool = False) -> None:
+        """Demand a > 0."""
+        used = np.unique(labels)
+        self.found.demand(Demand.POSITIVE, used[used > 0], cause=cause, soft=soft)

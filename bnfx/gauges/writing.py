@@ -1,0 +1,332 @@
+"""Put new parameters into a graph and take eliminated calls out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bnfx.gauges.constraints import Kind, Site
+from bnfx.gauges.new_weights import Pending
+from bnfx.graphs.naming import path_of
+from bnfx.graphs.norms import norm_call
+from bnfx.graphs.parameters import (
+    Constants,
+    attribute,
+    constants,
+    erase_dead,
+    free_name,
+    set_tensor,
+)
+from bnfx.graphs.tracing import owner_of
+from bnfx.operators.calls import argument, arguments
+from bnfx.operators.layers import BATCH_NORM, INSTANCE_NORM, affine_of
+from bnfx.operators.passages import Passage, passage_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """One new tensor of one call.
+
+    Attributes:
+        site: The call.
+        argument: Name of the argument.
+        old: What the argument was: a node, a number, or None.
+        value: In the stored dtype.
+        sources: What it was computed from.
+    """
+
+    site: Site
+    argument: str
+    old: object
+    value: Tensor
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write` put into a graph.
+
+    Attributes:
+        provenance: New parameter -> the source's that it was computed from.
+        dtypes: New parameter or buffer -> the dtype of what it stands for.
+    """
+
+    provenance: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+
+def round_exact(module: fx.GraphModule, exact: Mapping[str, torch.dtype]) -> None:
+    """Store parameters that are still in float64 in the dtypes that they have."""
+    for name, dtype in exact.items():
+        value = attribute(module, name)
+        if isinstance(value, Tensor) and value.dtype is not dtype:
+            set_tensor(module, name, value.detach().to(dtype), trained=value.requires_grad)
+
+
+def write(
+    module: fx.GraphModule,
+    changes: Sequence[Pending],
+    eliminated: Sequence[Site],
+    *,
+    bounds: Mapping[fx.Node, tuple[tuple[Tensor | None, Tensor | None], Tensor]],
+    rounded: bool,
+) -> Written:
+    """Carry out changes on `module`.
+
+    Args:
+        module: The graph.
+        changes: New parameters.
+        eliminated: Calls that give way to their operand.
+        bounds: Clamping calls -> their new bounds in float64, and a tensor like them.
+        rounded: Whether new values get their stored dtype; otherwise they stay in float64.
+    """
+    known = constants(module)
+    parts = [part for pending in changes for part in _parts(pending, rounded=rounded)]
+    gone = {site.node for site in eliminated}
+    agreed = _agreed(parts, known, gone)
+    before = [value for part in parts for value in part.site.node.all_input_nodes]
+    unread = _unread(module.graph)
+    before += [
+        value
+        for site in eliminated
+        for value in site.node.all_input_nodes
+        if value is not site.source or value not in unread
+    ]
+    done = Written()
+    renamed: dict[fx.Node, dict[str, fx.Node]] = {}
+    instead: dict[fx.Node, fx.Node] = {}
+    for part in parts:
+        name = _place(module, part, known, agreed)
+        done.provenance[name] = part.sources
+        assert part.site.like is not None
+        done.dtypes[name] = part.site.like.dtype
+        if part.argument == "border":
+            instead[part.site.node] = _add_border(module.graph, part.site.node, name)
+            continue
+        with module.graph.inserting_before(part.site.node):
+            renamed.setdefault(part.site.node, {})[part.argument] = module.graph.get_attr(name)
+    for node, (pair, like) in bounds.items():
+        instead[node] = _clamp(module, node, pair, like, done, rounded=rounded)
+    for site in {part.site.node: part.site for part in parts}.values():
+        _rename(site, renamed.get(site.node, {}))
+    for site in eliminated:
+        source = site.source
+        assert source is not None
+        while source in instead:
+            source = instead[source]
+        instead[site.node] = source
+        _take_out(module.graph, site.node, source)
+    _erase(module.graph, before)
+    return done
+
+
+def _unread(graph: fx.Graph) -> set[fx.Node]:
+    """Calls of which the output depends on none. They stay: erased, they would demand nothing."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op != "output" and all(user in found for user in node.users):
+            found.add(node)
+    return found
+
+
+def _call(site: Site) -> dict[str, Any]:
+    """The arguments of a site by name."""
+    node = site.node
+    if site.kind is Kind.AFFINE:
+        row = affine_of(node, {})
+        assert row is not None
+        return arguments(node, row.signature)
+    if site.kind is Kind.BATCH_NORM:
+        return norm_call(node)
+    if site.kind is Kind.NORM:
+        return {"weight": argument(node, 2, "weight"), "bias": argument(node, 3, "bias")}
+    return {"input": argument(node, 0, "input"), "other": argument(node, 1, "other")}
+
+
+def _parts(pending: Pending, *, rounded: bool) -> list[Part]:
+    change = pending.compute(rounded=rounded)
+    if change is None:
+        return []
+    sources = tuple(dict.fromkeys((*change.sources, *pending.carries)))
+    site, call = change.site, _call(change.site)
+    assert site.like is not None
+    found = []
+    for name, value in change.tensors.items():
+        if name == "constant":
+            name = site.operand  # its name in the call
+            if passage_of(site.node) is Passage.SUBTRACT:
+                value = -value  # the call goes on subtracting
+            if passage_of(site.node) is Passage.DIVIDE:
+                value = value.reciprocal()  # or dividing
+        stored = value.to(site.like.dtype if rounded else value.dtype).to(site.like.device)
+        found.append(Part(site, name, call.get(name), stored, sources))
+    return found
+
+
+def _agreed(parts: Sequence[Part], known: Constants, gone: set[fx.Node]) -> set[str]:
+    """Names whose readers all want the same new value."""
+    wanted: dict[str, dict[fx.Node, Part]] = {}
+    for part in parts:
+        if isinstance(part.old, fx.Node) and part.old.op == "get_attr":
+            wanted.setdefault(str(part.old.target), {})[part.site.node] = part
+    agreed = set()
+    for name, by_node in wanted.items():
+        readers = set(known.readers.get(name, ())) - gone
+        values = [part.value for part in by_node.values()]
+        same = all(torch.equal(values[0], other) for other in values[1:])
+        if same and readers <= set(by_node) and _once(name, by_node):
+            agreed.add(name)
+    return agreed
+
+
+def _once(name: str, by_node: dict[fx.Node, Part]) -> bool:
+    """Whether each call reads the name for one argument only."""
+    return all(
+        sum(isinstance(n, fx.Node) and str(n.target) == name for n in _call(p.site).values()) == 1
+        for p in by_node.values()
+    )
+
+
+def _place(module: fx.GraphModule, part: Part, known: Constants, agreed: set[str]) -> str:
+    """Store the new tensor and give its name."""
+    name = _name(module, part, known, agreed)
+    old = known.value(part.old)
+    if old is None:
+        weight = _call(part.site).get("weight")
+        old = known.value(weight)
+    trained = old is not None and old.requires_grad
+    buffer = old is not None and not isinstance(old, torch.nn.Parameter)
+    set_tensor(module, name, part.value, trained=trained, buffer=buffer)
+    return name
+
+
+def _name(module: fx.GraphModule, part: Part, known: Constants, agreed: set[str]) -> str:
+    node, old = part.site.node, part.old
+    if isinstance(old, fx.Node) and old.op == "get_attr":
+        name = str(old.target)
+        leaf = name.rpartition(".")[2]
+        own = owner_of(name)
+        return name if name in agreed else free_name(module, f"{own}.{leaf}_of_{node.name}")
+    weight = _call(part.site).get("weight")
+    if part.argument == "bias" and isinstance(weight, fx.Node) and weight.op == "get_attr":
+        name = _bias_name(str(weight.target))
+        if name not in known.readers:
+            return free_name(module, name) if _taken(module, name) else name
+        return free_name(module, f"{owner_of(name)}.bias_of_{node.name}")
+    path = path_of(node)
+    if path == node.name:
+        return free_name(module, f"{node.name}_{part.argument}")
+    return free_name(module, f"{path}.{part.argument}")
+
+
+def _taken(module: fx.GraphModule, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    owner = dict(module.named_modules(remove_duplicate=False)).get(path)
+    return owner is not None and getattr(owner, leaf, None) is not None
+
+
+def _bias_name(weight: str) -> str:
+    path, _, leaf = weight.rpartition(".")
+    bias = leaf.removesuffix("weight") + "bias" if leaf.endswith("weight") else f"{leaf}_bias"
+    return f"{path}.{bias}" if path else bias
+
+
+def _rename(site: Site, new: dict[str, fx.Node]) -> None:
+    """Make the call read its new parameters."""
+    node = site.node
+    if site.kind in (Kind.AFFINE, Kind.BATCH_NORM):
+        signature = _signature(site)
+        named = dict(zip(signature, node.args, strict=False)) | dict(node.kwargs) | new
+        node.args = (named.pop("input"),)
+        node.kwargs = named
+        return
+    positions = {"weight": 2, "bias": 3, "input": 0, "other": 1}
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for name, value in new.items():
+        at = positions[name]
+        if at < len(args):
+            args[at] = value
+        elif name == "input" and "self" in kwargs:
+            kwargs["self"] = value
+        else:
+            kwargs[name] = value
+    node.args, node.kwargs = tuple(args), kwargs
+
+
+def _signature(site: Site) -> tuple[str, ...]:
+    row = affine_of(site.node, {})
+    if row is not None:
+        return row.signature
+    target: Any = site.node.target
+    return BATCH_NORM[target] if target in BATCH_NORM else INSTANCE_NORM[target]
+
+
+def _add_border(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
+    """Add the border map to what a convolution gives; the sum takes its place."""
+    with graph.inserting_after(node):
+        border = graph.get_attr(name)
+    with graph.inserting_after(border):
+        total = graph.call_function(torch.add, (node, border))
+    total.meta = dict(node.meta)
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    return total
+
+
+def _clamp(
+    module: fx.GraphModule,
+    node: fx.Node,
+    bounds: tuple[Tensor | None, Tensor | None],
+    like: Tensor,
+    done: Written,
+    *,
+    rounded: bool,
+) -> fx.Node:
+    """A clamp with bounds for each channel in place of `node`."""
+    graph, path = module.graph, path_of(node)
+    prefix = f"{node.name}_" if path == node.name else f"{path}."
+    value: fx.Node = argument(node, 0, "input")
+    for bound, part, function in (
+        (bounds[0], "lower", torch.maximum),
+        (bounds[1], "upper", torch.minimum),
+    ):
+        if bound is None:
+            continue
+        name = free_name(module, f"{prefix}{part}")
+        stored = bound.to(like.dtype if rounded else bound.dtype).to(like.device)
+        set_tensor(module, name, stored, trained=False, buffer=True)
+        done.dtypes[name] = like.dtype
+        with graph.inserting_before(node):
+            value = graph.call_function(function, (value, graph.get_attr(name)))
+            value.meta = dict(node.meta)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
+    return value
+
+
+def _take_out(graph: fx.Graph, node: fx.Node, source: fx.Node) -> None:
+    for user in list(node.users):
+        # x.flatten(0, -2) -> BatchNorm -> view_as(x): nothing is left of the two
+        flat = argument(source, 0, "input") if passage_of(source) is Passage.MOVE else None
+        if isinstance(flat, fx.Node) and user.target == "view_as" and (user.args == (node, flat)):
+            user.replace_all_uses_with(flat)
+            graph.erase_node(user)
+    node.replace_all_uses_with(source)
+    graph.erase_node(node)
+
+
+def _erase(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Erase what only the old parameters fed."""
+    queue = list(dict.fromkeys(nodes))
+    while queue:
+        node = queue.pop()
+        if node.users or node.graph is not graph or node.op in ("placeholder", "output"):
+            continue
+        if node._erased:
+            continue
+        inputs = node.all_input_nodes
+        erase_dead(graph, [node])
+        queue.extend(inputs)

@@ -1,0 +1,120 @@
+"""What an inference graph computes from its parameters alone: constants, evaluated on demand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bnfx.graphs.parameters import Constants
+from bnfx.operators.calls import function_name, reads_shape_only, words
+from bnfx.operators.effects import writes
+from bnfx.operators.passages import Passage, passage_of
+
+#: Operators that give another result each time, or none.
+_IMPURE = words(
+    "rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal "
+    "poisson dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout "
+    "feature_alpha_dropout rrelu empty empty_like new_empty _assert _check "
+    "_assert_tensor_metadata scaled_dot_product_attention setattr"
+)
+
+
+class Values:
+    """Values of nodes that depend on nothing but parameters and buffers that nobody writes.
+
+    Attributes:
+        known: The tensors that the graph reads by name.
+    """
+
+    def __init__(self, graph: fx.Graph, known: Constants) -> None:
+        self.known = known
+        self._constant: set[fx.Node] = set()
+        self._memory: dict[fx.Node, Any] = {}
+        for node in graph.nodes:
+            if self._follows(node):
+                self._constant.add(node)
+
+    def _follows(self, node: fx.Node) -> bool:
+        if node.op == "get_attr":
+            return self.known.value(node) is not None
+        if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
+            return False
+        if not all(n in self._constant for n in node.all_input_nodes):
+            return False
+        return is_pure(node) and not any(writes(user) for user in node.users)
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether `node` has one value, whatever the inputs are."""
+        return node in self._constant
+
+    def of(self, value: object) -> Tensor | None:
+        """The tensor that `value` always is, in its own dtype; None if it is not constant."""
+        if not isinstance(value, fx.Node) or value not in self._constant:
+            return None
+        found = self._evaluate(value)
+        return found if isinstance(found, Tensor) else None
+
+    def operand(self, value: object) -> Tensor | None:
+        """A constant operand of an elementwise call in float64; None if it is not constant."""
+        if isinstance(value, bool) or not isinstance(value, int | float | fx.Node):
+            return None
+        if isinstance(value, int | float):
+            return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+        known = self.of(value)
+        if known is None or known.is_complex() or known.dtype is torch.bool:
+            return None
+        return known.detach().double().cpu()
+
+    def sources(self, value: object) -> tuple[str, ...]:
+        """Names of the parameters and buffers that a constant is computed from."""
+        if not isinstance(value, fx.Node) or value not in self._constant:
+            return ()
+        if value.op == "get_attr":
+            return (str(value.target),)
+        names = (name for n in value.all_input_nodes for name in self.sources(n))
+        return tuple(dict.fromkeys(names))
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        if node in self._memory:
+            return self._memory[node]
+        if node.op == "get_attr":
+            return self.known.tensors[str(node.target)]
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._evaluate)
+        with torch.no_grad():
+            if node.op == "call_method":
+                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                value = node.target(*args, **kwargs)  # type: ignore[operator]  # a function
+        self._memory[node] = value
+        return value
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether a call gives the same result each time and does nothing else."""
+    if node.op not in ("call_function", "call_method") or writes(node):
+        return False
+    name = str(node.target) if node.op == "call_method" else function_name(node.target)
+    ours = node.op == "call_method" or passage_of(node) is not None or is_torch(node.target)
+    return ours and name not in _IMPURE
+
+
+def is_torch(target: Any) -> bool:
+    """Whether a function is one of torch's own or of Python's."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace == "aten"
+    module = getattr(target, "__module__", None) or ""
+    return module.partition(".")[0] in ("torch", "_operator", "math", "builtins") or (
+        getattr(torch, function_name(target), None) is target
+    )
+
+
+def readers(value: fx.Node) -> list[fx.Node]:
+    """The users of `value` that depend on its elements."""
+    return [user for user in value.users if reads_elements(user, value)]
+
+
+def reads_elements(user: fx.Node, value: fx.Node) -> bool:
+    """Whether `user` depends on the elements of `value`, not on its shape alone."""
+    return passage_of(user) is not Passage.SHAPE and not reads_shape_only(user, value)

@@ -1,0 +1,109 @@
+"""Example inputs, copies of models, and the state of a model that a look at it must put back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bnfx.errors import CaptureError
+
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Example inputs of a model: positional arguments and keyword arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def copied(self) -> Example:
+        """The same with tensors of its own, in which a forward may work."""
+        leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
+        memo = {id(t): t.detach().clone() for t in leaves if isinstance(t, Tensor)}
+        args, kwargs = copy.deepcopy((self.args, dict(self.kwargs)), dict[int, Any](memo))
+        return Example(args, kwargs)
+
+
+def example(inputs: Any, kwargs: Mapping[str, Any] | None) -> Example | None:
+    """`inputs` as a tuple of positional arguments (a lone tensor is accepted), None without any."""
+    if inputs is None and not kwargs:
+        return None
+    if inputs is None:
+        inputs = ()
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    if not isinstance(inputs, tuple | list):
+        raise CaptureError(
+            f"example_inputs is a {type(inputs).__name__}; give a tuple of positional arguments "
+            "or a lone tensor"
+        )
+    return Example(tuple(inputs), dict(kwargs or {}))
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A deep copy; what it shares inside, such as tied weights, it goes on sharing."""
+    return _copied(model, {})
+
+
+def skeleton(model: nn.Module, shared: Iterable[Tensor] | None = None) -> nn.Module:
+    """A copy of the modules with its own tensors, except that `shared` share their storage.
+
+    These are all parameters by default. Parameters are objects of their own even so: `.half()` or
+    `.to()` on the copy, which replace the data behind an object, leave the model alone. Writing
+    into them in place does not.
+    """
+    if shared is None:
+        shared = model.parameters() if isinstance(model, nn.Module) else ()
+    return _copied(model, {id(tensor): _sharing(tensor) for tensor in shared})
+
+
+def _sharing(tensor: Tensor) -> Tensor:
+    if type(tensor) is not nn.Parameter:
+        return tensor
+    return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+
+
+def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
+    """A deep copy; tensors that a module keeps from its last forward are copied without gradient.
+
+    The weight of torch.nn.utils.weight_norm (the old form) is one: a deep copy alone refuses it.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, dict[int, Any](memo))
+    except (RuntimeError, TypeError, ValueError) as error:  # the last from lazy modules
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied: {error}. bnfx never changes the model that "
+            "it is given; make copy.deepcopy(model) work"
+        ) from error
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put the training flag of every module of `model` back at the end."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether code of the user runs around this module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

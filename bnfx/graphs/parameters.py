@@ -1,0 +1,135 @@
+"""Parameters of an inference graph: who reads them, who may write them, how one is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from bnfx.operators.effects import writes
+from bnfx.operators.layers import AFFINE, BATCH_NORM
+
+_FRESH = {function for row in AFFINE for function in row.functions} | set(BATCH_NORM)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The tensors that a graph reads by name, and those that it may change while it runs."""
+
+    tensors: dict[str, Tensor]
+    readers: dict[str, tuple[fx.Node, ...]]
+    written: frozenset[str]
+
+    def value(self, node: object) -> Tensor | None:
+        """The tensor behind a `get_attr` node that nothing writes; None for anything else."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        name = str(node.target)
+        return None if name in self.written else self.tensors.get(name)
+
+
+def constants(module: fx.GraphModule) -> Constants:
+    """What the graph of `module` reads by name.
+
+    A tensor counts as written if anything computed from it without a fresh result, or any name
+    that shares its storage, is changed in place, or if a module that is kept whole owns it.
+    """
+    tensors: dict[str, Tensor] = {}
+    readers: dict[str, tuple[fx.Node, ...]] = {}
+    unsafe: set[int] = set()
+    modules = dict(module.named_modules(remove_duplicate=False))
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            unsafe.update(_storage(t) for t in _owned(modules[str(node.target)]))
+        if node.op != "get_attr":
+            continue
+        value = attribute(module, str(node.target))
+        if not isinstance(value, Tensor):
+            continue
+        tensors[str(node.target)] = value
+        readers[str(node.target)] = (*readers.get(str(node.target), ()), *node.users)
+        if any(writes(user) for user in _aliases(node)):
+            unsafe.add(_storage(value))
+    written = frozenset(name for name, value in tensors.items() if _storage(value) in unsafe)
+    return Constants(tensors, readers, written)
+
+
+def _owned(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def _aliases(node: fx.Node) -> Iterator[fx.Node]:
+    """Users of `node` and of whatever may be a view of it."""
+    seen: set[fx.Node] = set()
+    queue = list(node.users)
+    while queue:
+        user = queue.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        yield user
+        if user.target not in _FRESH:
+            queue.extend(user.users)
+
+
+def attribute(module: nn.Module, name: str) -> object:
+    """`module.a.b` for "a.b"."""
+    value: object = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def set_tensor(
+    module: nn.Module, name: str, value: Tensor, *, trained: bool, buffer: bool = False
+) -> None:
+    """Put a parameter or buffer at `name`, making the modules on the way; an old one goes."""
+    path, _, leaf = name.rpartition(".")
+    owner = module
+    for part in path.split(".") if path else ():
+        child = owner._modules.get(part)
+        if child is None:
+            child = nn.Module()
+            child.training = module.training
+            owner.add_module(part, child)
+        owner = child
+    owner._buffers.pop(leaf, None)
+    owner._parameters.pop(leaf, None)
+    if leaf in owner.__dict__:
+        delattr(owner, leaf)
+    if buffer:
+        owner.register_buffer(leaf, value)
+    else:
+        owner.register_parameter(leaf, nn.Parameter(value, requires_grad=trained))
+
+
+def free_name(module: nn.Module, wanted: str) -> str:
+    """`wanted`, or with the first numbers behind its parts at which something else is."""
+    owner: nn.Module | None = module
+    *path, leaf = wanted.split(".")
+    found = []
+    for part in path:
+        if owner is not None and part not in owner._modules:
+            part = _free(owner, part)
+        owner = owner._modules.get(part) if owner is not None else None
+        found.append(part)
+    return ".".join([*found, leaf if owner is None else _free(owner, leaf)])
+
+
+def _free(owner: nn.Module, wanted: str) -> str:
+    taken = set(dir(owner))
+    names = [wanted, *(f"{wanted}_{i}" for i in range(1, len(taken) + 2))]
+    return next(name for name in names if name not in taken)
+
+
+def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Erase those of `nodes` that nobody uses; never an operator with an effect of its own."""
+    for node in nodes:
+        if not node.users and node.graph is graph:
+            graph.erase_node(node)

@@ -1,0 +1,233 @@
+"""Symbolic tracing, which both kinds of graphs share.
+
+There are two kinds of graphs, one to train on (`bnfx.graphs.training`) and one to fold
+(`bnfx.graphs.inference`). Both are made from a deep copy, so that the source stays as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import operator
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from bnfx.errors import CaptureError
+from bnfx.graphs.examples import HOOKS, Example, has_hooks
+from bnfx.graphs.forward_state import autocast_state, nothing_drawn, stateless
+from bnfx.operators.layers import BATCH_NORM
+
+#: node.meta key: the ranks that the BatchNorm module behind a functional call accepts.
+RANKS = "bnfx_ranks"
+#: node.meta key: module path of the BatchNorm module behind a functional call.
+OWNER = "bnfx_owner"
+
+
+#: Values that a graph holds as they are: a proxy for them would only hide which way a forward goes.
+NO_PROXY = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+#: What ends a string in the code that torch.fx writes; it puts names there as they are.
+_UNQUOTABLE = frozenset('"\\\n\r')
+
+
+class Tracer(fx.Tracer):
+    """Symbolic tracing with chosen leaves, and with optional arguments at their defaults.
+
+    A proxy is not None and has no truth value, so an optional argument that is traced as a proxy
+    takes the wrong branch silently. Only required arguments and those given in the example become
+    placeholders; the others keep their default, and are no arguments of the result.
+    """
+
+    def __init__(self, opaque: frozenset[str], given: Example | None) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.given = given
+        self.failed: str | None = None
+        self._autocast = autocast_state()
+        self._entered: set[str] = set()
+        self.read: dict[str, Any] = {}
+
+    def create_args_for_root(
+        self,
+        root_fn: Callable[..., Any],
+        is_module: bool,  # noqa: FBT001  # the signature is torch.fx's
+        concrete_args: Any = None,  # noqa: ARG002  # likewise
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Placeholders for required and given arguments, values for the rest."""
+        assert is_module
+        signature = inspect.signature(root_fn)
+        names = list(signature.parameters)[1:]
+        given: dict[str, Any] = {}
+        if self.given is not None:
+            bound = signature.bind(self.root, *self.given.args, **self.given.kwargs)
+            given = dict(bound.arguments)
+        args: list[Any] = [self.root]
+        keywords: dict[str, Any] = {}
+        for name in names:
+            parameter = signature.parameters[name]
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                if given.get(name):
+                    raise fx.proxy.TraceError(f"forward takes {parameter}")
+                continue
+            value = given.get(name, parameter.default)
+            if value is parameter.empty or name in given:
+                default = () if parameter.default is parameter.empty else (parameter.default,)
+                proxy = self.create_proxy("placeholder", name, default, {})
+                if isinstance(value, NO_PROXY):
+                    self._hold(name, proxy, value)
+                else:
+                    value = proxy
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                keywords[name] = value
+            else:
+                args.append(value)
+        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        variadic = [str(p) for p in signature.parameters.values() if p.kind in several]
+        if variadic and not self.graph.find_nodes(op="placeholder"):
+            raise fx.proxy.TraceError(f"forward takes {', '.join(variadic)} alone")
+        return functools.partial(root_fn, **keywords) if keywords else root_fn, args
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node; not in a region of autocast, which a graph of torch.fx leaves out."""
+        if autocast_state() != self._autocast:
+            raise fx.proxy.TraceError("a part of it runs under torch.autocast")
+        return super().create_node(*args, **kwargs)
+
+    def _hold(self, name: str, proxy: fx.Proxy, value: Any) -> None:
+        """Make the graph refuse another value than the one that it was made for."""
+        checked = self.create_proxy("call_function", operator.eq, (proxy, value), {})
+        words = f"{name} was {value!r} in the example inputs, which this graph was made for"
+        self.create_proxy("call_function", torch._assert, (checked, words), {})
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Modules that could not be traced, or whose hooks would run during tracing, stay whole."""
+        return (
+            module_qualified_name in self.opaque
+            or has_hooks(m)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def create_arg(self, a: Any) -> Any:
+        """Results keep their type: torch.fx turns any subclass of dict into a dict."""
+        kind: Any = type(a)
+        if not issubclass(kind, dict) or kind is dict:
+            return super().create_arg(a)
+        if kind is OrderedDict:
+            return self.create_node("call_function", kind, (self.create_arg([*a.items()]),), {})
+        if dataclasses.is_dataclass(kind):
+            names = [f.name for f in dataclasses.fields(kind)]
+            fields = {name: self.create_arg(getattr(a, name)) for name in names}
+            make: Any = kind
+            return self.create_node("call_function", make, (), fields)
+        raise NotImplementedError(f"a {kind.__name__}, which cannot be made in a graph")
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A module in which tracing fails stays whole: the innermost one."""
+        path, last = self.path_of_module(m), self.graph._root.prev
+        depth = len(self.module_stack)
+        try:
+            with nothing_drawn():
+                out = super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is not None or self.is_leaf_module(m, path):
+                self.failed = self.failed or path
+                raise
+            self.opaque |= {path}
+            if path in self._entered:  # one call is in the graph already, and must stay whole too
+                self.failed = path
+                raise
+            self._forget(last)
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem()
+            return self.create_proxy("call_module", path, args, kwargs)
+        self._entered.add(path)
+        return out
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """The same as torch.fx's; what was read is remembered."""
+        self.read = parameter_proxy_cache
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _forget(self, last: fx.Node) -> None:
+        """Erase the nodes behind `last`, and all knowledge of them."""
+        gone = set()
+        while (node := self.graph._root.prev) is not last:
+            self.graph.erase_node(node)
+            gone.add(node)
+        for name in [name for name, proxy in self.read.items() if proxy.node in gone]:
+            del self.read[name]
+
+
+def trace(
+    kind: type[Tracer], model: nn.Module, opaque: frozenset[str], given: Example | None
+) -> tuple[fx.Graph, frozenset[str]]:
+    """Trace `model`; submodules in which that fails stay whole. The graph, and their paths."""
+    while True:
+        tracer = kind(opaque, given)
+        try:
+            with nothing_drawn():
+                graph = stateless(tracer, model)
+        except Exception as error:  # a user's forward on proxies raises anything
+            if tracer.failed is None or tracer.opaque == opaque:
+                raise CaptureError(
+                    f"the forward of {type(model).__name__} cannot be traced symbolically: {error}"
+                ) from error
+            opaque = tracer.opaque
+            continue
+        for node in graph.nodes:
+            _require_quotable(node)
+            node.type = None  # annotations are strings at times, which no pickle can import
+        graph._tracer_cls = None  # unpickling would make a tracer of this class
+        return graph, tracer.opaque
+
+
+def _require_quotable(node: fx.Node) -> None:
+    if node.op in ("get_attr", "call_module") and set(str(node.target)) & _UNQUOTABLE:
+        raise CaptureError(
+            f"the name {node.target!r} holds a quote, a backslash or a line break, which torch.fx "
+            "cannot write into code; rename the module"
+        )
+
+
+def assemble(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """`graph` with what it reads of `root`, in the mode and with the outer hooks of `root`."""
+    graph.lint()
+    module = fx.GraphModule(root, graph, class_name=type(root).__name__)
+    theirs = dict(root.named_modules(remove_duplicate=False))
+    for path, made in module.named_modules(remove_duplicate=False):
+        made.training = theirs[path].training
+    for hooks in HOOKS:
+        getattr(module, hooks).update(getattr(root, hooks))
+    return module
+
+
+def batch_norm_path(node: fx.Node) -> str:
+    """Name of a BatchNorm evaluation: its module, or the owner of its running mean, or the node."""
+    if OWNER in node.meta:
+        return str(node.meta[OWNER])
+    mean = node.all_input_nodes and _running_mean(node)
+    if isinstance(mean, fx.Node) and mean.op == "get_attr":
+        return owner_of(str(mean.target))
+    return node.name
+
+
+def _running_mean(node: fx.Node) -> Any:
+    signature = BATCH_NORM[node.target]  # type: ignore[index]  # callers pass BatchNorm calls
+    named = dict(zip(signature, node.args, strict=False)) | dict(node.kwargs)
+    return named.get("running_mean")
+
+
+def owner_of(name: str) -> str:
+    """Path of the module that holds a parameter; the parameter's own name at the root."""
+    return name.rpartition(".")[0] or name

@@ -1,0 +1,1 @@
+"""What an operator is: one table, and how to read one call."""

@@ -1,0 +1,174 @@
+"""Linear maps of one tensor, as convolutions of one shape that can be added."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnfx.operators.layers import Affine
+
+
+@dataclass(frozen=True)
+class Branch:
+    """y = W * x + b with the geometry of a convolution; a linear layer has no spatial axes.
+
+    Attributes:
+        weight: (out, in / groups, *kernel), float64.
+        bias: (out,), float64.
+        stride: One number for each spatial axis.
+        padding: Likewise, on both sides.
+        dilation: Likewise.
+        groups: Groups of channels.
+        rank: Rank of x and y; the channels are axis 1 of it, or the last for a linear layer.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    rank: int
+
+    @staticmethod
+    def of_layer(
+        row: Affine, call: dict[str, Any], weight: Tensor | None, bias: Tensor | None
+    ) -> Branch | None:
+        """The map of a convolution or linear layer; None where its padding is uneven."""
+        assert weight is not None
+        spatial = row.spatial or 0
+        kernel = tuple(weight.shape[2:])
+        dilation = _numbers(call["dilation"], spatial)
+        padding = call["padding"]
+        if padding == "valid":
+            padding = 0
+        if padding == "same":
+            reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            if any(r % 2 for r in reach):
+                return None
+            padding = tuple(r // 2 for r in reach)
+        wide = weight.detach().cpu().double()
+        summand = (
+            torch.zeros(len(wide), device="cpu").double()
+            if bias is None
+            else bias.detach().cpu().double()
+        )
+        numbers = (_numbers(call["stride"], spatial), _numbers(padding, spatial), dilation)
+        return Branch(wide, summand, *numbers, int(call["groups"]), spatial + 2)
+
+    @staticmethod
+    def identity(shape: tuple[int, ...], factor: float) -> Branch:
+        """Y = factor x, channels on axis 1."""
+        spatial = max(0, len(shape) - 2)
+        channels = shape[1] if len(shape) > 1 else 1
+        ones = (1,) * spatial
+        weight = torch.full((channels, 1, *ones), factor, dtype=torch.float64, device="cpu")
+        zeros = torch.zeros(channels, dtype=torch.float64, device="cpu")
+        return Branch(weight, zeros, ones, (0,) * spatial, ones, channels, len(shape))
+
+    @property
+    def axis(self) -> int:
+        """The axis of the channels."""
+        return 1
+
+    @property
+    def outputs(self) -> int:
+        """Number of output channels."""
+        return len(self.weight)
+
+    @property
+    def inputs(self) -> int:
+        """Number of input channels."""
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def taps(self) -> int:
+        """Size of the kernel."""
+        return prod(self.weight.shape[2:])
+
+    def scaled(self, s: Tensor, t: Tensor) -> Branch:
+        """The branch followed by y -> s y + t for each channel."""
+        column = s.reshape(-1, *[1] * (self.weight.dim() - 1))
+        return replace(self, weight=self.weight * column, bias=self.bias * s + t)
+
+    def per_channel(self, constant: Tensor) -> Tensor | None:
+        """(out,): a constant that is broadcast to y, where it depends on the channel alone."""
+        shape = [1] * (self.rank - constant.dim()) + list(constant.shape)
+        if (
+            self.rank < 2
+            or len(shape) != self.rank
+            or any(n != 1 for i, n in enumerate(shape) if i != 1)
+        ):
+            return None
+        if shape[1] not in (1, self.outputs):
+            return None
+        return constant.reshape(-1).expand(self.outputs)
+
+
+def absorbed(branch: Branch, constant: Tensor) -> Branch | None:
+    """The branch plus a constant for each channel."""
+    summand = branch.per_channel(constant)
+    return None if summand is None else replace(branch, bias=branch.bias + summand)
+
+
+def joined(target: Branch, other: Branch) -> Branch | None:
+    """The sum of two branches of one input, where `other` fits into the kernel of `target`."""
+    same = (target.outputs, target.inputs, target.rank) == (other.outputs, other.inputs, other.rank)
+    if not same or other.groups % target.groups or target.stride != other.stride:
+        return None
+    places = _places(target, other)
+    if places is None:
+        return None
+    weight = target.weight.clone()
+    dense = _regrouped(other, target.groups)
+    view = weight[(slice(None), slice(None), *places)]
+    weight[(slice(None), slice(None), *places)] = view + dense
+    return replace(target, weight=weight, bias=target.bias + other.bias)
+
+
+def _places(target: Branch, other: Branch) -> tuple[slice, ...] | None:
+    """Where each tap of `other` falls among those of `target`; None where one falls beside."""
+    places = []
+    axes = zip(
+        *(target.weight.shape[2:], other.weight.shape[2:], target.padding, other.padding),
+        *(target.dilation, other.dilation),
+        strict=True,
+    )
+    for k, m, p, q, d, e in axes:
+        if 2 * p - d * (k - 1) != 2 * q - e * (m - 1):
+            return None  # output sizes differ at some input size
+        first, step = p - q, e if m > 1 else d
+        if first % d or step % d or first < 0:
+            return None
+        start, jump = first // d, step // d
+        stop = start + jump * (m - 1)
+        if stop >= k:
+            return None
+        places.append(slice(start, stop + 1, jump))
+    return tuple(places)
+
+
+def _regrouped(branch: Branch, groups: int) -> Tensor:
+    """The weight with fewer groups, zeros between the channels that are not connected."""
+    if branch.groups == groups:
+        return branch.weight
+    out, narrow = branch.weight.shape[:2]
+    weight = torch.zeros(
+        out, branch.inputs // groups, *branch.weight.shape[2:], device="cpu"
+    ).double()
+    channel = torch.arange(out, device="cpu")
+    old, new = channel // (out // branch.groups), channel // (out // groups)
+    start = old * narrow - new * (branch.inputs // groups)
+    weight[channel[:, None], start[:, None] + torch.arange(narrow, device="cpu")] = branch.weight
+    return weight
+
+
+def _numbers(value: Any, count: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * count
+    numbers = tuple(int(v) for v in value)
+    return numbers if len(numbers) == count else numbers * count

@@ -1,0 +1,1 @@
+"""onnxruntime: sessions, the proof of what ran where, the process apart."""

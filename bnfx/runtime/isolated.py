@@ -1,0 +1,124 @@
+"""Requests to onnxruntime in a process of their own: no crash, hang or greed of it gets out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnfx import errors
+from bnfx.errors import ProviderError, VerificationError
+from bnfx.numbers import Array
+from bnfx.runtime.runner import ANSWER, INPUTS, OUTPUTS, REQUEST, Answer, Request
+
+#: Least memory that onnxruntime is left, in bytes.
+_LEAST = 2**31
+
+
+def execute_apart(request: Request, runs: Sequence[Sequence[Array]], *, timeout: float) -> Answer:
+    """`bnfx.runtime.runner.execute` in a process of its own, with limits of time and memory.
+
+    For a strict float32 run on CUDA, NVIDIA_TF32_OVERRIDE=0 is set before CUDA starts.
+
+    Args:
+        request: What to run.
+        runs: Arrays of the inputs, in the order of `request.names`.
+        timeout: Seconds after which it is stopped.
+
+    Raises:
+        VerificationError: The file cannot be loaded, crashed onnxruntime or did not end in time.
+        ProviderError: The provider did not run it, or did not compute as asked.
+    """
+    folder = Path(request.folder)
+    # CUDA reserves far more address space than it uses, so that no limit fits it.
+    memory = None if request.provider.startswith("cuda") else _free_memory()
+    request = dataclasses.replace(request, runs=len(runs), memory=memory)
+    (folder / REQUEST).write_text(json.dumps(dataclasses.asdict(request)))
+    arrays: dict[str, Any] = {
+        f"{i}.{name}": array
+        for i, values in enumerate(runs)
+        for name, array in zip(request.names, values, strict=True)
+    }
+    with (folder / INPUTS).open("wb") as out:
+        np.savez(out, **arrays)
+    (folder / ANSWER).unlink(missing_ok=True)
+    _run(folder, request, timeout)
+    told = json.loads((folder / ANSWER).read_text())
+    if "error" in told:
+        raise getattr(errors, told["error"])(told["message"])
+    with np.load(folder / OUTPUTS) as stored:
+        told["results"] = [
+            None if count is None else [stored[f"run.{i}.{k}"] for k in range(count)]
+            for i, count in enumerate(told["results"])
+        ]
+        told["values"] = {name: stored[f"value.{name}"] for name in told["values"]}
+    told["failures"] = {int(i): message for i, message in told["failures"].items()}
+    told["outputs"] = tuple(told["outputs"])
+    return Answer(**told)
+
+
+def load_apart(model: Path, *, provider: str = "cpu", timeout: float = 120.0) -> None:
+    """Load a file in a process of its own, to learn whether it is safe to do so in this one.
+
+    Raises:
+        VerificationError: It is not valid, cannot be loaded, or crashes onnxruntime.
+        ProviderError: The provider cannot take it.
+    """
+    with tempfile.TemporaryDirectory(prefix="bnfx-") as folder:
+        request = Request(str(model), provider, folder, (), 0)
+        execute_apart(request, [], timeout=timeout)
+
+
+def _run(folder: Path, request: Request, timeout: float) -> None:
+    environment = dict(os.environ)
+    if request.provider.startswith("cuda"):
+        environment["NVIDIA_TF32_OVERRIDE"] = "1" if request.tf32 else "0"
+        if request.tf32:
+            del environment["NVIDIA_TF32_OVERRIDE"]
+    root = str(Path(__file__).parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (root, environment.get("PYTHONPATH", "")))
+    )
+    command = [sys.executable, "-m", "bnfx.runtime.runner", str(folder)]
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise VerificationError(
+            f"onnxruntime had not finished {request.model} after {timeout:.0f} s and was stopped"
+        ) from error
+    if (folder / ANSWER).is_file():
+        return
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        kind = ProviderError if request.provider.startswith("cuda") else VerificationError
+        raise kind(f"onnxruntime crashed on {request.model} ({name}) {last}".rstrip())
+    raise VerificationError(f"onnxruntime gave up on {request.model}: {last}")
+
+
+def _free_memory() -> int | None:
+    """Bytes that a process may take here; None where the system does not tell."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    values = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    available = values.get("MemAvailable", "").split()
+    return max(_LEAST, int(available[0]) * 1024) if available else None

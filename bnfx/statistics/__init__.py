@@ -1,0 +1,1 @@
+"""Population statistics from batches."""

@@ -1,0 +1,197 @@
+"""An ONNX file as the reference: evaluated in float64, its layers taken as they are.
+
+The graph is widened to float64 and evaluated by onnx's own reference implementation; convolutions
+and pooling, which are slow there, by torch.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bnfx.errors import VerificationError
+from bnfx.numbers import Array
+from bnfx.onnx_files.reading import all_nodes, describe_type, read_onnx, tensor_array, type_name
+from bnfx.onnx_files.retyping import BFLOAT16, DOUBLE, FLOAT, HALF, float_types, retyped
+from bnfx.runtime.isolated import execute_apart
+from bnfx.runtime.runner import Answer, Request
+from bnfx.verification.file_layers import file_layers
+from bnfx.verification.file_operators import OPERATORS
+from bnfx.verification.layers import as_tensor, composed, samples
+from bnfx.verification.references import COMPOSED, Form, Precision, arrays, require_same
+from bnfx.verification.runs import RowTruths, Runs, Sample
+from bnfx.verification.staging import stage
+from bnfx.verification.torch_layers import Constant, Traced
+
+_NAMES: Mapping[int, Precision] = {BFLOAT16: "bf16", HALF: "fp16"}
+_ORDER: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16")
+
+
+class OnnxReference:
+    """A file that another file is compared with."""
+
+    def __init__(self, path: Path, precision: Precision, timeout: float) -> None:
+        self.name = str(path)
+        self.path, self.timeout = path, timeout
+        self.proto = read_onnx(path)
+        types = float_types(self.proto)
+        own: Precision = next((_NAMES[t] for t in (BFLOAT16, HALF) if t in types), "fp32")
+        self.precision: Precision = max(own, precision, key=_ORDER.index)
+        self.weights = {"bf16": "bfloat16", "fp16": "float16"}.get(own, "float32")
+        stored = {tensor.name for tensor in self.proto.graph.initializer}
+        self.inputs = [v for v in self.proto.graph.input if v.name not in stored]
+        norms = sum(node.op_type == "BatchNormalization" for node in all_nodes(self.proto))
+        # Folding may spread a BatchNorm over several layers, so that other weights are as right.
+        self.decides = norms == 0
+        self.failures: list[str] = []
+
+    def example(self) -> Sample:
+        """An input drawn by what the file declares; every symbolic size is 2.
+
+        Raises:
+            VerificationError: An input is no tensor, or claims more than 2^31 elements.
+        """
+        generator = torch.Generator().manual_seed(0)
+        drawn = []
+        for value in self.inputs:
+            kind = value.type.tensor_type.elem_type
+            shape = [dim.dim_value or 2 for dim in value.type.tensor_type.shape.dim]
+            if not kind or kind == onnx.TensorProto.STRING or math.prod(shape) >= 2**31:
+                raise VerificationError(
+                    f"no example can be drawn for input {value.name!r} of {self.name}, "
+                    f"{describe_type(value)}; give args"
+                )
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
+            noise = torch.randn(shape, generator=generator)
+            narrow = kind == BFLOAT16
+            floating = narrow or np.dtype(dtype).kind == "f"
+            like = noise if floating else (noise > 0).to(torch.int64)
+            drawn.append(like if narrow else torch.from_numpy(like.numpy().astype(dtype)))
+        return Sample(tuple(drawn), {})
+
+    def leaves(self, sample: Sample) -> list[Tensor]:
+        """The tensors of an input in the order of the file's inputs; by name where it has names."""
+        if sample.kwargs and not sample.args:
+            missing = [v.name for v in self.inputs if v.name not in sample.kwargs]
+            if not missing:
+                return [torch.as_tensor(sample.kwargs[v.name]) for v in self.inputs]
+        leaves = pytree.tree_leaves((sample.args, dict(sample.kwargs)))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def run(self, given: Sequence[Sample], known: RowTruths | None = None) -> Runs:
+        """Outputs as onnxruntime computes them, and in float64.
+
+        Args:
+            given: The inputs.
+            known: What they are in float64, as far as earlier runs tell.
+
+        Raises:
+            VerificationError: The reference cannot be run on an input.
+        """
+        if not given:
+            return Runs([], [], [], ())
+        answer = self._answer(given, values=False)
+        failed = next(iter(answer.failures.values()), None)
+        if failed is not None:
+            raise VerificationError(f"onnxruntime cannot run the reference {self.name}: {failed}")
+        own = [outs or [] for outs in answer.results]
+        outputs = self.proto.graph.output
+        declared = tuple(type_name(value.type.tensor_type.elem_type) for value in outputs)
+        wide = retyped(self.proto, self.path.parent, {FLOAT, HALF, BFLOAT16}, DOUBLE)
+        try:
+            evaluator = ReferenceEvaluator(wide, new_ops=list(OPERATORS))
+            exact = []
+            for i, sample in enumerate(given):
+                truth = known.of(i, own[i]) if known is not None else None
+                exact.append(self._evaluate(evaluator, sample) if truth is None else truth)
+        except (RuntimeError, TypeError, ValueError, KeyError, NotImplementedError) as error:
+            raise VerificationError(
+                f"the reference {self.name} cannot be evaluated in float64: {error}"
+            ) from error
+        return Runs(own, own, exact, declared)
+
+    def require_one_answer(self, sample: Sample, runs: Runs) -> None:
+        """Refuse a file that computes something else each time, as `TorchReference` does.
+
+        Raises:
+            VerificationError: The same input gives other outputs.
+        """
+        again = self._answer([sample], values=False).results[0] or []
+        require_same(self.name, runs, again)
+
+    def release(self) -> None:
+        """Nothing is kept between runs."""
+
+    def _evaluate(self, evaluator: Any, sample: Sample) -> list[Array]:
+        feed = {
+            value.name: array.astype(np.float64) if array.dtype.kind == "f" else array
+            for value, array in zip(self.inputs, arrays(self.leaves(sample)), strict=True)
+        }
+        with np.errstate(all="ignore"):
+            return [np.asarray(out) for out in evaluator.run(None, feed)]
+
+    def _answer(self, given: Sequence[Sample], *, values: bool) -> Answer:
+        with tempfile.TemporaryDirectory(prefix="bnfx-") as name:
+            staged = stage(self.proto, self.path, Path(name), provider="cpu", values=values)
+            request = Request(
+                model=staged.model,
+                provider="cpu",
+                folder=name,
+                names=tuple(value.name for value in self.inputs),
+                runs=len(given),
+                values_model=staged.values_model,
+                values=staged.graph.wanted if staged.values_model else (),
+                weights=staged.weights,
+            )
+            feeds = [self._feed(sample) for sample in given]
+            return execute_apart(request, feeds, timeout=self.timeout)
+
+    def _feed(self, sample: Sample) -> list[Array]:
+        wanted = [type_name(value.type.tensor_type.elem_type) for value in self.inputs]
+        return [
+            array.astype(kind) if array.dtype.kind == "f" and kind.startswith("float") else array
+            for array, kind in zip(arrays(self.leaves(sample)), wanted, strict=True)
+        ]
+
+    def forms(self, sample: Sample) -> Iterator[Form]:
+        """The file's layers, with each BatchNorm in the layer before it, and as they are."""
+        answer = self._answer([sample], values=True)
+        with tempfile.TemporaryDirectory(prefix="bnfx-") as name:
+            graph = stage(self.proto, self.path, Path(name), provider="cpu", values=False).graph
+        values = dict(answer.values)
+        values |= {v.name: a for v, a in zip(self.inputs, self._feed(sample), strict=True)}
+        layers = tuple(file_layers(graph, values))
+        flow = {name: samples(as_tensor(array)) for name, array in values.items()}
+        used = {name for layer in layers for name in layer.names.values()}
+        constants = tuple(
+            Constant(tensor.name, _constant(tensor_array(tensor, graph.folder)), untouched=True)
+            for tensor in graph.tensors
+            if tensor.name not in used and tensor.data_type != onnx.TensorProto.STRING
+        )
+        yield Form(COMPOSED, _traced(layers, constants, flow), rounded_once=False)
+        yield Form("as it is", Traced(layers, constants, flow), rounded_once=False)
+
+    def unfolded(self, sample: Sample) -> Traced:
+        """The layers as they are."""
+        return list(self.forms(sample))[-1].traced
+
+
+def _traced(
+    layers: Sequence[Any], constants: tuple[Constant, ...], flow: Mapping[str, Tensor]
+) -> Traced:
+    return Traced(tuple(composed(layers)), constants, flow)
+
+
+def _constant(array: Array) -> Tensor:
+    value = as_tensor(array)
+    return value.double() if value.is_floating_point() else value

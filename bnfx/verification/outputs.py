@@ -1,0 +1,171 @@
+"""When two tensors count as equal: errors as ratios, and the errors that have no ratio.
+
+    err(y) = rms(y - y64) / rms(y64)        ratio = err(y) / budget
+
+y64 is the reference in float64; the budget is the error of the reference itself in the deployed
+precision, at least one unit of rounding. A fixed absolute tolerance would miss faults on small
+outputs and raise false alarms on large ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bnfx.numbers import UNIT, Array, Floats
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """The verdict on one output, pooled over all inputs.
+
+    Attributes:
+        name: Name in the file.
+        shape: Shape for the first input.
+        dtype: As onnxruntime returned it.
+        err: Relative root mean square error against float64; 0 for integers and booleans.
+        budget: What the unfolded model itself errs in the deployed precision.
+        ratio: err / budget.
+        passed: Whether the output counts as equal.
+        reason: Why not; empty if it does.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    err: float
+    budget: float
+    ratio: float
+    passed: bool
+    reason: str
+
+
+def check_output(
+    name: str,
+    ours: Sequence[Array],
+    own: Sequence[Array],
+    truth: Sequence[Array],
+    *,
+    unit: float,
+    max_ratio: float,
+) -> OutputCheck:
+    """Compare one output over all inputs.
+
+    Args:
+        name: Name of the output.
+        ours: What onnxruntime computed, one array for each input.
+        own: What the unfolded model computes in its own precision.
+        truth: What it computes in float64 (integers and booleans as they are).
+        unit: Least budget.
+        max_ratio: Limit of err / budget.
+    """
+    reason = next(filter(None, map(_mismatch, ours, own, truth)), "")
+    err, budget = 0.0, unit
+    if not reason and np.issubdtype(truth[0].dtype, np.inexact):
+        err, budget = relative_error(ours, truth), max(relative_error(own, truth), unit)
+        if math.isinf(budget):  # zero in float64, noise in practice: held to that noise
+            err, budget = _magnitude(ours), _magnitude(own)
+        if not err <= max_ratio * budget:
+            reason = f"its error is {err / budget:.3g} times the unfolded model's own"
+    elif not reason and not all(np.array_equal(a, b) for a, b in zip(ours, truth, strict=True)):
+        reason = "its integers or booleans differ"
+    if not reason and _nowhere_finite(truth):
+        reason = "the reference is NaN or infinite everywhere, which verifies nothing"
+    shape, dtype = tuple(ours[0].shape), str(ours[0].dtype)
+    return OutputCheck(name, shape, dtype, err, budget, err / budget, not reason, reason)
+
+
+def relative_error(values: Sequence[Array], truth: Sequence[Array]) -> float:
+    """rms(values - truth) / rms(truth) over the finite entries of the truth, pooled.
+
+    Where the truth is zero throughout, any difference is an infinite error.
+    """
+    noise = power = 0.0
+    for value, exact in zip(values, truth, strict=True):
+        wide = exact.astype(np.float64)
+        finite = np.isfinite(wide)
+        difference = value.astype(np.float64)[finite] - wide[finite]
+        noise += float(np.square(np.abs(difference)).sum())
+        power += float(np.square(np.abs(wide[finite])).sum())
+    if power == 0:
+        return 0.0 if noise == 0 else math.inf
+    return math.sqrt(noise / power)
+
+
+def _magnitude(values: Sequence[Array]) -> float:
+    """Root mean square of the finite entries, pooled."""
+    flat = np.concatenate([value.astype(np.float64).reshape(-1) for value in values])
+    return float(np.sqrt(np.square(flat[np.isfinite(flat)]).mean()))
+
+
+def _nowhere_finite(truth: Sequence[Array]) -> bool:
+    wide = [array.astype(np.float64) for array in truth]
+    return any(array.size for array in wide) and not any(np.isfinite(array).any() for array in wide)
+
+
+def _mismatch(ours: Array, own: Array, truth: Array) -> str:
+    """What makes a ratio meaningless; "" if nothing does."""
+    if ours.shape != own.shape:
+        return f"its shape is {list(ours.shape)}, not {list(own.shape)}"
+    if ours.dtype != own.dtype:
+        return f"its dtype is {ours.dtype}, not {own.dtype}"
+    if ours.size == 0:
+        return "it is empty, which verifies nothing"
+    if not np.issubdtype(truth.dtype, np.inexact):
+        return ""
+    finite = np.isfinite(truth.astype(np.float64)) & np.isfinite(own.astype(np.float64))
+    new = int((finite & ~np.isfinite(ours.astype(np.float64))).sum())
+    if new:
+        return f"{new} values are NaN or infinite where the reference is finite"
+    odd = ~np.isfinite(own.astype(np.float64))
+    if not np.array_equal(
+        ours[odd].astype(np.float64), own[odd].astype(np.float64), equal_nan=True
+    ):
+        return "its NaNs and infinities are not those of the reference"
+    return ""
+
+
+def weight_ratio(
+    stored: Array, exact: Array, unit: float, *, per_channel: bool = True
+) -> tuple[float, int]:
+    """Largest distance of a weight from its float64 value, in units of rounding, and its channel.
+
+    The unit of output channel c is `unit` times the largest finite magnitude in that channel, so
+    that a small channel is judged as strictly as a large one. Infinities (bounds that bound
+    nothing) must be the same ones.
+
+    Args:
+        stored: (channels, everything else).
+        exact: Of the same shape, in float64.
+        unit: Relative error of one rounding.
+        per_channel: Whether each channel has a unit of its own; otherwise the largest one counts.
+    """
+    if not exact.size:
+        return 0.0, 0
+    step = max(1, _BLOCK // exact.shape[1])
+    blocks = [slice(i, i + step) for i in range(0, len(exact), step)]
+    found = [_farthest(stored[rows], exact[rows]) for rows in blocks]
+    rows, distance = (np.concatenate(part) for part in zip(*found, strict=True))
+    scale = (rows if per_channel else np.full_like(rows, rows.max())) * unit
+    # Half of the smallest subnormal is lost below the normal range whatever one does.
+    scale = scale + (2.0**-25 if unit == UNIT["fp16"] else float(_TINY))
+    with np.errstate(invalid="ignore", over="ignore"):
+        distance = distance / scale
+    distance = np.where(np.isfinite(distance), distance, math.inf)
+    worst = int(np.argmax(distance))
+    return float(distance[worst]), worst
+
+
+def _farthest(stored: Array, exact: Array) -> tuple[Floats, Floats]:
+    """Largest finite magnitude of each row of `exact`, and how far `stored` is from it at most."""
+    wide, truth = stored.astype(np.float64), exact.astype(np.float64)
+    rows = np.where(np.isfinite(truth), np.abs(truth), 0.0).max(axis=1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return rows, np.where(wide == truth, 0.0, np.abs(wide - truth)).max(axis=1)
+
+
+_BLOCK = 2**22  # elements that are compared at a time, to bound the memory
+_TINY = np.finfo(np.float32).smallest_subnormal

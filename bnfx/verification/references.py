@@ -1,0 +1,340 @@
+"""The reference in three arithmetics: as it is, in the deployed precision, and in float64."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from bnfx.errors import BnfxError, VerificationError
+from bnfx.folding import exact_graph, fold_bn
+from bnfx.graphs.examples import clone, example
+from bnfx.graphs.inference import inference_graph
+from bnfx.numbers import UNIT, Array
+from bnfx.reports.report import FoldReport, report
+from bnfx.verification.layers import composed, neighbours
+from bnfx.verification.outputs import relative_error
+from bnfx.verification.rounding_modes import StoredAs, Tf32
+from bnfx.verification.runs import RowTruths, Runs, Sample
+from bnfx.verification.torch_layers import Traced, Widened, trace_layers
+
+Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+_UNITS = {"float16": UNIT["fp16"], "bfloat16": UNIT["bf16"]}
+#: Units of rounding that a sum whose order is left to the threads may differ by.
+_REPEATED = 64
+_ORDER: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Form:
+    """One right form of the reference's layers.
+
+    Attributes:
+        name: How it came about.
+        traced: The layers.
+        rounded_once: Whether bnfx folded it, in float64 with one rounding at the end.
+    """
+
+    name: str
+    traced: Traced
+    rounded_once: bool
+
+
+COMPOSED = "with each BatchNorm in the layer before it"
+
+
+def _composed(name: str, traced: Traced) -> Form:
+    layers = tuple(composed(traced.layers))
+    return Form(name, replace(traced, layers=layers), rounded_once=False)
+
+
+class TorchReference:
+    """A module, and copies of it in the arithmetics that it is run in."""
+
+    #: Whether a wrong weight is a failure.
+    decides = True
+
+    def __init__(self, model: nn.Module, precision: Precision, outputs: int | None = None) -> None:
+        self._outputs = outputs
+        self.name = type(model).__name__
+        self.precision = effective_precision(model, precision)
+        self.dtype = DTYPES[self.precision]
+        self.weights = _dtype_of(model)
+        self._own = clone(model)
+        same = self.precision in ("fp32", "tf32") and _all_of(model, torch.float32)
+        same = same or _all_of(model, self.dtype)
+        # Beside float32, float64 parts round less: such a model is its own budget.
+        same = same or (self.precision == "fp32" and self.weights == "float32")
+        self._rounded = self._own if same else clone(model).to(self.dtype)
+        self._same = same and self.precision != "tf32"
+        self._wide: nn.Module | None = None
+        self.failures: list[str] = []
+
+    def leaves(self, sample: Sample) -> list[Tensor]:
+        """The tensors of an input in the order of the exporter's inputs."""
+        bound = _bound(self._own, sample)
+        return [leaf for leaf in pytree.tree_leaves(bound) if isinstance(leaf, Tensor)]
+
+    def run(self, samples: Sequence[Sample], known: RowTruths | None = None) -> Runs:
+        """All three on every input.
+
+        Args:
+            samples: The inputs.
+            known: What it gives in float64, as far as earlier runs tell.
+
+        Raises:
+            VerificationError: The reference itself fails on an input.
+        """
+        called = [self._call(self._own, sample, None) for sample in samples]
+        own = [arrays(outs) for outs in called]
+        rounded = own
+        if not self._same:
+            rounded = [arrays(self._in_precision(sample)) for sample in samples]
+        exact = []
+        for i, sample in enumerate(samples):
+            truth = known.of(i, own[i]) if known is not None else None
+            exact.append(arrays(self._in_float64(sample)) if truth is None else truth)
+        dtypes = tuple(str(t.dtype).removeprefix("torch.") for t in (called or [[]])[0])
+        return Runs(own, rounded, exact, dtypes)
+
+    def require_one_answer(self, sample: Sample, runs: Runs) -> None:
+        """Refuse a reference that computes something else each time: it would set no limit.
+
+        Args:
+            sample: An input.
+            runs: What `run` gave for it.
+
+        Raises:
+            VerificationError: The same input gives other outputs.
+        """
+        require_same(self.name, runs, arrays(self._call(self._own, sample, None)))
+
+    def _in_precision(self, sample: Sample) -> list[Tensor]:
+        if self.precision == "tf32":
+            with Tf32():
+                return self._call(self._rounded, sample, self.dtype)
+        try:
+            return self._call(self._rounded, sample, self.dtype)
+        except VerificationError:
+            with StoredAs(self.dtype):
+                return self._call(clone(self._rounded).float(), sample, torch.float32)
+
+    def _in_float64(self, sample: Sample) -> list[Tensor]:
+        with Widened():
+            return self._call(self._exact(), sample, torch.float64)
+
+    def _exact(self) -> nn.Module:
+        """The copy in float64, twice the size of the model: it is there between use and release."""
+        if self._wide is None:
+            self._wide = clone(self._own).double()
+        return self._wide
+
+    def release(self) -> None:
+        """Give back the memory of the copy in float64."""
+        self._wide = None
+
+    def _call(self, module: nn.Module, sample: Sample, dtype: torch.dtype | None) -> list[Tensor]:
+        args, kwargs = pytree.tree_map(
+            lambda leaf: cast(leaf, dtype), (sample.args, dict(sample.kwargs))
+        )
+        try:
+            with torch.no_grad():
+                leaves = pytree.tree_leaves(module(*args, **kwargs))
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+            raise VerificationError(
+                f"the reference {self.name} fails on an input: {error}"
+            ) from error
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if len(tensors) != self._outputs:  # a size that a forward returns is an output of the file
+            numbers = [leaf for leaf in leaves if isinstance(leaf, Tensor | int | float)]
+            if len(numbers) == self._outputs:
+                tensors = [torch.as_tensor(leaf) for leaf in numbers]
+        return [leaf.detach().cpu() for leaf in tensors]
+
+    def forms(self, sample: Sample) -> Iterator[Form]:
+        """The layers as folding can leave them, the likeliest form first, computed in float64.
+
+        Folding decides by dtype, and by what it knows of the inputs: so it is done again as the
+        exported model was folded, by the rules of its own dtype, and for a copy in float64; then
+        without the example, and with other options. No weight is rounded. Others fold each
+        BatchNorm into the layer before it, or not at all.
+
+        Raises:
+            BnfxError: The reference cannot be captured in any way.
+        """
+        given = widened(sample)
+        self.failures = failures = []
+        ways = self._ways(sample, given)
+        for name, fold in ways:
+            try:
+                graph = fold()
+                done = report(graph)
+                assert isinstance(done, FoldReport)
+                traced = self._traced(graph, given, frozenset(done.provenance))
+                yield Form(name, traced, rounded_once=True)
+                if neighbours(traced.layers):
+                    yield _composed(f"{name}, the rest {COMPOSED}", traced)
+            except (BnfxError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+                # A form that cannot be made is one that the file need not be compared with.
+                failures.append(f"{name}: {str(error).partition(chr(10))[0]}")
+        try:
+            plain = self._plain(sample)
+        except BnfxError as error:
+            if len(failures) == len(ways):
+                raise VerificationError("; ".join([*failures, str(error)])) from error
+            return
+        yield _composed(COMPOSED, plain)
+        yield Form("as it is", plain, rounded_once=False)
+
+    def _ways(
+        self, sample: Sample, given: Sample
+    ) -> list[tuple[str, Callable[[], fx.GraphModule]]]:
+        """Names and calls of folding; `given` is `sample` in float64.
+
+        The file was most likely folded by the rules of the dtype that the weights are stored in.
+        """
+        own = partial(exact_graph, self._own, sample.args, example_kwargs=sample.kwargs)
+
+        def exact(**options: Any) -> fx.GraphModule:
+            return fold_bn(self._exact(), given.args, example_kwargs=given.kwargs, **options)
+
+        return [
+            ("folded by the rules of its own dtype", own),
+            ("folded in float64", exact),
+            ("folded without example inputs", partial(exact_graph, self._own)),
+            *((f"folded with {options}", partial(exact, **options)) for options in _options()),
+        ]
+
+    def unfolded(self, sample: Sample) -> Traced:
+        """The layers as they are, computed in float64, captured as cheaply as possible.
+
+        Raises:
+            BnfxError: The reference cannot be captured.
+        """
+        try:
+            graph = inference_graph(self._own, None).module
+        except BnfxError:
+            return self._plain(sample)
+        return self._traced(graph.double(), widened(sample), frozenset())
+
+    def _plain(self, sample: Sample) -> Traced:
+        """The layers as they are, of a graph that is seen to agree with the reference."""
+        captured = inference_graph(self._own, example(sample.args, dict(sample.kwargs)))
+        return self._traced(captured.module.double(), widened(sample), frozenset())
+
+    def _traced(self, graph: fx.GraphModule, given: Sample, changed: frozenset[str]) -> Traced:
+        slots = sum(node.op == "placeholder" for node in graph.graph.nodes)
+        bound = list(_bound(self._own, given).values())
+        flat = pytree.tree_leaves(bound)
+        values = flat if len(flat) == slots else bound
+        if len(values) != slots:
+            raise VerificationError(
+                f"the graph of {self.name} takes {slots} inputs, the example has {len(bound)}"
+            )
+        try:
+            return trace_layers(graph, tuple(values), changed)
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            raise VerificationError(f"the folded {self.name} fails in float64: {error}") from error
+
+
+def _options() -> Iterator[dict[str, Any]]:
+    """Every choice of the options of `fold_bn` but the default; few changes first."""
+    switches = {
+        name: parameter.default
+        for name, parameter in inspect.signature(fold_bn).parameters.items()
+        if isinstance(parameter.default, bool)
+    }
+    for count in range(1, len(switches) + 1):
+        for names in itertools.combinations(switches, count):
+            yield {name: not switches[name] for name in names}
+
+
+def effective_precision(model: nn.Module, precision: Precision) -> Precision:
+    """The coarser one of the precision asked for and that of the model itself."""
+    found = {p.dtype for p in model.parameters()} | {b.dtype for b in model.buffers()}
+    own: Precision = (
+        "bf16" if torch.bfloat16 in found else "fp16" if torch.float16 in found else "fp32"
+    )
+    return max(own, precision, key=_ORDER.index)
+
+
+def require_same(name: str, runs: Runs, again: Sequence[Array]) -> None:
+    """Refuse a reference whose first run, `runs`, and a second one on the same input differ.
+
+    Raises:
+        VerificationError: They do.
+    """
+    for k, (one, other) in enumerate(zip(runs.own[0], again, strict=True)):
+        limit = _REPEATED * _UNITS.get(runs.dtypes[k], UNIT["fp32"])
+        if one.shape != other.shape or not _same(one, other, limit):
+            raise VerificationError(
+                f"output {k} of the reference {name} is another one each time that it runs on the "
+                "same input (random numbers, or state that a run changes), so there is nothing to "
+                "compare with; make it deterministic"
+            )
+
+
+def _same(one: Array, other: Array, limit: float) -> bool:
+    if not np.issubdtype(one.dtype, np.inexact):
+        return bool(np.array_equal(one, other))
+    finite = np.isfinite(one)
+    return bool((finite == np.isfinite(other)).all()) and relative_error([other], [one]) <= limit
+
+
+def _dtype_of(model: nn.Module) -> str:
+    """Name of the coarsest floating dtype of the parameters."""
+    floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    coarsest = min(floats, key=lambda dtype: -torch.finfo(dtype).eps, default=torch.float32)
+    return str(coarsest).removeprefix("torch.")
+
+
+def _all_of(model: nn.Module, dtype: torch.dtype) -> bool:
+    state = (*model.parameters(), *model.buffers())
+    return all(t.dtype is dtype for t in state if t.is_floating_point())
+
+
+def _bound(model: nn.Module, sample: Sample) -> dict[str, Any]:
+    """Arguments by name in the order of the forward's signature, as the exporter takes them."""
+    signature = inspect.signature(model.forward)
+    try:
+        return dict(signature.bind(*sample.args, **sample.kwargs).arguments)
+    except TypeError as error:
+        raise VerificationError(
+            f"the example does not fit {type(model).__name__}.forward: {error}"
+        ) from error
+
+
+def cast(leaf: Any, dtype: torch.dtype | None) -> Any:
+    """A copy of a tensor, since a forward may work in place, in `dtype` if it is floating."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = leaf.detach().clone()
+    return leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf
+
+
+def widened(sample: Sample) -> Sample:
+    """The same input in float64."""
+    args, kwargs = pytree.tree_map(
+        lambda leaf: cast(leaf, torch.float64), (sample.args, dict(sample.kwargs))
+    )
+    return Sample(args, kwargs)
+
+
+def arrays(tensors: Iterable[Tensor]) -> list[Array]:
+    """As numpy arrays; bfloat16, which numpy lacks, as float32."""
+    return [(t.float() if t.dtype is torch.bfloat16 else t).detach().cpu().numpy() for t in tensors]

@@ -1,0 +1,253 @@
+"""The layers of a torch graph, with what flows through them on one input, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from bnfx.graphs.tracing import batch_norm_path, owner_of
+from bnfx.operators.calls import arguments
+from bnfx.operators.layers import BATCH_NORM, Affine, affine_of
+from bnfx.verification.layers import Geometry, Kind, Layer, samples
+
+_NARROW = {torch.float32, torch.float16, torch.bfloat16}
+_LAYER_NORM = {
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    torch.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    torch.ops.aten.layer_norm.default: ("input", "normalized_shape", "weight", "bias", "eps"),
+}
+
+
+class Widened(TorchFunctionMode):
+    """Whatever asks for a narrower floating dtype gets float64, so that no rounding creeps in."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # the signature is torch's
+        """Run `func` with narrow dtypes replaced."""
+        name = getattr(func, "__name__", "")
+        if name in ("float", "half", "bfloat16") and len(args) == 1:
+            return func(*args) if args[0].is_complex() else args[0].double()
+        wide = tuple(_wide(arg) for arg in args)
+        return func(*wide, **{k: _wide(v) for k, v in (kwargs or {}).items()})
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A constant that an operator other than a layer reads.
+
+    Attributes:
+        name: Its name in the reference.
+        value: In float64, or as it is where it is not floating.
+        untouched: Whether it is a parameter of the source as it is.
+        hidden: Whether it lies in a module that is kept whole and evaluates BatchNorms: bnfx folds
+            nothing there, an exporter may.
+    """
+
+    name: str
+    value: Tensor
+    untouched: bool
+    hidden: bool = False
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What one run of a graph showed.
+
+    Attributes:
+        layers: The layers in the order in which they ran.
+        constants: Other constants that operators on data read, in order, each once.
+        flow: Key of a value -> a sample of it, for the inputs and outputs of layers.
+    """
+
+    layers: tuple[Layer, ...]
+    constants: tuple[Constant, ...]
+    flow: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def trace_layers(
+    graph: fx.GraphModule, args: tuple[Any, ...], changed: frozenset[str] = frozenset()
+) -> Traced:
+    """Run an inference graph on one input and list its layers.
+
+    Args:
+        graph: In float64; every argument is a placeholder.
+        args: In the order of the placeholders, in float64.
+        changed: Names of parameters that folding changed.
+    """
+    recorder = _Recorder(graph, changed)
+    with torch.no_grad(), Widened():
+        recorder.run(*args)
+    return Traced(tuple(recorder.layers), tuple(recorder.constants.values()), recorder.flow)
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule, changed: frozenset[str]) -> None:
+        super().__init__(graph)
+        self.changed = changed
+        self.layers: list[Layer] = []
+        self.constants: dict[str, Constant] = {}
+        self.flow: dict[str, Tensor] = {}
+        self.fixed: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run, and remember a layer, or the constants that a node on data reads."""
+        inputs = n.all_input_nodes
+        if n.op == "get_attr" or (
+            n.op in ("call_function", "call_method")
+            and inputs
+            and all(node in self.fixed for node in inputs)
+        ):
+            self.fixed.add(n)
+            return super().run_node(n)
+        layer = self._layer(n)
+        held = self._input(layer, n)
+        result = super().run_node(n)
+        if layer is not None and isinstance(result, Tensor) and held is not None:
+            self.flow[layer.x], self.flow[layer.y] = held, samples(result)
+            self.layers.append(replace(layer, rank=result.dim()))
+        else:
+            self._remember_constants(n)
+        return result
+
+    def _input(self, layer: Layer | None, n: fx.Node) -> Tensor | None:
+        """A sample of the layer's input, taken before an operator can work in place."""
+        if layer is None:
+            return None
+        first = n.args[0] if n.args else n.kwargs.get("input")
+        value = self.env.get(first) if isinstance(first, fx.Node) else None
+        return samples(value) if isinstance(value, Tensor) else None
+
+    def _layer(self, n: fx.Node) -> Layer | None:
+        if n.op != "call_function":
+            return None
+        row = affine_of(n, {})
+        if row is not None:
+            return self._affine(n, row)
+        if n.target in BATCH_NORM:
+            call = arguments(n, BATCH_NORM[n.target])
+            return self._norm(n, call, "batch_norm", batch_norm_path(n))
+        if n.target in _LAYER_NORM:
+            call = arguments(n, _LAYER_NORM[n.target])
+            return self._norm(n, call, "layer_norm", "")
+        return None
+
+    def _affine(self, n: fx.Node, row: Affine) -> Layer | None:
+        call = arguments(n, row.signature)
+        parts, names = self._parts(call, {"weight": "weight", "bias": "bias"})
+        if "weight" not in parts:
+            return None
+        kind: Kind = "linear"
+        geometry = None
+        if row.spatial is not None:
+            kind = "conv_transpose" if row.transposed else "conv"
+            geometry = _geometry(call, row, parts["weight"])
+        return self._made(n, kind, parts, names, call, geometry=geometry)
+
+    def _norm(self, n: fx.Node, call: dict[str, Any], kind: Kind, path: str) -> Layer | None:
+        wanted = {"weight": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+        if kind == "layer_norm":
+            wanted = {"weight": "weight", "bias": "bias"}
+        parts, names = self._parts(call, wanted)
+        if "weight" not in parts:
+            like = parts.get("mean")
+            if like is None:
+                return None
+            parts["weight"] = torch.ones_like(like)
+        return self._made(n, kind, parts, names, call, path=path)
+
+    def _parts(
+        self, call: dict[str, Any], wanted: Mapping[str, str]
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        parts, names = {}, {}
+        for part, argument in wanted.items():
+            node = call.get(argument)
+            if not isinstance(node, fx.Node):
+                continue
+            value = self.env.get(node)
+            if isinstance(value, Tensor):
+                parts[part] = value.detach().double().cpu()
+                names[part] = str(node.target if node.op == "get_attr" else node.name)
+        return parts, names
+
+    def _made(
+        self,
+        n: fx.Node,
+        kind: Kind,
+        parts: dict[str, Tensor],
+        names: dict[str, str],
+        call: dict[str, Any],
+        *,
+        geometry: Geometry | None = None,
+        path: str = "",
+    ) -> Layer:
+        stored = {
+            part
+            for part, argument in (("weight", "weight"), ("bias", "bias"))
+            if isinstance(call.get(argument), fx.Node) and call[argument].op == "get_attr"
+        }
+        first = call.get("input")
+        return Layer(
+            kind=kind,
+            name=path or owner_of(names.get("weight", n.name)),
+            parts=parts,
+            names=names,
+            geometry=geometry,
+            eps=float(call["eps"]) if kind in ("batch_norm", "layer_norm") else 0.0,
+            axes=parts["weight"].dim(),
+            training=call.get("training") is True,
+            x=f"{n.name}.x",
+            y=n.name,
+            source=first.name if isinstance(first, fx.Node) else "",
+            untouched=frozenset(part for part in stored if names[part] not in self.changed),
+        )
+
+    def _remember_constants(self, n: fx.Node) -> None:
+        if n.op == "call_module":
+            inner = self.module.get_submodule(str(n.target))
+            hidden = any(isinstance(module, _BatchNorm) for module in inner.modules())
+            for name, value in inner.state_dict().items():
+                self._remember(f"{n.target}.{name}", value, stored=True, hidden=hidden)
+        for node in n.all_input_nodes:
+            if node in self.fixed and n.op != "output":
+                stored = node.op == "get_attr"
+                value = self.env.get(node)
+                if isinstance(value, Tensor):
+                    self._remember(str(node.target) if stored else node.name, value, stored=stored)
+
+    def _remember(self, name: str, value: Tensor, *, stored: bool, hidden: bool = False) -> None:
+        wide = value.detach().cpu()
+        wide = wide.double() if wide.is_floating_point() else wide
+        untouched = stored and name not in self.changed
+        self.constants.setdefault(name, Constant(name, wide, untouched, hidden))
+
+
+def _geometry(call: dict[str, Any], row: Affine, weight: Tensor) -> Geometry:
+    rank = row.spatial or 0
+    stride, dilation = (_each(call.get(name, 1), rank) for name in ("stride", "dilation"))
+    padding = call.get("padding", 0)
+    kernel = tuple(weight.shape[2:])
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        begin = tuple(n // 2 for n in total)
+        end = tuple(n - b for n, b in zip(total, begin, strict=True))
+    else:
+        begin = end = _each(0 if padding == "valid" else padding, rank)
+    added = _each(call.get("output_padding", 0), rank) if row.transposed else ()
+    return Geometry(stride, begin, end, dilation, int(call["groups"]), added)
+
+
+def _each(value: Any, rank: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, tuple | list) else (value,)
+    return tuple(int(v) for v in (values * rank if len(values) == 1 else values))

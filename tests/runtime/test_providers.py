@@ -1,0 +1,252 @@
+"""Where a graph ran, and in which arithmetic: every branch that a CPU allows, and CUDA where it is.
+
+With the gpu wheel and no GPU, a request for CUDA must fail with the cause; that is tested here too.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+import bnfx
+from bnfx.runtime import packages, proof, runner
+from bnfx.runtime.isolated import execute_apart
+from bnfx.runtime.sessions import (
+    SessionSettings,
+    cuda_problem,
+    execution_provider,
+    open_session,
+    unavailable_reason,
+)
+from bnfx.verification.rounding_modes import StoredAs, Tf32, to_tf32
+from tests.support import zoo
+from tests.verification.test_verify import export
+
+NO_CUDA = unavailable_reason("cuda") is not None
+without_cuda = pytest.mark.skipif(not NO_CUDA, reason="CUDA works here")
+
+
+def relu_file(folder: Path) -> Path:
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [
+            helper.make_node("Shape", ["x"], ["s"], "shape"),
+            helper.make_node("Gather", ["s", "i"], ["n"], "gather"),
+            helper.make_node("Relu", ["x"], ["y"], "relu"),
+        ],
+        "g",
+        [value("x", TensorProto.FLOAT, [2, 3])],
+        [value("y", TensorProto.FLOAT, [2, 3]), value("n", TensorProto.INT64, [])],
+        [onnx.numpy_helper.from_array(np.array(0), "i")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, str(folder / "relu.onnx"))
+    return folder / "relu.onnx"
+
+
+def request(f: Path, folder: Path, provider: str = "cpu") -> runner.Request:
+    return runner.Request(str(f), provider, str(folder), ("x",), 1)
+
+
+@pytest.mark.parametrize("provider", ["tpu", "cuda:x", "cpu:0", "", "CUDA"])
+def test_unknown_providers_are_refused(provider: str) -> None:
+    with pytest.raises(bnfx.ProviderError, match="unknown"):
+        execution_provider(provider)
+
+
+def test_provider_options() -> None:
+    assert execution_provider("cpu") == ("CPUExecutionProvider", {})
+    name, options = execution_provider("cuda:1")
+    assert (name, options) == ("CUDAExecutionProvider", {"device_id": "1", "use_tf32": "0"})
+    assert execution_provider("cuda", tf32=True)[1]["use_tf32"] == "1"
+
+
+@without_cuda
+def test_cuda_that_is_missing_is_an_error_everywhere(tmp_path: Path) -> None:
+    model, f, x = export(tmp_path)
+    for ask in (
+        lambda: bnfx.verify_onnx(model, f, x, provider="cuda"),
+        lambda: bnfx.benchmark_onnx(f, x, provider="cuda:0"),
+        lambda: bnfx.deploy(model, x, tmp_path / "new.onnx", provider="cuda"),
+    ):
+        with pytest.raises(bnfx.ProviderError, match=r"provider='cpu'") as caught:
+            ask()
+        assert "CUDA" in str(caught.value)
+    assert not (tmp_path / "new.onnx").exists()
+    assert cuda_problem() is not None
+
+
+def test_the_profile_tells_what_ran(tmp_path: Path) -> None:
+    f = relu_file(tmp_path)
+    asked = request(f, tmp_path)
+    x = np.array([[-1, 0, 1], [2, -2, 3]], np.float32)
+    for answer in (
+        runner.execute(asked, [[x]]),
+        execute_apart(asked, [[x]], timeout=60),
+    ):
+        assert answer.ran.keys() == {"CPUExecutionProvider"}
+        assert answer.assigned.keys() == {"CPUExecutionProvider"}
+        assert answer.proof["memcpy_nodes"] == 0
+        assert not answer.proof["libraries"]["cudnn"]
+        np.testing.assert_array_equal((answer.results[0] or [])[0], np.maximum(x, 0))
+
+
+def test_the_profile_is_believed_over_the_session(tmp_path: Path) -> None:
+    node = {"cat": "Node", "args": {"provider": "CUDAExecutionProvider", "op_name": "Conv"}}
+    copy = {"cat": "Node", "args": {"provider": "CUDAExecutionProvider", "op_name": "MemcpyToHost"}}
+    other = {"cat": "Session", "args": {}}
+    f = tmp_path / "profile.json"
+    f.write_text(json.dumps([node, copy, other]))
+    ran, memcpy = runner._profile(str(f))
+    assert (dict(ran), memcpy) == ({"CUDAExecutionProvider": 2}, 1)
+    session = open_session(relu_file(tmp_path))
+    cuda = request(relu_file(tmp_path), tmp_path, "cuda")
+    with pytest.raises(bnfx.ProviderError, match="CUDAExecutionProvider"):
+        runner._prove(session, cuda)
+    with pytest.raises(bnfx.ProviderError, match="switched"):
+        runner._prove_run(session, cuda, {})
+    with pytest.raises(bnfx.ProviderError, match="no node that ran"):
+        runner._prove_run(Session(), cuda, {"CPUExecutionProvider": 3})
+
+
+class Session:
+    """What a session on CUDA says of itself."""
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider"]
+
+
+def test_only_shape_arithmetic_may_stray(tmp_path: Path) -> None:
+    f = relu_file(tmp_path)
+    whole = proof.whole_number_nodes(str(f))
+    assert whole == {"shape", "gather"}
+    nodes = [("Shape", "shape"), ("Gather", "gather"), ("Relu", "relu"), ("Gather", "unknown")]
+    wrong, shapes = proof.sort_strays(nodes, whole)
+    assert wrong == ["Relu 'relu'", "Gather 'unknown'"]
+    assert shapes == ["Shape 'shape'", "Gather 'gather'"]
+    session = open_session(f, "cpu", SessionSettings(optimise=False))
+    # Asked for CUDA, a session on the CPU has every node in the wrong place.
+    wrong, shapes = proof.off_provider(session, "CUDAExecutionProvider", str(f))
+    assert "Relu 'relu'" in wrong
+    assert len(shapes) == 2
+
+
+def test_the_canary_survives_float32_and_dies_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = proof.canary("cpu", tf32=False)
+    assert found == {"canary": {"MatMul": proof.CANARY, "Conv": proof.CANARY}, "tf32": False}
+    assert float(to_tf32(torch.tensor(proof.CANARY))) == 1.0
+    # A graph that gives back 1.0 stands for a provider that rounds.
+    rounding = onnx.numpy_helper.from_array(np.eye(64, dtype=np.float32) / proof.CANARY, "w")
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    monkeypatch.setattr(proof, "_matmul", lambda: proof._probe(node, rounding, [64, 64]))
+    with pytest.raises(bnfx.ProviderError, match="TF32"):
+        proof.canary("cpu", tf32=False)
+    assert proof.canary("cpu", tf32=True)["tf32"]
+
+
+def test_tf32_keeps_ten_bits() -> None:
+    x = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, 1 + 3 * 2**-11, -3.14159, 0.0, float("inf")])
+    expected = torch.tensor([1.0, 1 + 2**-10, 1.0, 1 + 2**-9, -3.140625, 0.0, float("inf")])
+    assert torch.equal(to_tf32(x), expected)
+    layer = nn.Linear(64, 64).eval()
+    x = torch.randn(8, 64)
+    with torch.no_grad():
+        exact = layer(x)
+        with Tf32():
+            rounded = layer(x)
+        with StoredAs(torch.float16):
+            half = layer(x)
+    assert 1e-5 < float((rounded - exact).norm() / exact.norm()) < 1e-3
+    assert torch.equal(half, half.half().float())
+
+
+def test_two_wheels_in_one_folder_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert packages.installed_runtimes() == installed
+    assert packages.version_of("onnxruntime-directml") is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "brought", "message"),
+    [
+        ("13.0", "13.2", None),
+        ("13.0", "12.8", "CUDA 13, and this torch brings CUDA 12.8"),
+        ("13.0", None, "for the CPU"),
+        (None, "13.0", None),
+    ],
+)
+def test_cuda_majors(wanted: str | None, brought: str | None, message: str | None) -> None:
+    found = packages.mismatch(wanted, brought)
+    assert found is None if message is None else found is not None and message in found
+
+
+def test_stated_versions_are_those_of_the_packages() -> None:
+    assert packages.torch_cuda() == torch.version.cuda
+    assert packages.installed_runtimes()
+
+
+def test_sessions_without_optimisation_show_every_value(tmp_path: Path) -> None:
+    session = open_session(relu_file(tmp_path), "cpu", SessionSettings(optimise=False))
+    kinds = {
+        str(node.op_type)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    }
+    assert kinds == {"Shape", "Gather", "Relu"}
+
+
+GPU_NETWORKS = (
+    "resnet50",
+    "mobilenet_v3_small",
+    "efficientnet_b0",
+    "densenet121",
+    "regnet_y_400mf",
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.zoo
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+@pytest.mark.parametrize("name", GPU_NETWORKS)
+def test_the_whole_way_on_cuda(tmp_path: Path, name: str, precision: Any) -> None:
+    """Fold, export, verify and measure; float32 strictly, TF32 as asked for, half as stored."""
+    model = getattr(zoo.torchvision_models(), name)(weights=None).eval()
+    x = torch.randn(2, 3, 224, 224)
+    if precision == "fp16":
+        model, x = model.half(), x.half()
+    done = bnfx.deploy(
+        model,
+        x,
+        tmp_path / "net.onnx",
+        provider="cuda",
+        precision=precision,
+        dynamic_shapes=({0: "batch"},),
+        benchmark=True,
+    )
+    report = done.verify
+    assert report, str(report)
+    assert report.proof["ran"].get("CUDAExecutionProvider", 0) > 0
+    assert report.proof["tf32"] is (precision == "tf32")
+    assert report.proof["libraries"]["cudnn"]
+    assert set(report.providers) <= {"CUDAExecutionProvider", "CPUExecutionProvider"}
+    assert done.benchmark is not None
+    assert {arm.arm for arm in done.benchmark.arms} >= {"file", "baseline", "floor"}
+    print(done.benchmark)

@@ -1,0 +1,102 @@
+"""The house: rooms stand on floors, imports run down only, nothing goes round in a circle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+#: From the ground up. A room imports rooms of lower floors and of its own.
+FLOORS = (
+    "errors numbers version",
+    "operators reports",
+    "graphs onnx_files optimizers",
+    "gauges editing statistics runtime export inspection",
+    "unread passes",
+    "insertion folding environment",
+    "recipes",
+    "verification",
+    "floor bundle",
+    "removal verify benchmark",
+    "deployment",
+    "__init__",
+    "cli",
+    "__main__",
+)
+#: Arrows that still run up; none may be added, and the last one takes this list with it.
+_DEBT = (
+    "editing.insert_plan -> passes",
+    "editing.preservation -> verification.outputs",
+    "editing.regions -> passes",
+    "gauges.written_out -> unread",
+    "reports.graph_pictures -> graphs.examples",
+    "reports.graph_pictures -> graphs.inference",
+    "reports.graph_pictures -> graphs.tracing",
+    "reports.graph_pictures -> operators.calls",
+    "reports.graph_pictures -> operators.layers",
+    "reports.report_documents -> benchmark",
+    "reports.report_documents -> bundle",
+    "reports.report_documents -> deployment",
+    "reports.report_documents -> environment.doctor",
+    "reports.report_documents -> export",
+    "reports.report_documents -> inspection",
+    "reports.report_documents -> removal",
+    "reports.report_documents -> verification.verdicts",
+)
+_FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
+
+
+def test_imports_run_down() -> None:
+    up = []
+    for name, target in _arrows():
+        room, other = _room(name), _room(target)
+        if room != other and room != "__init__" and _FLOOR[other] >= _FLOOR[room]:
+            up.append(f"{name} -> {target}")
+    assert not set(up) - set(_DEBT), "\n".join(sorted(up))
+    assert not set(_DEBT) - set(up), "paid: take it off the list"
+
+
+def test_no_circles() -> None:
+    graph: dict[str, set[str]] = {}
+    for name, target in _arrows():
+        if name != "__init__":
+            graph.setdefault(name, set()).add(target)
+    while free := [n for n in graph if not any(t in graph for t in graph[n])]:
+        for name in free:
+            del graph[name]
+    graph = {} if _DEBT else graph
+    assert not graph, {n: sorted(t for t in graph[n] if t in graph) for n in graph}
+
+
+def _room(name: str) -> str:
+    return name.split(".")[0]
+
+
+def _files() -> dict[str, Path]:
+    """Files by module name without `bnfx.`; `__init__` is bnfx itself."""
+    files = {}
+    for top, prefix in ((ROOT / "bnfx", ()), (ROOT / "passes", ("passes",))):
+        for path in top.rglob("*.py"):
+            parts = (*prefix, *path.relative_to(top).with_suffix("").parts)
+            files[".".join(p for p in parts if p != "__init__") or "__init__"] = path
+    return files
+
+
+def _arrows() -> Iterator[tuple[str, str]]:
+    """Every import of one file of bnfx by another, those inside functions included."""
+    files = _files()
+    for name, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            module = f"bnfx.passes.{node.module}" if node.level else node.module or ""
+            if module.partition(".")[0] != "bnfx":
+                continue
+            base = module.removeprefix("bnfx").strip(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".strip(".")
+                target = inner if inner in files else base or "__init__"
+                if target != name:
+                    yield name, target
