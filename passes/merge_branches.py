@@ -23,11 +23,10 @@ from torch import Tensor, fx
 
 from bnfx.graphs.constants import Values
 from bnfx.graphs.in_place import barred
-from bnfx.graphs.naming import norm_path
+from bnfx.graphs.naming import norm_path, owner_of
 from bnfx.graphs.norms import affine_map_of, is_norm
 from bnfx.graphs.parameters import attribute, constants, erase_dead, free_name, set_tensor
 from bnfx.graphs.shapes import Shapes, is_tensor, shapes_of
-from bnfx.graphs.tracing import owner_of
 from bnfx.operators.calls import argument, arguments
 from bnfx.operators.convolution import Branch, absorbed, joined
 from bnfx.operators.layers import affine_of

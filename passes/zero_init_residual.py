@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnfx.editing.declarations import Preserved
 from bnfx.editing.draft import Draft, Region
 from bnfx.editing.driver import Change, chosen
-from bnfx.graphs.tracing import batch_norm_path
+from bnfx.graphs.naming import norm_path
 from bnfx.operators.calls import function_name
 from bnfx.operators.layers import BATCH_NORM, affine_of
 from bnfx.operators.roles import Role, role_of
@@ -79,7 +79,7 @@ class ZeroInitResidual:
             return Change(self.name, path, kind, "kept", reason)
 
         if end.target in BATCH_NORM:
-            path = batch_norm_path(end)
+            path = norm_path(end)
         elif end.op != "call_module":
             path = region.caller(end)
             kind = end.name
@@ -161,8 +161,8 @@ def _last(branch: fx.Node, region: Region) -> fx.Node:
 def _calls(region: Region, node: fx.Node) -> int:
     if node.op == "call_module":
         return sum(n.op == "call_module" and n.target == node.target for n in region.graph.nodes)
-    path = batch_norm_path(node)
-    return sum(n.target in BATCH_NORM and batch_norm_path(n) == path for n in region.graph.nodes)
+    path = norm_path(node)
+    return sum(n.target in BATCH_NORM and norm_path(n) == path for n in region.graph.nodes)
 
 
 def _holders(draft: Draft, norm: _BatchNorm) -> int:

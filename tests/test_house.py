@@ -33,7 +33,7 @@ _DEBT = (
     "gauges.written_out -> unread",
     "reports.graph_pictures -> graphs.examples",
     "reports.graph_pictures -> graphs.inference",
-    "reports.graph_pictures -> graphs.tracing",
+    "reports.graph_pictures -> graphs.naming",
     "reports.graph_pictures -> operators.calls",
     "reports.graph_pictures -> operators.layers",
     "reports.report_documents -> benchmark",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from bnfx.operators.calls import function_name, reads_shape_only
+from bnfx.operators.calls import call_name, reads_shape_only
 from bnfx.operators.roles import Role, role_of
 
 _MOMENTS = ("pow", "square", "abs")
@@ -109,25 +109,21 @@ def describe(node: fx.Node) -> str:
 def _role(node: fx.Node, modules: Mapping[str, nn.Module]) -> Role:
     """The operator's role; a square that is averaged belongs to a normalisation."""
     role = role_of(node, modules)
-    name = _name(node)
+    name = call_name(node)
     if role is Role.NONLINEARITY and name in _MOMENTS and node.users:
-        averaged = all(_name(user) in _REDUCTIONS for user in node.users)
+        averaged = all(call_name(user) in _REDUCTIONS for user in node.users)
         return Role.NORM if averaged else role
     return role
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else function_name(node.target)
 
 
 def _scales_by_constant(node: fx.Node, value: fx.Node) -> bool:
     """Whether `value` is multiplied with (or divided by) a number or a parameter."""
     others = [arg for arg in node.all_input_nodes if arg is not value]
-    divided = node.args[:1] == (value,) or "mul" in _name(node)
+    divided = node.args[:1] == (value,) or "mul" in call_name(node)
     return divided and all(other.op == "get_attr" for other in others)
 
 
 def _keeps_channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     called = node.op == "call_module"
-    name = type(modules[str(node.target)]).__name__ if called else _name(node)
+    name = type(modules[str(node.target)]).__name__ if called else call_name(node)
     return name in _KEEP_CHANNELS or "dropout" in name.lower() or "pool" in name.lower()

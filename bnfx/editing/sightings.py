@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from bnfx.graphs.observed import SCOPES
-from bnfx.operators.calls import function_name
+from bnfx.operators.calls import call_name
 
 #: Operators that are noted.
 _NOTED = frozenset(
@@ -57,8 +57,3 @@ def source_of(node: fx.Node) -> fx.Node:
     while call_name(source) in _SAME_VALUES and source.all_input_nodes:
         source = source.all_input_nodes[0]
     return source
-
-
-def call_name(node: fx.Node) -> str:
-    """Name of the function or method that `node` calls; of anything else, its target's."""
-    return str(node.target) if node.op == "call_method" else function_name(node.target)

@@ -13,7 +13,7 @@ from bnfx.gauges.labels import array, compact
 from bnfx.gauges.walk import Opaque, Walk
 from bnfx.graphs.naming import describe
 from bnfx.graphs.shapes import is_tensor
-from bnfx.operators.calls import argument, base_name, function_name
+from bnfx.operators.calls import argument, base_name, call_name, function_name
 
 
 def identity(walk: Walk, node: fx.Node) -> Tensor:
@@ -37,7 +37,7 @@ def rectifier(walk: Walk, node: fx.Node) -> Tensor:
     labels = walk.labels_of(argument(node, 0, "input"))
     for other in node.all_input_nodes[1:]:
         walk.found.ground(array(walk.labels_of(other)), Cause(node, describe(node)))
-    name = str(node.target) if node.op == "call_method" else function_name(node.target)
+    name = call_name(node)
     soft = walk.options.thresholds and base_name(name) == "relu"
     if soft:
         _bounded(walk, node, labels, 0.0, np.inf)
@@ -68,7 +68,7 @@ def _bounded(walk: Walk, node: fx.Node, labels: Tensor, lower: float, upper: flo
 
 def _bounds_of(node: fx.Node) -> tuple[float, float] | None:
     """Lower and upper bound of a clamp; None where they are computed."""
-    name = base_name(str(node.target) if node.op == "call_method" else function_name(node.target))
+    name = base_name(call_name(node))
     lower: Any = None
     upper: Any = None
     if name == "relu6":

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from bnfx.gauges.labels import concatenated, settled
 from bnfx.gauges.walk import Opaque, Walk
 from bnfx.graphs.shapes import is_tensor
-from bnfx.operators.calls import argument, base_name, function_name
+from bnfx.operators.calls import argument, base_name, call_name
 
 
 def move(walk: Walk, node: fx.Node) -> Any:
@@ -91,7 +91,7 @@ def _parts(walk: Walk, parts: object) -> list[Tensor]:
 
 
 def _moved(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    name = base_name(str(node.target) if node.op == "call_method" else function_name(node.target))
+    name = base_name(call_name(node))
     if name in ("view", "_unsafe_view"):  # maps are not contiguous, the tensors they stand for are
         return args[0].reshape(*args[1:], **kwargs)
     if node.op == "call_method":

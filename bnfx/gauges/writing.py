@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from bnfx.gauges.constraints import Kind, Site
 from bnfx.gauges.new_weights import Pending
-from bnfx.graphs.naming import path_of
+from bnfx.graphs.naming import owner_of, path_of
 from bnfx.graphs.norms import norm_call
 from bnfx.graphs.parameters import (
     Constants,
@@ -21,7 +21,6 @@ from bnfx.graphs.parameters import (
     free_name,
     set_tensor,
 )
-from bnfx.graphs.tracing import owner_of
 from bnfx.operators.calls import argument, arguments
 from bnfx.operators.layers import BATCH_NORM, INSTANCE_NORM, affine_of
 from bnfx.operators.passages import Passage, passage_of

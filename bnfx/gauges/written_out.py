@@ -19,10 +19,9 @@ from bnfx.gauges.bound import Bound
 from bnfx.gauges.constraints import Constraints
 from bnfx.gauges.explanation import Explanation
 from bnfx.graphs.constants import Values
-from bnfx.graphs.naming import describe
+from bnfx.graphs.naming import describe, owner_of
 from bnfx.graphs.norms import is_norm
 from bnfx.graphs.parameters import constants
-from bnfx.graphs.tracing import owner_of
 from bnfx.operators.layers import affine_of
 from bnfx.operators.passages import Passage, passage_of
 from bnfx.reports.report import FoldRecord

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from bnfx.graphs.parameters import Constants
-from bnfx.operators.calls import function_name, reads_shape_only, words
+from bnfx.operators.calls import call_name, function_name, reads_shape_only, words
 from bnfx.operators.effects import writes
 from bnfx.operators.passages import Passage, passage_of
 
@@ -95,7 +95,7 @@ def is_pure(node: fx.Node) -> bool:
     """Whether a call gives the same result each time and does nothing else."""
     if node.op not in ("call_function", "call_method") or writes(node):
         return False
-    name = str(node.target) if node.op == "call_method" else function_name(node.target)
+    name = call_name(node)
     ours = node.op == "call_method" or passage_of(node) is not None or is_torch(node.target)
     return ours and name not in _IMPURE
 

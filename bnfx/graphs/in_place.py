@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from bnfx.graphs.constants import reads_elements
-from bnfx.operators.calls import argument, base_name, function_name, words
+from bnfx.operators.calls import argument, base_name, call_name, function_name, words
 from bnfx.operators.effects import writes
 from bnfx.operators.layers import BATCH_NORM, INSTANCE_NORM, affine_of
 from bnfx.operators.passages import Passage, passage_of
@@ -114,7 +114,7 @@ def _may_alias(node: fx.Node) -> bool:
         return moves or name == "getitem" or any(r.alias_info is not None for r in returned)
     if affine_of(node, {}) or node.target in BATCH_NORM or node.target in INSTANCE_NORM:
         return False
-    name = str(node.target) if node.op == "call_method" else function_name(node.target)
+    name = call_name(node)
     if passage_of(node) not in _MAY_ALIAS:
         return False
     return not (passage_of(node) is None and name in _FRESH_NAMES)
@@ -148,7 +148,7 @@ def fresh_form(node: fx.Node) -> tuple[Any, dict[str, Any]] | None:
         if packet is None or overload not in packet.overloads():
             return None
         return getattr(packet, overload), kwargs
-    name = str(node.target) if node.op == "call_method" else function_name(node.target)
+    name = call_name(node)
     if base_name(name) == name:
         return None
     if node.op == "call_method":

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 import numpy as np
 from torch import fx
 
-from bnfx.graphs.tracing import OWNER, owner_of
 from bnfx.numbers import Ints
-from bnfx.operators.calls import arguments, function_name
+from bnfx.operators.calls import arguments, call_name
 from bnfx.operators.layers import BATCH_NORM, INSTANCE_NORM, affine_of
+
+#: node.meta key: module path of the BatchNorm module behind a functional call.
+OWNER = "bnfx_owner"
 
 _SHOWN = 6
 
@@ -33,7 +35,7 @@ def describe(value: object) -> str:
         return f"input {value.name!r}"
     if value.op == "output":
         return "output of the network"
-    name = str(value.target) if value.op == "call_method" else function_name(value.target)
+    name = call_name(value)
     return f"{name} {path_of(value)!r}"
 
 
@@ -46,6 +48,11 @@ def norm_path(node: fx.Node) -> str:
     if isinstance(mean, fx.Node) and mean.op == "get_attr":
         return owner_of(str(mean.target))
     return path_of(node)
+
+
+def owner_of(name: str) -> str:
+    """Path of the module that holds a parameter; the parameter's own name at the root."""
+    return name.rpartition(".")[0] or name
 
 
 def path_of(node: fx.Node) -> str:

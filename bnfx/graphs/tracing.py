@@ -20,12 +20,9 @@ from torch import fx, nn
 from bnfx.errors import CaptureError
 from bnfx.graphs.examples import HOOKS, Example, has_hooks
 from bnfx.graphs.forward_state import autocast_state, nothing_drawn, stateless
-from bnfx.operators.layers import BATCH_NORM
 
 #: node.meta key: the ranks that the BatchNorm module behind a functional call accepts.
 RANKS = "bnfx_ranks"
-#: node.meta key: module path of the BatchNorm module behind a functional call.
-OWNER = "bnfx_owner"
 
 
 #: Values that a graph holds as they are: a proxy for them would only hide which way a forward goes.
@@ -210,24 +207,3 @@ def assemble(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     for hooks in HOOKS:
         getattr(module, hooks).update(getattr(root, hooks))
     return module
-
-
-def batch_norm_path(node: fx.Node) -> str:
-    """Name of a BatchNorm evaluation: its module, or the owner of its running mean, or the node."""
-    if OWNER in node.meta:
-        return str(node.meta[OWNER])
-    mean = node.all_input_nodes and _running_mean(node)
-    if isinstance(mean, fx.Node) and mean.op == "get_attr":
-        return owner_of(str(mean.target))
-    return node.name
-
-
-def _running_mean(node: fx.Node) -> Any:
-    signature = BATCH_NORM[node.target]  # type: ignore[index]  # callers pass BatchNorm calls
-    named = dict(zip(signature, node.args, strict=False)) | dict(node.kwargs)
-    return named.get("running_mean")
-
-
-def owner_of(name: str) -> str:
-    """Path of the module that holds a parameter; the parameter's own name at the root."""
-    return name.rpartition(".")[0] or name

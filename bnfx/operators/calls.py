@@ -45,6 +45,11 @@ def function_name(target: Any) -> str:
     return str(getattr(target, "__name__", target))
 
 
+def call_name(node: fx.Node) -> str:
+    """Name of the function or method that `node` calls; of anything else, its target's."""
+    return str(node.target) if node.op == "call_method" else function_name(node.target)
+
+
 def base_name(name: str) -> str:
     """The operator without its in-place mark: "relu_" -> "relu"."""
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name

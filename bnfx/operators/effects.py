@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from bnfx.operators.calls import arguments, function_name
+from bnfx.operators.calls import arguments, call_name, function_name
 from bnfx.operators.layers import BATCH_NORM, INSTANCE_NORM
 
 #: Position of the flag `inplace` in functions of torch.nn.functional.
@@ -45,7 +45,7 @@ def writes(node: fx.Node) -> bool:
         return True
     if node.target in (setattr, operator.setitem) or node.target is operator.delitem:
         return True
-    name = str(node.target) if node.op == "call_method" else function_name(node.target)
+    name = call_name(node)
     if name.startswith("i") and getattr(operator, name, None) is node.target:
         return name not in ("is_", "is_not", "index", "indexOf", "inv", "invert", "itemgetter")
     return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "set_")

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from bnfx.graphs.examples import example
 from bnfx.graphs.inference import inference_graph
-from bnfx.graphs.tracing import batch_norm_path, owner_of
+from bnfx.graphs.naming import norm_path, owner_of
 from bnfx.operators.calls import arguments, function_name
 from bnfx.operators.layers import BATCH_NORM, affine_of
 from bnfx.reports.document import Picture
@@ -93,7 +93,7 @@ def _kind_and_layer(node: fx.Node, module: fx.GraphModule) -> tuple[str, str]:
     if node.op == "call_module":
         return type(module.get_submodule(str(node.target))).__name__, str(node.target)
     if node.target in BATCH_NORM:
-        return "BatchNorm", batch_norm_path(node)
+        return "BatchNorm", norm_path(node)
     row = affine_of(node, {})
     if row is not None:
         weight = arguments(node, row.signature)["weight"]

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from bnfx.graphs.tracing import batch_norm_path, owner_of
+from bnfx.graphs.naming import norm_path, owner_of
 from bnfx.operators.calls import arguments
 from bnfx.operators.layers import BATCH_NORM, Affine, affine_of
 from bnfx.verification.layers import Geometry, Kind, Layer, samples
@@ -137,7 +137,7 @@ class _Recorder(fx.Interpreter):
             return self._affine(n, row)
         if n.target in BATCH_NORM:
             call = arguments(n, BATCH_NORM[n.target])
-            return self._norm(n, call, "batch_norm", batch_norm_path(n))
+            return self._norm(n, call, "batch_norm", norm_path(n))
         if n.target in _LAYER_NORM:
             call = arguments(n, _LAYER_NORM[n.target])
             return self._norm(n, call, "layer_norm", "")
