@@ -23,7 +23,7 @@ from bnfx.bundle import write_bundle
 from bnfx.errors import CaptureError, VerificationError
 from bnfx.export import ExportReport, export_onnx, training_modules
 from bnfx.folding import fold_bn
-from bnfx.graphs.examples import clone
+from bnfx.graphs.examples import Example, clone
 from bnfx.graphs.tracing import NO_PROXY, assemble
 from bnfx.onnx_files.placing import move_into_place, real_target
 from bnfx.removal import StageReport, ledger_of
@@ -33,7 +33,6 @@ from bnfx.reports.report import report as report_of
 from bnfx.reports.report_files import check_report_path, write_report
 from bnfx.runtime.sessions import execution_provider
 from bnfx.verification.references import Precision
-from bnfx.verification.runs import Sample
 from bnfx.verification.samples import as_sample
 from bnfx.verification.verdicts import VerifyReport
 from bnfx.verify import verify_onnx
@@ -218,8 +217,8 @@ def _renamed(measured: BenchReport, names: Mapping[str, str]) -> BenchReport:
 
 
 def _taken(
-    model: nn.Module, example: Sample, dynamic_shapes: Any
-) -> tuple[dict[str, Any], Sample, dict[str, Any]]:
+    model: nn.Module, example: Example, dynamic_shapes: Any
+) -> tuple[dict[str, Any], Example, dict[str, Any]]:
     """Arguments that are None or numbers, the others, and options of the export for these.
 
     A file has no input for a number, and the exporter names no axes beside one.
@@ -238,7 +237,7 @@ def _taken(
         shapes = tuple(itertools.compress(dynamic_shapes, stays))
     else:
         shapes = dynamic_shapes
-    return numbers, Sample(args, kwargs), {"kwargs": kwargs, "dynamic_shapes": shapes}
+    return numbers, Example(args, kwargs), {"kwargs": kwargs, "dynamic_shapes": shapes}
 
 
 def _with_numbers(folded: fx.GraphModule, numbers: Mapping[str, Any]) -> fx.GraphModule:

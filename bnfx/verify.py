@@ -23,18 +23,20 @@ from torch import nn
 
 from bnfx.errors import VerificationError
 from bnfx.export import training_modules
+from bnfx.graphs.examples import Example
 from bnfx.numbers import UNIT, Array
 from bnfx.onnx_files.reading import FOLDED, all_nodes, metadata_of, read_onnx, type_name
 from bnfx.runtime.isolated import execute_apart
 from bnfx.runtime.runner import Answer, Request, execute
 from bnfx.runtime.sessions import execution_provider
+from bnfx.verification.faults import output_fault
 from bnfx.verification.file_reference import OnnxReference
 from bnfx.verification.layer_checks import MAX_LAYER_RATIO
-from bnfx.verification.localisation import output_fault
 from bnfx.verification.outputs import OutputCheck, check_output
 from bnfx.verification.references import DTYPES, Precision, TorchReference, arrays
-from bnfx.verification.runs import RowTruths, Runs, Sample
 from bnfx.verification.samples import (
+    RowTruths,
+    Runs,
     as_sample,
     batch_of,
     other_batches,
@@ -168,14 +170,14 @@ class _Plan:
     proto: onnx.ModelProto
     provider: str
     reference: Reference
-    pooled: list[Sample]
-    small: list[Sample]
+    pooled: list[Example]
+    small: list[Example]
     sizes: tuple[int, ...]
     names: list[str]
     values: list[onnx.ValueInfoProto]
 
     @property
-    def samples(self) -> list[Sample]:
+    def samples(self) -> list[Example]:
         """Every input, the pooled ones first."""
         return [*self.pooled, *self.small]
 
@@ -217,7 +219,7 @@ def _run(plan: _Plan, *, localize: bool, timeout: float, isolate: bool) -> tuple
         return staged, execute(request, feeds)
 
 
-def _feed(plan: _Plan, sample: Sample) -> list[Array]:
+def _feed(plan: _Plan, sample: Example) -> list[Array]:
     """The tensors of an input, floats in the dtype that the file takes."""
     feed = arrays(plan.reference.leaves(sample))
     wanted = [type_name(value.type.tensor_type.elem_type) for value in plan.values]

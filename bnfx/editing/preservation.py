@@ -18,7 +18,7 @@ from bnfx.graphs.agreement import alike, bound, nearly, outputs
 from bnfx.graphs.examples import Example, clone, modes_kept
 from bnfx.graphs.observed import tensors_in, undisturbed_random_state
 from bnfx.graphs.training import ModuleGraph
-from bnfx.verification.outputs import relative_error
+from bnfx.numbers import relative_error
 
 #: Roundings that one BatchNorm may add: gamma, 1/sqrt, two products, two sums, with a margin of 2.
 _MAX_ROUNDINGS = 16

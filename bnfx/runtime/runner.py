@@ -30,65 +30,59 @@ REQUEST, ANSWER, INPUTS, OUTPUTS = "request.json", "answer.json", "inputs.npz", 
 
 @dataclass(frozen=True)
 class Request:
-    """What to run.
+    """What to run."""
 
-    Attributes:
-        model: Path of the ONNX file.
-        provider: "cpu", "cuda" or "cuda:1".
-        folder: Where the profile and the answer go.
-        names: Names of the inputs, in the order of the arrays of a run.
-        runs: How many runs there are; without any, the file is only loaded.
-        tf32: Whether CUDA may round factors to TF32.
-        num_threads: Of one operator on the CPU; 0 lets onnxruntime choose.
-        weights: Folder of the external data, where that is not the model's own.
-        values_model: Path of the file, without functions, of which further values are wanted.
-        values: Names of those values; they are computed on the CPU, without optimisation.
-        values_run: Number of the run that they are computed for.
-        check: Whether `onnx.checker` looks at the file first.
-        memory: Bytes that a process of its own may take; None sets no limit.
-    """
-
+    #: Path of the ONNX file.
     model: str
+    #: "cpu", "cuda" or "cuda:1".
     provider: str
+    #: Where the profile and the answer go.
     folder: str
+    #: Names of the inputs, in the order of the arrays of a run.
     names: tuple[str, ...]
+    #: How many runs there are; without any, the file is only loaded.
     runs: int
+    #: Whether CUDA may round factors to TF32.
     tf32: bool = False
+    #: Of one operator on the CPU; 0 lets onnxruntime choose.
     num_threads: int = 0
+    #: Folder of the external data, where that is not the model's own.
     weights: str = ""
+    #: Path of the file, without functions, of which further values are wanted.
     values_model: str = ""
+    #: Names of those values; they are computed on the CPU, without optimisation.
     values: tuple[str, ...] = ()
+    #: Number of the run that they are computed for.
     values_run: int = 0
+    #: Whether `onnx.checker` looks at the file first.
     check: bool = True
+    #: Bytes that a process of its own may take; None sets no limit.
     memory: int | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of it.
+    """What came of it."""
 
-    Attributes:
-        inputs: Name -> onnxruntime's type of every input of the file, and its shape.
-        outputs: Names of the outputs, in order.
-        results: For each run its outputs; None where onnxruntime failed.
-        failures: Run -> message.
-        values: The further values; those that could not be computed are missing.
-        values_failure: Why they are missing; "" where they are not.
-        assigned: Execution provider -> nodes that it was given.
-        ran: Execution provider -> nodes that it ran in the first run, by onnxruntime's profile.
-        proof: What else tells where and how it ran.
-        seconds: Wall-clock time of loading, of all runs, and of the further values.
-    """
-
+    #: Name -> onnxruntime's type of every input of the file, and its shape.
     inputs: Mapping[str, Any]
+    #: Names of the outputs, in order.
     outputs: tuple[str, ...]
+    #: For each run its outputs; None where onnxruntime failed.
     results: list[list[Array] | None]
+    #: Run -> message.
     failures: Mapping[int, str]
+    #: The further values; those that could not be computed are missing.
     values: Mapping[str, Array]
+    #: Why they are missing; "" where they are not.
     values_failure: str
+    #: Execution provider -> nodes that it was given.
     assigned: Mapping[str, int]
+    #: Execution provider -> nodes that it ran in the first run, by onnxruntime's profile.
     ran: Mapping[str, int]
+    #: What else tells where and how it ran.
     proof: Mapping[str, Any] = field(default_factory=dict)
+    #: Wall-clock time of loading, of all runs, and of the further values.
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -78,24 +78,21 @@ def execution_provider(provider: str, *, tf32: bool = False) -> tuple[str, dict[
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """How a session is opened.
+    """How a session is opened."""
 
-    Attributes:
-        num_threads: Of one operator on the CPU; 0 lets onnxruntime choose.
-        strict: Whether CUDA must take every node, so that nothing runs on the CPU.
-        tf32: Whether CUDA may round factors to TF32.
-        without: Names of onnxruntime's optimisers to leave out, separated by semicolons.
-        optimise: Whether onnxruntime optimises the graph; without, every value of it is computed.
-        profile: Prefix of the profile's file; "" takes none.
-        weights: Folder of the external data of a model given as bytes; "" where it has none.
-    """
-
+    #: Of one operator on the CPU; 0 lets onnxruntime choose.
     num_threads: int = 0
+    #: Whether CUDA must take every node, so that nothing runs on the CPU.
     strict: bool = True
+    #: Whether CUDA may round factors to TF32.
     tf32: bool = False
+    #: Names of onnxruntime's optimisers to leave out, separated by semicolons.
     without: str = ""
+    #: Whether onnxruntime optimises the graph; without, every value of it is computed.
     optimise: bool = True
+    #: Prefix of the profile's file; "" takes none.
     profile: str = ""
+    #: Folder of the external data of a model given as bytes; "" where it has none.
     weights: str = ""
 
 

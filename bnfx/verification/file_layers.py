@@ -34,46 +34,39 @@ _LARGE = ("conv", "conv_transpose", "linear")
 
 @dataclass(frozen=True)
 class Node:
-    """A node that is a layer, with the names of its operands.
+    """A node that is a layer, with the names of its operands."""
 
-    Attributes:
-        proto: The node.
-        kind: What it is.
-        operands: Part -> name of the value.
-        x: Name of its input.
-        y: Name of its output, behind the Add of a bias where that is a node of its own.
-        settings: Attribute -> value.
-    """
-
+    #: The node.
     proto: onnx.NodeProto
+    #: What it is.
     kind: Kind
+    #: Part -> name of the value.
     operands: Mapping[str, str]
+    #: Name of its input.
     x: str
+    #: Name of its output, behind the Add of a bias where that is a node of its own.
     y: str
+    #: Attribute -> value.
     settings: Mapping[str, object]
 
 
 @dataclass(frozen=True)
 class FileGraph:
-    """What tier 1 and 2 need of a file.
+    """What tier 1 and 2 need of a file."""
 
-    Attributes:
-        nodes: Its layers, in order, of the main graph.
-        stored: Name -> stored tensor, of the main graph.
-        wanted: Names of the values to compute: operands that are not stored, inputs and outputs of
-            layers.
-        folder: Where external data lies.
-        tensors: Every tensor that the file stores.
-        producers: Name of a value -> the node that computes it, in the main graph.
-        hidden: Layers inside subgraphs, which are not compared one by one.
-    """
-
+    #: Its layers, in order, of the main graph.
     nodes: tuple[Node, ...]
+    #: Name -> stored tensor, of the main graph.
     stored: Mapping[str, onnx.TensorProto]
+    #: Names of the values to compute: operands that are not stored, inputs and outputs of layers.
     wanted: tuple[str, ...]
+    #: Where external data lies.
     folder: Path
+    #: Every tensor that the file stores.
     tensors: tuple[onnx.TensorProto, ...]
+    #: Name of a value -> the node that computes it, in the main graph.
     producers: Mapping[str, onnx.NodeProto]
+    #: Layers inside subgraphs, which are not compared one by one.
     hidden: int
 
 

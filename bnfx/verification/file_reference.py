@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bnfx.errors import VerificationError
+from bnfx.graphs.examples import Example
 from bnfx.numbers import Array
 from bnfx.onnx_files.reading import all_nodes, describe_type, read_onnx, tensor_array, type_name
 from bnfx.onnx_files.retyping import BFLOAT16, DOUBLE, FLOAT, HALF, float_types, retyped
@@ -29,7 +30,7 @@ from bnfx.verification.file_layers import file_layers
 from bnfx.verification.file_operators import OPERATORS
 from bnfx.verification.layers import as_tensor, composed, samples
 from bnfx.verification.references import COMPOSED, Form, Precision, arrays, require_same
-from bnfx.verification.runs import RowTruths, Runs, Sample
+from bnfx.verification.samples import RowTruths, Runs
 from bnfx.verification.staging import stage
 from bnfx.verification.torch_layers import Constant, Traced
 
@@ -55,7 +56,7 @@ class OnnxReference:
         self.decides = norms == 0
         self.failures: list[str] = []
 
-    def example(self) -> Sample:
+    def example(self) -> Example:
         """An input drawn by what the file declares; every symbolic size is 2.
 
         Raises:
@@ -77,9 +78,9 @@ class OnnxReference:
             floating = narrow or np.dtype(dtype).kind == "f"
             like = noise if floating else (noise > 0).to(torch.int64)
             drawn.append(like if narrow else torch.from_numpy(like.numpy().astype(dtype)))
-        return Sample(tuple(drawn), {})
+        return Example(tuple(drawn), {})
 
-    def leaves(self, sample: Sample) -> list[Tensor]:
+    def leaves(self, sample: Example) -> list[Tensor]:
         """The tensors of an input in the order of the file's inputs; by name where it has names."""
         if sample.kwargs and not sample.args:
             missing = [v.name for v in self.inputs if v.name not in sample.kwargs]
@@ -88,7 +89,7 @@ class OnnxReference:
         leaves = pytree.tree_leaves((sample.args, dict(sample.kwargs)))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    def run(self, given: Sequence[Sample], known: RowTruths | None = None) -> Runs:
+    def run(self, given: Sequence[Example], known: RowTruths | None = None) -> Runs:
         """Outputs as onnxruntime computes them, and in float64.
 
         Args:
@@ -120,7 +121,7 @@ class OnnxReference:
             ) from error
         return Runs(own, own, exact, declared)
 
-    def require_one_answer(self, sample: Sample, runs: Runs) -> None:
+    def require_one_answer(self, sample: Example, runs: Runs) -> None:
         """Refuse a file that computes something else each time, as `TorchReference` does.
 
         Raises:
@@ -132,7 +133,7 @@ class OnnxReference:
     def release(self) -> None:
         """Nothing is kept between runs."""
 
-    def _evaluate(self, evaluator: Any, sample: Sample) -> list[Array]:
+    def _evaluate(self, evaluator: Any, sample: Example) -> list[Array]:
         feed = {
             value.name: array.astype(np.float64) if array.dtype.kind == "f" else array
             for value, array in zip(self.inputs, arrays(self.leaves(sample)), strict=True)
@@ -140,7 +141,7 @@ class OnnxReference:
         with np.errstate(all="ignore"):
             return [np.asarray(out) for out in evaluator.run(None, feed)]
 
-    def _answer(self, given: Sequence[Sample], *, values: bool) -> Answer:
+    def _answer(self, given: Sequence[Example], *, values: bool) -> Answer:
         with tempfile.TemporaryDirectory(prefix="bnfx-") as name:
             staged = stage(self.proto, self.path, Path(name), provider="cpu", values=values)
             request = Request(
@@ -156,14 +157,14 @@ class OnnxReference:
             feeds = [self._feed(sample) for sample in given]
             return execute_apart(request, feeds, timeout=self.timeout)
 
-    def _feed(self, sample: Sample) -> list[Array]:
+    def _feed(self, sample: Example) -> list[Array]:
         wanted = [type_name(value.type.tensor_type.elem_type) for value in self.inputs]
         return [
             array.astype(kind) if array.dtype.kind == "f" and kind.startswith("float") else array
             for array, kind in zip(arrays(self.leaves(sample)), wanted, strict=True)
         ]
 
-    def forms(self, sample: Sample) -> Iterator[Form]:
+    def forms(self, sample: Example) -> Iterator[Form]:
         """The file's layers, with each BatchNorm in the layer before it, and as they are."""
         answer = self._answer([sample], values=True)
         with tempfile.TemporaryDirectory(prefix="bnfx-") as name:
@@ -181,7 +182,7 @@ class OnnxReference:
         yield Form(COMPOSED, _traced(layers, constants, flow), rounded_once=False)
         yield Form("as it is", Traced(layers, constants, flow), rounded_once=False)
 
-    def unfolded(self, sample: Sample) -> Traced:
+    def unfolded(self, sample: Example) -> Traced:
         """The layers as they are."""
         return list(self.forms(sample))[-1].traced
 

@@ -27,60 +27,53 @@ PARTS = ("weight", "bias", "mean", "var")
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a convolution moves over its input; one entry for each spatial axis.
+    """How a convolution moves over its input; one entry for each spatial axis."""
 
-    Attributes:
-        stride: Steps.
-        begin: Zeros (or cropped results, where transposed) before the first element.
-        end: Likewise behind the last.
-        dilation: Distances within the kernel.
-        groups: Groups of channels.
-        output_padding: Added at the end, of a transposed convolution.
-    """
-
+    #: Steps.
     stride: tuple[int, ...]
+    #: Zeros (or cropped results, where transposed) before the first element.
     begin: tuple[int, ...]
+    #: Likewise behind the last.
     end: tuple[int, ...]
+    #: Distances within the kernel.
     dilation: tuple[int, ...]
+    #: Groups of channels.
     groups: int = 1
+    #: Added at the end, of a transposed convolution.
     output_padding: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer.
+    """A layer."""
 
-    Attributes:
-        kind: What it is.
-        name: Module path in the reference, or the node of the file.
-        parts: "weight", "bias", "mean" and "var" in float64, as far as it has them; the weights of
-            a file's convolutions and linear layers in the dtype they are stored in. A convolution's
-            weight is (out, in / groups, ...), transposed (in, out / groups, ...), a linear one's
-            (out, in).
-        names: Part -> its name in the reference or file.
-        geometry: Of a convolution.
-        eps: Of a normalisation.
-        axes: How many trailing axes a layer norm covers.
-        training: Whether a BatchNorm uses batch statistics.
-        x: Key of its input.
-        y: Key of its output.
-        source: Key of the output that its input is, where that is a layer's.
-        rank: Number of axes of its output; 0 where unknown.
-        untouched: Parts that are parameters of the source, not changed by folding.
-    """
-
+    #: What it is.
     kind: Kind
+    #: Module path in the reference, or the node of the file.
     name: str
+    #: "weight", "bias", "mean" and "var" in float64, as far as it has them; the weights of a file's
+    #: convolutions and linear layers in the dtype they are stored in. A convolution's weight is
+    #: (out, in / groups, ...), transposed (in, out / groups, ...), a linear one's (out, in).
     parts: Mapping[str, Tensor]
+    #: Part -> its name in the reference or file.
     names: Mapping[str, str] = field(default_factory=dict)
+    #: Of a convolution.
     geometry: Geometry | None = None
+    #: Of a normalisation.
     eps: float = 0.0
+    #: How many trailing axes a layer norm covers.
     axes: int = 1
+    #: Whether a BatchNorm uses batch statistics.
     training: bool = False
+    #: Key of its input.
     x: str = ""
+    #: Key of its output.
     y: str = ""
+    #: Key of the output that its input is, where that is a layer's.
     source: str = ""
+    #: Number of axes of its output; 0 where unknown.
     rank: int = 0
+    #: Parts that are parameters of the source, not changed by folding.
     untouched: frozenset[str] = frozenset()
 
     @property

@@ -15,31 +15,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bnfx.numbers import UNIT, Array, Floats
+from bnfx.numbers import UNIT, Array, Floats, relative_error
 
 
 @dataclass(frozen=True)
 class OutputCheck:
-    """The verdict on one output, pooled over all inputs.
+    """The verdict on one output, pooled over all inputs."""
 
-    Attributes:
-        name: Name in the file.
-        shape: Shape for the first input.
-        dtype: As onnxruntime returned it.
-        err: Relative root mean square error against float64; 0 for integers and booleans.
-        budget: What the unfolded model itself errs in the deployed precision.
-        ratio: err / budget.
-        passed: Whether the output counts as equal.
-        reason: Why not; empty if it does.
-    """
-
+    #: Name in the file.
     name: str
+    #: Shape for the first input.
     shape: tuple[int, ...]
+    #: As onnxruntime returned it.
     dtype: str
+    #: Relative root mean square error against float64; 0 for integers and booleans.
     err: float
+    #: What the unfolded model itself errs in the deployed precision.
     budget: float
+    #: err / budget.
     ratio: float
+    #: Whether the output counts as equal.
     passed: bool
+    #: Why not; empty if it does.
     reason: str
 
 
@@ -76,23 +73,6 @@ def check_output(
         reason = "the reference is NaN or infinite everywhere, which verifies nothing"
     shape, dtype = tuple(ours[0].shape), str(ours[0].dtype)
     return OutputCheck(name, shape, dtype, err, budget, err / budget, not reason, reason)
-
-
-def relative_error(values: Sequence[Array], truth: Sequence[Array]) -> float:
-    """rms(values - truth) / rms(truth) over the finite entries of the truth, pooled.
-
-    Where the truth is zero throughout, any difference is an infinite error.
-    """
-    noise = power = 0.0
-    for value, exact in zip(values, truth, strict=True):
-        wide = exact.astype(np.float64)
-        finite = np.isfinite(wide)
-        difference = value.astype(np.float64)[finite] - wide[finite]
-        noise += float(np.square(np.abs(difference)).sum())
-        power += float(np.square(np.abs(wide[finite])).sum())
-    if power == 0:
-        return 0.0 if noise == 0 else math.inf
-    return math.sqrt(noise / power)
 
 
 def _magnitude(values: Sequence[Array]) -> float:

@@ -22,19 +22,15 @@ _ALIKE = 0.05
 
 @dataclass(frozen=True)
 class Pair:
-    """A layer of the reference and the one of the file that stands for it.
+    """A layer of the reference and the one of the file that stands for it."""
 
-    Attributes:
-        truth: Of the reference, in float64.
-        ours: Of the file.
-        recognised: Whether the file's weights are these, up to a fault: half of them agree to 5 %.
-        belongs_to: Name of another layer of the reference whose weights the file has here; "" if
-            none.
-    """
-
+    #: Of the reference, in float64.
     truth: Layer
+    #: Of the file.
     ours: Layer
+    #: Whether the file's weights are these, up to a fault: half of them agree to 5 %.
     recognised: bool
+    #: Name of another layer of the reference whose weights the file has here; "" if none.
     belongs_to: str = ""
 
 

@@ -12,18 +12,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from bnfx.errors import BnfxError, VerificationError
 from bnfx.folding import exact_graph, fold_bn
-from bnfx.graphs.examples import clone, example
+from bnfx.graphs.examples import Example, clone
 from bnfx.graphs.inference import inference_graph
-from bnfx.numbers import UNIT, Array
+from bnfx.numbers import UNIT, Array, relative_error
 from bnfx.reports.report import FoldReport, report
 from bnfx.verification.layers import composed, neighbours
-from bnfx.verification.outputs import relative_error
-from bnfx.verification.rounding_modes import StoredAs, Tf32
-from bnfx.verification.runs import RowTruths, Runs, Sample
+from bnfx.verification.samples import RowTruths, Runs
 from bnfx.verification.torch_layers import Traced, Widened, trace_layers
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
@@ -42,16 +41,13 @@ _ORDER: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16")
 
 @dataclass(frozen=True)
 class Form:
-    """One right form of the reference's layers.
+    """One right form of the reference's layers."""
 
-    Attributes:
-        name: How it came about.
-        traced: The layers.
-        rounded_once: Whether bnfx folded it, in float64 with one rounding at the end.
-    """
-
+    #: How it came about.
     name: str
+    #: The layers.
     traced: Traced
+    #: Whether bnfx folded it, in float64 with one rounding at the end.
     rounded_once: bool
 
 
@@ -85,12 +81,12 @@ class TorchReference:
         self._wide: nn.Module | None = None
         self.failures: list[str] = []
 
-    def leaves(self, sample: Sample) -> list[Tensor]:
+    def leaves(self, sample: Example) -> list[Tensor]:
         """The tensors of an input in the order of the exporter's inputs."""
         bound = _bound(self._own, sample)
         return [leaf for leaf in pytree.tree_leaves(bound) if isinstance(leaf, Tensor)]
 
-    def run(self, samples: Sequence[Sample], known: RowTruths | None = None) -> Runs:
+    def run(self, samples: Sequence[Example], known: RowTruths | None = None) -> Runs:
         """All three on every input.
 
         Args:
@@ -112,7 +108,7 @@ class TorchReference:
         dtypes = tuple(str(t.dtype).removeprefix("torch.") for t in (called or [[]])[0])
         return Runs(own, rounded, exact, dtypes)
 
-    def require_one_answer(self, sample: Sample, runs: Runs) -> None:
+    def require_one_answer(self, sample: Example, runs: Runs) -> None:
         """Refuse a reference that computes something else each time: it would set no limit.
 
         Args:
@@ -124,7 +120,7 @@ class TorchReference:
         """
         require_same(self.name, runs, arrays(self._call(self._own, sample, None)))
 
-    def _in_precision(self, sample: Sample) -> list[Tensor]:
+    def _in_precision(self, sample: Example) -> list[Tensor]:
         if self.precision == "tf32":
             with Tf32():
                 return self._call(self._rounded, sample, self.dtype)
@@ -134,7 +130,7 @@ class TorchReference:
             with StoredAs(self.dtype):
                 return self._call(clone(self._rounded).float(), sample, torch.float32)
 
-    def _in_float64(self, sample: Sample) -> list[Tensor]:
+    def _in_float64(self, sample: Example) -> list[Tensor]:
         with Widened():
             return self._call(self._exact(), sample, torch.float64)
 
@@ -148,7 +144,7 @@ class TorchReference:
         """Give back the memory of the copy in float64."""
         self._wide = None
 
-    def _call(self, module: nn.Module, sample: Sample, dtype: torch.dtype | None) -> list[Tensor]:
+    def _call(self, module: nn.Module, sample: Example, dtype: torch.dtype | None) -> list[Tensor]:
         args, kwargs = pytree.tree_map(
             lambda leaf: cast(leaf, dtype), (sample.args, dict(sample.kwargs))
         )
@@ -166,7 +162,7 @@ class TorchReference:
                 tensors = [torch.as_tensor(leaf) for leaf in numbers]
         return [leaf.detach().cpu() for leaf in tensors]
 
-    def forms(self, sample: Sample) -> Iterator[Form]:
+    def forms(self, sample: Example) -> Iterator[Form]:
         """The layers as folding can leave them, the likeliest form first, computed in float64.
 
         Folding decides by dtype, and by what it knows of the inputs: so it is done again as the
@@ -202,7 +198,7 @@ class TorchReference:
         yield Form("as it is", plain, rounded_once=False)
 
     def _ways(
-        self, sample: Sample, given: Sample
+        self, sample: Example, given: Example
     ) -> list[tuple[str, Callable[[], fx.GraphModule]]]:
         """Names and calls of folding; `given` is `sample` in float64.
 
@@ -220,7 +216,7 @@ class TorchReference:
             *((f"folded with {options}", partial(exact, **options)) for options in _options()),
         ]
 
-    def unfolded(self, sample: Sample) -> Traced:
+    def unfolded(self, sample: Example) -> Traced:
         """The layers as they are, computed in float64, captured as cheaply as possible.
 
         Raises:
@@ -232,12 +228,12 @@ class TorchReference:
             return self._plain(sample)
         return self._traced(graph.double(), widened(sample), frozenset())
 
-    def _plain(self, sample: Sample) -> Traced:
+    def _plain(self, sample: Example) -> Traced:
         """The layers as they are, of a graph that is seen to agree with the reference."""
-        captured = inference_graph(self._own, example(sample.args, dict(sample.kwargs)))
+        captured = inference_graph(self._own, sample)
         return self._traced(captured.module.double(), widened(sample), frozenset())
 
-    def _traced(self, graph: fx.GraphModule, given: Sample, changed: frozenset[str]) -> Traced:
+    def _traced(self, graph: fx.GraphModule, given: Example, changed: frozenset[str]) -> Traced:
         slots = sum(node.op == "placeholder" for node in graph.graph.nodes)
         bound = list(_bound(self._own, given).values())
         flat = pytree.tree_leaves(bound)
@@ -308,7 +304,7 @@ def _all_of(model: nn.Module, dtype: torch.dtype) -> bool:
     return all(t.dtype is dtype for t in state if t.is_floating_point())
 
 
-def _bound(model: nn.Module, sample: Sample) -> dict[str, Any]:
+def _bound(model: nn.Module, sample: Example) -> dict[str, Any]:
     """Arguments by name in the order of the forward's signature, as the exporter takes them."""
     signature = inspect.signature(model.forward)
     try:
@@ -327,14 +323,63 @@ def cast(leaf: Any, dtype: torch.dtype | None) -> Any:
     return leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf
 
 
-def widened(sample: Sample) -> Sample:
+def widened(sample: Example) -> Example:
     """The same input in float64."""
     args, kwargs = pytree.tree_map(
         lambda leaf: cast(leaf, torch.float64), (sample.args, dict(sample.kwargs))
     )
-    return Sample(args, kwargs)
+    return Example(args, kwargs)
 
 
 def arrays(tensors: Iterable[Tensor]) -> list[Array]:
     """As numpy arrays; bfloat16, which numpy lacks, as float32."""
     return [(t.float() if t.dtype is torch.bfloat16 else t).detach().cpu().numpy() for t in tensors]
+
+
+#: Functions whose factors CUDA rounds to TF32.
+_PRODUCTS = {
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm"),
+    *("einsum", "scaled_dot_product_attention", "multi_head_attention_forward"),
+}
+
+
+def to_tf32(value: Tensor) -> Tensor:
+    """A float32 tensor with its mantissas rounded to the 10 bits of TF32."""
+    bits = value.contiguous().view(torch.int32)
+    rounded = (bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF
+    return torch.where(torch.isfinite(value), rounded.view(torch.float32), value)
+
+
+class Tf32(TorchFunctionMode):
+    """Factors of convolutions and matrix products are rounded to TF32, sums stay in float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func`, on rounded factors where it multiplies."""
+        if getattr(func, "__name__", "") not in _PRODUCTS:
+            return func(*args, **(kwargs or {}))
+        rounded = [_rounded(arg) for arg in args]
+        return func(*rounded, **{k: _rounded(v) for k, v in (kwargs or {}).items()})
+
+
+def _rounded(value: Any) -> Any:
+    narrow = isinstance(value, Tensor) and value.dtype is torch.float32
+    return to_tf32(value.detach()) if narrow else value
+
+
+class StoredAs(TorchFunctionMode):
+    """Every floating result is rounded to a narrow dtype and goes on in float32.
+
+    For operators that torch lacks in that dtype on the CPU.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` in float32 and round its result."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype is torch.float32:
+            return result.to(self.dtype).float()
+        return result

@@ -18,21 +18,17 @@ _INLINE_BYTES = 1_900_000_000
 
 @dataclass(frozen=True)
 class Staged:
-    """Files and facts for one request.
+    """Files and facts for one request."""
 
-    Attributes:
-        model: The file to run.
-        weights: Folder of the external data of copies; "" where they have none.
-        values_model: The file, or a copy, without functions: `graph` is its; "" if no values of it
-            are wanted.
-        graph: Its layers.
-        notes: How it differs from the file that was asked for.
-    """
-
+    #: The file to run.
     model: str
+    #: Folder of the external data of copies; "" where they have none.
     weights: str
+    #: The file, or a copy, without functions: `graph` is its; "" if no values of it are wanted.
     values_model: str
+    #: Its layers.
     graph: FileGraph
+    #: How it differs from the file that was asked for.
     notes: tuple[str, ...]
 
 

@@ -15,16 +15,15 @@ from typing import Protocol
 from torch import Tensor
 
 from bnfx.errors import BnfxError, VerificationError
+from bnfx.graphs.examples import Example
 from bnfx.numbers import Array
 from bnfx.onnx_files.reading import tensor_array, type_name
-from bnfx.verification.causes import Origin
+from bnfx.verification.faults import Origin, constant_fault, hint, structure_faults, weight_fault
 from bnfx.verification.file_layers import FileGraph, file_layers, stored_dtype
 from bnfx.verification.layer_checks import check_layer
 from bnfx.verification.layers import Layer, as_tensor, neighbours, samples
-from bnfx.verification.localisation import constant_fault, hint, structure_faults, weight_fault
 from bnfx.verification.pairing import Pair, Pairing, close, pair_layers
 from bnfx.verification.references import Form
-from bnfx.verification.runs import Sample
 from bnfx.verification.torch_layers import Traced
 from bnfx.verification.verdicts import Divergence, LayerCheck, WeightCheck
 from bnfx.verification.weight_checks import Rounding, Stored, check_constants, check_pair
@@ -42,35 +41,32 @@ class Known(Protocol):
     #: Forms that could not be made, and why.
     failures: list[str]
 
-    def forms(self, sample: Sample) -> Iterator[Form]:
+    def forms(self, sample: Example) -> Iterator[Form]:
         """The layers in every form that is right."""
 
-    def unfolded(self, sample: Sample) -> Traced:
+    def unfolded(self, sample: Example) -> Traced:
         """The layers as they are."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What tiers 1 and 2 found.
+    """What tiers 1 and 2 found."""
 
-    Attributes:
-        weights: One record for each weight.
-        layers: One record for each layer.
-        wanted: How many weights and other constants the reference has.
-        faults: What is wrong, in the order of the file; each decides.
-        hint: First sign of what is wrong in the flow of values; it decides nothing.
-        notes: What was not checked, and why.
-        decides: Whether a wrong weight is a fault, whatever the outputs are.
-        hidden: Layers inside subgraphs, which are not compared.
-    """
-
+    #: One record for each weight.
     weights: tuple[WeightCheck, ...]
+    #: One record for each layer.
     layers: tuple[LayerCheck, ...]
+    #: How many weights and other constants the reference has.
     wanted: int
+    #: What is wrong, in the order of the file; each decides.
     faults: tuple[Divergence, ...]
+    #: First sign of what is wrong in the flow of values; it decides nothing.
     hint: Divergence | None
+    #: What was not checked, and why.
     notes: tuple[str, ...]
+    #: Whether a wrong weight is a fault, whatever the outputs are.
     decides: bool
+    #: Layers inside subgraphs, which are not compared.
     hidden: int
 
 
@@ -113,7 +109,7 @@ class _Match:
 
 def check_layers(
     reference: Known,
-    sample: Sample,
+    sample: Example,
     graph: FileGraph,
     values: Mapping[str, Array],
     rounding: Rounding,
@@ -177,7 +173,7 @@ def _fused(layer: LayerCheck) -> bool:
 
 def _best(
     reference: Known,
-    sample: Sample,
+    sample: Example,
     ours: Sequence[Layer],
     found: Mapping[str, Tensor],
     dtypes: dict[str, str],
@@ -200,7 +196,7 @@ def _best(
     return best
 
 
-def _origins(known: Known, sample: Sample, match: _Match) -> dict[str, Origin]:
+def _origins(known: Known, sample: Example, match: _Match) -> dict[str, Origin]:
     """What each layer was folded from, by its path; only looked up where something is wrong."""
     if all(check.passed for _, checks in match.checks for check in checks):
         return {}

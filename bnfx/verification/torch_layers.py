@@ -45,34 +45,28 @@ def _wide(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Constant:
-    """A constant that an operator other than a layer reads.
+    """A constant that an operator other than a layer reads."""
 
-    Attributes:
-        name: Its name in the reference.
-        value: In float64, or as it is where it is not floating.
-        untouched: Whether it is a parameter of the source as it is.
-        hidden: Whether it lies in a module that is kept whole and evaluates BatchNorms: bnfx folds
-            nothing there, an exporter may.
-    """
-
+    #: Its name in the reference.
     name: str
+    #: In float64, or as it is where it is not floating.
     value: Tensor
+    #: Whether it is a parameter of the source as it is.
     untouched: bool
+    #: Whether it lies in a module that is kept whole and evaluates BatchNorms: bnfx folds nothing
+    #: there, an exporter may.
     hidden: bool = False
 
 
 @dataclass(frozen=True)
 class Traced:
-    """What one run of a graph showed.
+    """What one run of a graph showed."""
 
-    Attributes:
-        layers: The layers in the order in which they ran.
-        constants: Other constants that operators on data read, in order, each once.
-        flow: Key of a value -> a sample of it, for the inputs and outputs of layers.
-    """
-
+    #: The layers in the order in which they ran.
     layers: tuple[Layer, ...]
+    #: Other constants that operators on data read, in order, each once.
     constants: tuple[Constant, ...]
+    #: Key of a value -> a sample of it, for the inputs and outputs of layers.
     flow: Mapping[str, Tensor] = field(default_factory=dict)
 
 

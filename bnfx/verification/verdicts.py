@@ -19,145 +19,130 @@ Status = Literal["passed", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class WeightCheck:
-    """One weight of the file against the float64 folding of the reference.
+    """One weight of the file against the float64 folding of the reference."""
 
-    Attributes:
-        name: Name in the folded model.
-        stored: Name of the value in the file.
-        node: The node of the file that it feeds; "" where several do.
-        ratio: Largest distance, in units of rounding of the largest weight of its channel.
-        channel: Where that is, along the output channels.
-        passed: Whether ratio is within the limit.
-        reason: Why not; empty if it is.
-    """
-
+    #: Name in the folded model.
     name: str
+    #: Name of the value in the file.
     stored: str
+    #: The node of the file that it feeds; "" where several do.
     node: str
+    #: Largest distance, in units of rounding of the largest weight of its channel.
     ratio: float
+    #: Where that is, along the output channels.
     channel: int
+    #: Whether ratio is within the limit.
     passed: bool
+    #: Why not; empty if it is.
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """One layer of the file on the input that the file itself gives it.
+    """One layer of the file on the input that the file itself gives it."""
 
-    Attributes:
-        name: Module path in the reference, or the node's name.
-        node: The node of the file.
-        kind: Operator, such as "Conv".
-        ratio: Error of the worst channel, in units of the error of torch's own layer.
-        channel: The worst channel.
-        error: Error of the layer's output against the float64 reference on the same network input,
-            relative, all earlier errors included; what a picture of error by layer shows.
-        passed: Whether ratio is within the limit.
-    """
-
+    #: Module path in the reference, or the node's name.
     name: str
+    #: The node of the file.
     node: str
+    #: Operator, such as "Conv".
     kind: str
+    #: Error of the worst channel, in units of the error of torch's own layer.
     ratio: float
+    #: The worst channel.
     channel: int
+    #: Error of the layer's output against the float64 reference on the same network input,
+    #: relative, all earlier errors included; what a picture of error by layer shows.
     error: float
+    #: Whether ratio is within the limit.
     passed: bool
 
 
 @dataclass(frozen=True)
 class TierCheck:
-    """One tier as a whole.
+    """One tier as a whole."""
 
-    Attributes:
-        tier: "weights", "layers" or "outputs".
-        status: "passed", "failed" or "skipped".
-        checked: How many weights, layers or outputs were compared.
-        of: How many there are.
-        worst: The largest ratio.
-        limit: Its limit.
-        decides: Whether a failure of this tier fails the verification; layers only point.
-        reason: Why it was skipped, or what it could not see.
-    """
-
+    #: "weights", "layers" or "outputs".
     tier: Literal["weights", "layers", "outputs"]
+    #: "passed", "failed" or "skipped".
     status: Status
+    #: How many weights, layers or outputs were compared.
     checked: int
+    #: How many there are.
     of: int
+    #: The largest ratio.
     worst: float
+    #: Its limit.
     limit: float
+    #: Whether a failure of this tier fails the verification; layers only point.
     decides: bool
+    #: Why it was skipped, or what it could not see.
     reason: str
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first thing that is wrong, in execution order.
+    """The first thing that is wrong, in execution order."""
 
-    Attributes:
-        tier: The tier that saw it first: "weights", "structure", "layers" or "outputs".
-        module: Module path in the reference; "" where unknown.
-        node: Node or output of the file.
-        channel: The worst channel; None where it makes no sense.
-        ratio: By how many units it is off.
-        cause: The likely cause, such as "eps was forgotten"; "" where none fits.
-        gamma, var, eps: Of the BatchNorm behind the worst channel; None without one.
-        message: All of it in a sentence.
-    """
-
+    #: The tier that saw it first: "weights", "structure", "layers" or "outputs".
     tier: Literal["weights", "structure", "layers", "outputs"]
+    #: Module path in the reference; "" where unknown.
     module: str
+    #: Node or output of the file.
     node: str
+    #: The worst channel; None where it makes no sense.
     channel: int | None
+    #: By how many units it is off.
     ratio: float
+    #: The likely cause, such as "eps was forgotten"; "" where none fits. gamma, var, eps: Of the
+    #: BatchNorm behind the worst channel; None without one.
     cause: str
     gamma: float | None = None
     var: float | None = None
     eps: float | None = None
+    #: All of it in a sentence.
     message: str = ""
 
 
 @dataclass(frozen=True)
 class VerifyReport(Report):
-    """What was checked, and how it came out.
+    """What was checked, and how it came out."""
 
-    Attributes:
-        status: "passed", "failed" or "skipped".
-        path: The file.
-        reference: What it was compared with: the class of the model, or the other file.
-        provider: Where it was asked to run.
-        providers: Execution provider -> number of nodes that it ran.
-        proof: What proves that, such as the TF32 canary and the libraries loaded.
-        precision: Precision that the budget is taken from.
-        num_inputs: Inputs that outputs were pooled over.
-        batch_sizes: Batch sizes that were run.
-        batch_norms_left: BatchNormalization nodes in the file.
-        tiers: One summary each for weights, layers and outputs.
-        outputs: One record for each output and batch size.
-        layers: One record for each layer of the file that the reference knows, in order.
-        weights: One record for each weight held against the float64 folding.
-        notes: What was not checked, and why.
-        first_divergence: The first thing that is wrong, as a sentence.
-        divergence: The same in parts.
-        seconds: Wall-clock time of the verification.
-    """
-
+    #: "passed", "failed" or "skipped".
     status: Status
+    #: The file.
     path: str
+    #: What it was compared with: the class of the model, or the other file.
     reference: str
+    #: Where it was asked to run.
     provider: str
+    #: Execution provider -> number of nodes that it ran.
     providers: Mapping[str, int]
+    #: What proves that, such as the TF32 canary and the libraries loaded.
     proof: Mapping[str, Any]
+    #: Precision that the budget is taken from.
     precision: str
+    #: Inputs that outputs were pooled over.
     num_inputs: int
+    #: Batch sizes that were run.
     batch_sizes: tuple[int, ...]
+    #: BatchNormalization nodes in the file.
     batch_norms_left: int
+    #: One summary each for weights, layers and outputs.
     tiers: tuple[TierCheck, ...]
+    #: One record for each output and batch size.
     outputs: tuple[OutputCheck, ...]
+    #: One record for each layer of the file that the reference knows, in order.
     layers: tuple[LayerCheck, ...]
+    #: One record for each weight held against the float64 folding.
     weights: tuple[WeightCheck, ...]
+    #: What was not checked, and why.
     notes: tuple[str, ...]
+    #: The first thing that is wrong, as a sentence.
     first_divergence: str | None
+    #: The same in parts.
     divergence: Divergence | None
+    #: Wall-clock time of the verification.
     seconds: float
 
     def __bool__(self) -> bool:

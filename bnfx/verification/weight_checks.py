@@ -32,17 +32,14 @@ _UNIT_OF = {
 
 @dataclass(frozen=True)
 class Rounding:
-    """How weights may be rounded.
+    """How weights may be rounded."""
 
-    Attributes:
-        reference: Name of the dtype of the reference's weights.
-        precision: Precision of the deployment.
-        claimed: Whether the file says that bnfx folded it. Then each channel is held to its own
-            unit; others compute the folding in float32, so that the largest channel counts.
-    """
-
+    #: Name of the dtype of the reference's weights.
     reference: str
+    #: Precision of the deployment.
     precision: str
+    #: Whether the file says that bnfx folded it. Then each channel is held to its own unit; others
+    #: compute the folding in float32, so that the largest channel counts.
     claimed: bool
 
     def unit(self, stored: str) -> float:

@@ -28,7 +28,7 @@ from bnfx.runtime.sessions import (
     open_session,
     unavailable_reason,
 )
-from bnfx.verification.rounding_modes import StoredAs, Tf32, to_tf32
+from bnfx.verification.references import StoredAs, Tf32, to_tf32
 from tests.support import zoo
 from tests.verification.test_verify import export
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import bnfx
-from bnfx.verification.runs import Sample
+from bnfx.graphs.examples import Example
 from bnfx.verification.samples import resized, rows_of
 from tests.support.laws import randomise
 
@@ -72,11 +72,13 @@ def test_a_file_that_is_wrong_in_other_batches_fails(tmp_path: Path) -> None:
 
 
 def test_rows_are_those_of_the_resized_input() -> None:
-    samples = [Sample((torch.randn(3, 2),), {"mask": torch.randn(3, 5)}) for _ in range(4)]
+    samples = [Example((torch.randn(3, 2),), {"mask": torch.randn(3, 5)}) for _ in range(4)]
     for size in (1, 2, 7, 30):
         made, rows = resized(samples, size), rows_of(samples, size)
         assert rows is not None
         for place, (i, j) in enumerate(rows):
             assert torch.equal(made.args[0][place], samples[i].args[0][j])
             assert torch.equal(made.kwargs["mask"][place], samples[i].kwargs["mask"][j])
-    assert rows_of([*samples, Sample((torch.randn(3, 3),), {"mask": torch.randn(3, 5)})], 2) is None
+    assert (
+        rows_of([*samples, Example((torch.randn(3, 3),), {"mask": torch.randn(3, 5)})], 2) is None
+    )

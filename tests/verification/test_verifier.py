@@ -161,15 +161,15 @@ class Pool(nn.Module):
 
 
 def test_a_file_in_float64_is_the_model_in_float64(tmp_path: Path) -> None:
+    from bnfx.graphs.examples import Example
     from bnfx.verification.file_reference import OnnxReference
     from bnfx.verification.references import TorchReference
-    from bnfx.verification.runs import Sample
 
     model, x = randomise(Pool()), torch.randn(2, 2, 17, 19)
     f = tmp_path / "pool.onnx"
     bnfx.export_onnx(model, x, f)
-    ours: Any = OnnxReference(f, "fp32", 60).run([Sample((x,), {})]).exact[0][0]
-    truth: Any = TorchReference(model, "fp32").run([Sample((x,), {})]).exact[0][0]
+    ours: Any = OnnxReference(f, "fp32", 60).run([Example((x,), {})]).exact[0][0]
+    truth: Any = TorchReference(model, "fp32").run([Example((x,), {})]).exact[0][0]
     assert ours.dtype == truth.dtype == np.float64
     np.testing.assert_allclose(ours.astype(float), truth.astype(float), rtol=0, atol=1e-12)
 
