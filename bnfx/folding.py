@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from bnfx.errors import FoldError
 from bnfx.gauges import written_out
 from bnfx.gauges.walk import Options
 from bnfx.gauges.writing import Written, round_exact
-from bnfx.graphs.examples import Example, example
+from bnfx.graphs.examples import Example, example, skeleton
 from bnfx.graphs.in_place import barred, freshen, restore
 from bnfx.graphs.inference import inference_graph
 from bnfx.graphs.shapes import EXACT, Shapes, shapes_of
@@ -72,7 +74,7 @@ def fold_bn(
     if border_maps and given is None:
         raise FoldError("border_maps=True needs example_inputs: a map has the size of its input")
     options = Options(thresholds, border_maps)
-    return _folded(model, given, options, merge_branches=merge_branches, rounded=True)
+    return _folded(model, given, options, merge_branches=merge_branches, rounded=True)[0]
 
 
 def exact_graph(
@@ -89,10 +91,48 @@ def exact_graph(
     The gauges are those for the dtype in which `model` is stored; a float64 copy of a half
     precision model may fold otherwise. Arguments and errors are those of `fold_bn`.
     """
+    return fold_exactly(
+        model,
+        example_inputs,
+        example_kwargs=example_kwargs,
+        merge_branches=merge_branches,
+        thresholds=thresholds,
+        border_maps=border_maps,
+    ).exact
+
+
+@dataclass(frozen=True)
+class Folded:
+    """One folding in two forms: as `fold_bn` returns it, and before anything was rounded."""
+
+    rounded: fx.GraphModule
+    exact: fx.GraphModule
+
+
+def fold_exactly(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    merge_branches: bool = True,
+    thresholds: bool = False,
+    border_maps: bool = False,
+) -> Folded:
+    """Fold once: `fold_bn`'s result, and the same graph with its new parameters in float64.
+
+    The gauges of both are those for the dtype in which `model` is stored; parameters and buffers of
+    the exact graph are all in float64. Arguments and errors are those of `fold_bn`.
+    """
     given = example(example_inputs, example_kwargs)
+    if border_maps and given is None:
+        raise FoldError("border_maps=True needs example_inputs: a map has the size of its input")
     options = Options(thresholds, border_maps)
-    exact = _folded(model, given, options, merge_branches=merge_branches, rounded=False)
-    return exact.double()
+    graph, stored = _folded(model, given, options, merge_branches=merge_branches, rounded=False)
+    exact = skeleton(graph).double()
+    assert isinstance(exact, fx.GraphModule)
+    read = graph.state_dict().keys()  # of stages in between some are gone
+    round_exact(graph, {name: dtype for name, dtype in stored.items() if name in read})
+    return Folded(graph, exact)
 
 
 def _folded(
@@ -102,7 +142,7 @@ def _folded(
     *,
     merge_branches: bool,
     rounded: bool,
-) -> fx.GraphModule:
+) -> tuple[fx.GraphModule, dict[str, torch.dtype]]:
     return _staged(model, given, options, 0, merge_branches=merge_branches, rounded=rounded)
 
 
@@ -114,7 +154,7 @@ def _staged(
     *,
     merge_branches: bool,
     rounded: bool,
-) -> fx.GraphModule:
+) -> tuple[fx.GraphModule, dict[str, torch.dtype]]:
     """Merge and fold, `before` times with all weights kept in float64, and once more.
 
     A BatchNorm that vanished may have parted branches that can be merged now. Where that is found
@@ -151,7 +191,7 @@ def _staged(
     records = done.records | written_out.merged_records(written, done.records, done.provenance)
     names = sorted(records, key=lambda name: order[name.partition("/")[0]])
     told = FoldReport(tuple(records[n] for n in names), done.provenance, plan.unavoidable)
-    return remember(assemble(graph, graph.graph), told)
+    return remember(assemble(graph, graph.graph), told), done.exact
 
 
 def _merge(

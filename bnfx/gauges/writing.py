@@ -63,7 +63,8 @@ def round_exact(module: fx.GraphModule, exact: Mapping[str, torch.dtype]) -> Non
     for name, dtype in exact.items():
         value = attribute(module, name)
         if isinstance(value, Tensor) and value.dtype is not dtype:
-            set_tensor(module, name, value.detach().to(dtype), trained=value.requires_grad)
+            stored, buffer = value.detach().to(dtype), not isinstance(value, torch.nn.Parameter)
+            set_tensor(module, name, stored, trained=value.requires_grad, buffer=buffer)
 
 
 def write(
@@ -175,7 +176,10 @@ def _agreed(parts: Sequence[Part], known: Constants, gone: set[fx.Node]) -> set[
     agreed = set()
     for name, by_node in wanted.items():
         readers = set(known.readers.get(name, ())) - gone
-        values = [part.value for part in by_node.values()]
+        # compared as they will be stored, so that rounding late or at once gives the same names
+        values = [
+            p.value.to(p.site.like.dtype) for p in by_node.values() if p.site.like is not None
+        ]
         same = all(torch.equal(values[0], other) for other in values[1:])
         if same and readers <= set(by_node) and _once(name, by_node):
             agreed.add(name)

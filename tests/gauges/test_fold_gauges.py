@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnfx
-from bnfx.folding import exact_graph
+from bnfx.folding import exact_graph, fold_exactly
 from bnfx.gauges.choice import Gauges, Solver
 from bnfx.gauges.elimination import Refused
 from bnfx.gauges.linear_system import LinearSystem, Rows
@@ -498,3 +498,20 @@ def test_a_bound_holds_for_the_rank_that_it_was_laid_out_for() -> None:
         assert "example_inputs" in str(guard)  # noqa: PT017  # to be right or to refuse, both will do
     else:
         torch.testing.assert_close(ours, model(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"thresholds": True}])
+@pytest.mark.parametrize("name", ["pre-activation", "branches"])
+def test_one_folding_gives_the_result_and_its_exact_form(
+    name: str, options: dict[str, Any]
+) -> None:
+    model, x = build(name), torch.randn(2, 4, 6, 6)
+    both, alone = fold_exactly(model, **options), bnfx.fold_bn(model, **options)
+    assert both.rounded.code == both.exact.code == alone.code
+    assert bnfx.report(both.rounded) == bnfx.report(both.exact) == bnfx.report(alone)
+    kinds = {key: type(value) for key, value in alone.state_dict(keep_vars=True).items()}
+    for key, value in both.rounded.state_dict(keep_vars=True).items():
+        assert torch.equal(value, alone.state_dict()[key])
+        assert type(value) is kinds[key]
+    assert {value.dtype for value in both.exact.state_dict().values()} == {torch.float64}
+    torch.testing.assert_close(both.exact(x.double()), model.double()(x.double()))
