@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from torch import nn
+from torch import fx, nn
 
 from bnfx.errors import VerificationError
 from bnfx.export import training_modules
@@ -68,6 +68,7 @@ def verify_onnx(
     localize: bool = True,
     timeout: float | None = None,
     isolate: bool = True,
+    exact: fx.GraphModule | None = None,
 ) -> VerifyReport:
     """Compare an ONNX file with the unfolded model that it was made from.
 
@@ -93,6 +94,8 @@ def verify_onnx(
             input, times the number of inputs, at least two minutes.
         isolate: Whether onnxruntime runs in a process of its own, which survives what a file may do
             to it. CUDA always does.
+        exact: What `bnfx.folding.fold_exactly` made of `model`, unrounded, where the caller has it:
+            it is the first form that weights are held against, and is not folded again.
 
     Raises:
         VerificationError: The file cannot be read or loaded, has other inputs; the reference is in
@@ -107,7 +110,7 @@ def verify_onnx(
     execution_provider(provider)
     path = Path(f)
     proto = read_onnx(path)
-    reference = _reference(model, precision, timeout, len(proto.graph.output))
+    reference = _reference(model, precision, timeout, len(proto.graph.output), exact)
     if args is None and not kwargs and isinstance(reference, OnnxReference):
         example = reference.example()
     else:
@@ -146,6 +149,7 @@ def _reference(
     precision: Precision,
     timeout: float | None,
     outputs: int,
+    exact: fx.GraphModule | None,
 ) -> Reference:
     if not isinstance(model, nn.Module | str | os.PathLike):
         raise VerificationError(
@@ -159,7 +163,7 @@ def _reference(
             f"the reference is in train mode at {found[:8]}, so it has no one answer; call "
             "model.eval() first"
         )
-    return TorchReference(model, precision, outputs)
+    return TorchReference(model, precision, outputs, exact)
 
 
 @dataclass(frozen=True)

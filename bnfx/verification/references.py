@@ -65,8 +65,15 @@ class TorchReference:
     #: Whether a wrong weight is a failure.
     decides = True
 
-    def __init__(self, model: nn.Module, precision: Precision, outputs: int | None = None) -> None:
-        self._outputs = outputs
+    def __init__(
+        self,
+        model: nn.Module,
+        precision: Precision,
+        outputs: int | None = None,
+        folded: fx.GraphModule | None = None,
+    ) -> None:
+        """Of `outputs` outputs in the file; `folded` is the model's exact folding where known."""
+        self._outputs, self._folded = outputs, folded
         self.name = type(model).__name__
         self.precision = effective_precision(model, precision)
         self.dtype = DTYPES[self.precision]
@@ -205,12 +212,13 @@ class TorchReference:
         The file was most likely folded by the rules of the dtype that the weights are stored in.
         """
         own = partial(exact_graph, self._own, sample.args, example_kwargs=sample.kwargs)
+        known = self._folded
 
         def exact(**options: Any) -> fx.GraphModule:
             return fold_bn(self._exact(), given.args, example_kwargs=given.kwargs, **options)
 
         return [
-            ("folded by the rules of its own dtype", own),
+            ("folded by the rules of its own dtype", own if known is None else lambda: known),
             ("folded in float64", exact),
             ("folded without example inputs", partial(exact_graph, self._own)),
             *((f"folded with {options}", partial(exact, **options)) for options in _options()),
