@@ -24,13 +24,12 @@ from bnfx.graphs.agreement import alike, bound, outputs, reordered
 from bnfx.graphs.constants import is_torch
 from bnfx.graphs.examples import HOOKS, Example, clone, has_hooks, skeleton
 from bnfx.graphs.export_guards import rewrite_guards
-from bnfx.graphs.forward_state import attributes_kept
 from bnfx.graphs.naming import OWNER
 from bnfx.graphs.norms import holds_norm
 from bnfx.graphs.observed import undisturbed_random_state
 from bnfx.graphs.parameters import constants, erase_dead
 from bnfx.graphs.shapes import SEEN
-from bnfx.graphs.tracing import RANKS, Tracer, assemble, trace
+from bnfx.graphs.tracing import RANKS, Tracer, assemble, attributes_kept, trace
 from bnfx.operators.calls import argument
 from bnfx.operators.layers import BATCH_NORM
 from bnfx.operators.roles import TRANSPARENT_MODULES

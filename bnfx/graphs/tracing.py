@@ -10,8 +10,10 @@ import dataclasses
 import functools
 import inspect
 import operator
+import random
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,11 +21,9 @@ from torch import fx, nn
 
 from bnfx.errors import CaptureError
 from bnfx.graphs.examples import HOOKS, Example, has_hooks
-from bnfx.graphs.forward_state import autocast_state, nothing_drawn, stateless
 
 #: node.meta key: the ranks that the BatchNorm module behind a functional call accepts.
 RANKS = "bnfx_ranks"
-
 
 #: Values that a graph holds as they are: a proxy for them would only hide which way a forward goes.
 NO_PROXY = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -45,7 +45,7 @@ class Tracer(fx.Tracer):
         self.opaque = opaque
         self.given = given
         self.failed: str | None = None
-        self._autocast = autocast_state()
+        self._autocast = _autocast_state()
         self._entered: set[str] = set()
         self.read: dict[str, Any] = {}
 
@@ -58,48 +58,48 @@ class Tracer(fx.Tracer):
         """Placeholders for required and given arguments, values for the rest."""
         assert is_module
         signature = inspect.signature(root_fn)
-        names = list(signature.parameters)[1:]
         given: dict[str, Any] = {}
         if self.given is not None:
             bound = signature.bind(self.root, *self.given.args, **self.given.kwargs)
-            given = dict(bound.arguments)
+            given = bound.arguments
         args: list[Any] = [self.root]
         keywords: dict[str, Any] = {}
-        for name in names:
-            parameter = signature.parameters[name]
+        variadic = []
+        for name, parameter in list(signature.parameters.items())[1:]:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                variadic.append(str(parameter))
                 if given.get(name):
                     raise fx.proxy.TraceError(f"forward takes {parameter}")
-                continue
-            value = given.get(name, parameter.default)
-            if value is parameter.empty or name in given:
-                default = () if parameter.default is parameter.empty else (parameter.default,)
-                proxy = self.create_proxy("placeholder", name, default, {})
-                if isinstance(value, NO_PROXY):
-                    self._hold(name, proxy, value)
-                else:
-                    value = proxy
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                keywords[name] = value
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                keywords[name] = self._argument(parameter, given)
             else:
-                args.append(value)
-        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        variadic = [str(p) for p in signature.parameters.values() if p.kind in several]
+                args.append(self._argument(parameter, given))
         if variadic and not self.graph.find_nodes(op="placeholder"):
             raise fx.proxy.TraceError(f"forward takes {', '.join(variadic)} alone")
         return functools.partial(root_fn, **keywords) if keywords else root_fn, args
 
+    def _argument(self, parameter: inspect.Parameter, given: dict[str, Any]) -> Any:
+        optional = parameter.default is not parameter.empty
+        if optional and parameter.name not in given:
+            return parameter.default
+        default = (parameter.default,) if optional else ()
+        proxy = self.create_proxy("placeholder", parameter.name, default, {})
+        value = given.get(parameter.name, parameter.empty)
+        if not isinstance(value, NO_PROXY):
+            return proxy
+        # The graph holds what this value decided: it must refuse another one.
+        checked = self.create_proxy("call_function", operator.eq, (proxy, value), {})
+        words = (
+            f"{parameter.name} was {value!r} in the example inputs, which this graph was made for"
+        )
+        self.create_proxy("call_function", torch._assert, (checked, words), {})
+        return value
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """A node; not in a region of autocast, which a graph of torch.fx leaves out."""
-        if autocast_state() != self._autocast:
+        if _autocast_state() != self._autocast:
             raise fx.proxy.TraceError("a part of it runs under torch.autocast")
         return super().create_node(*args, **kwargs)
-
-    def _hold(self, name: str, proxy: fx.Proxy, value: Any) -> None:
-        """Make the graph refuse another value than the one that it was made for."""
-        checked = self.create_proxy("call_function", operator.eq, (proxy, value), {})
-        words = f"{name} was {value!r} in the example inputs, which this graph was made for"
-        self.create_proxy("call_function", torch._assert, (checked, words), {})
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Modules that could not be traced, or whose hooks would run during tracing, stay whole."""
@@ -170,23 +170,79 @@ def trace(
     kind: type[Tracer], model: nn.Module, opaque: frozenset[str], given: Example | None
 ) -> tuple[fx.Graph, frozenset[str]]:
     """Trace `model`; submodules in which that fails stay whole. The graph, and their paths."""
-    while True:
+    graph = None
+    while graph is None:
         tracer = kind(opaque, given)
         try:
-            with nothing_drawn():
-                graph = stateless(tracer, model)
+            graph = _stateless(tracer, model)
         except Exception as error:  # a user's forward on proxies raises anything
             if tracer.failed is None or tracer.opaque == opaque:
                 raise CaptureError(
                     f"the forward of {type(model).__name__} cannot be traced symbolically: {error}"
                 ) from error
             opaque = tracer.opaque
-            continue
-        for node in graph.nodes:
-            _require_quotable(node)
-            node.type = None  # annotations are strings at times, which no pickle can import
-        graph._tracer_cls = None  # unpickling would make a tracer of this class
-        return graph, tracer.opaque
+    for node in graph.nodes:
+        _require_quotable(node)
+        node.type = None  # annotations are strings at times, which no pickle can import
+    graph._tracer_cls = None  # unpickling would make a tracer of this class
+    return graph, tracer.opaque
+
+
+def _stateless(tracer: Tracer, model: nn.Module) -> fx.Graph:
+    """A trace of a forward that keeps nothing from one call for the next.
+
+    A graph has no place for that: it would compute what the first call does, for ever. What is
+    kept and never read (the last attention weights, say) does no harm.
+    """
+    if "forward" in vars(model):
+        raise fx.proxy.TraceError("it is an attribute of the object, not of its class")
+    with nothing_drawn(), attributes_kept(model) as before:
+        graph = tracer.trace(model)
+        kept = _read_again(tracer, model, graph, _assigned(model, before))
+    if kept is not None:
+        raise fx.proxy.TraceError(
+            f"it assigns to {kept!r}, which its next call reads; make that a buffer written in "
+            "place, or pass it in and out"
+        )
+    return graph
+
+
+#: A state of a module: its own attributes, and its tables of buffers and parameters.
+_State = tuple[dict[str, Any], ...]
+
+
+def _tables(module: nn.Module) -> _State:
+    return vars(module), module._buffers, module._parameters
+
+
+def _assigned(
+    model: nn.Module, before: Mapping[nn.Module, _State]
+) -> dict[str, tuple[object, object]]:
+    """Attributes that are other objects than `before`: the old one and the new one, by name."""
+    return {
+        (f"{path}.{key}" if path else key): (old[key], now[key])
+        for path, module in model.named_modules()
+        for now, old in zip(_tables(module), before.get(module, ()), strict=False)
+        for key in old
+        if key in now and now[key] is not old[key]
+    }
+
+
+def _read_again(
+    tracer: Tracer,
+    model: nn.Module,
+    graph: fx.Graph,
+    assigned: Mapping[str, tuple[object, object]],
+) -> str | None:
+    """The name of one of the `assigned` attributes on which the next forward depends."""
+    for node in graph.find_nodes(op="get_attr"):
+        if str(node.target) in assigned:
+            return str(node.target)
+    for name, (old, now) in assigned.items():
+        if isinstance(old, int | float) and isinstance(now, int | float) and old != now:
+            again = type(tracer)(tracer.opaque, tracer.given).trace(model)
+            return None if str(again) == str(graph) else name
+    return None
 
 
 def _require_quotable(node: fx.Node) -> None:
@@ -207,3 +263,45 @@ def assemble(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     for hooks in HOOKS:
         getattr(module, hooks).update(getattr(root, hooks))
     return module
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[dict[nn.Module, _State]]:
+    """Put back, at the end, what a forward assigns to attributes; their values at the start.
+
+    Run on proxies or on fake tensors, it would leave these behind in the model. Attributes that
+    are new stay, unless they are proxies: torch.fx keeps constants in some.
+    """
+    before = {m: tuple(dict(table) for table in _tables(m)) for m in model.modules()}
+    try:
+        yield before
+    finally:
+        for module, tables in before.items():
+            for now, old in zip(_tables(module), tables, strict=True):
+                new = [key for key in now if key not in old and isinstance(now[key], fx.Proxy)]
+                for key in new:
+                    del now[key]
+                now.update({key: old[key] for key in old if now.get(key) is not old[key]})
+
+
+@contextmanager
+def nothing_drawn() -> Iterator[None]:
+    """Refuse tracing that draws random numbers: the graph would hold them for constants.
+
+    The global generators are as before then.
+    """
+    before = torch.get_rng_state(), random.getstate()
+    try:
+        yield
+        if not torch.equal(torch.get_rng_state(), before[0]) or random.getstate() != before[1]:
+            raise fx.proxy.TraceError("it draws random numbers, which a graph would hold fixed")
+    except Exception:
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        raise
+
+
+def _autocast_state() -> list[tuple[bool, torch.dtype]]:
+    """Whether autocast is on, and to what, by kind of device."""
+    kinds = ("cpu", "cuda")
+    return [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
