@@ -34,26 +34,17 @@ _INLINE_BYTES = 1_500_000_000  # a protobuf message holds at most 2 GiB
 
 @dataclass(frozen=True)
 class ExportReport(Report):
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        path: The file.
-        opset: Version of the ONNX operator set.
-        inputs: Name -> "dtype[shape]".
-        outputs: Likewise.
-        operators: Operator type -> number of nodes, functions included.
-        batch_norms_left: BatchNormalization nodes in the file. The exporter folds some itself, so
-            that 0 proves nothing about bnfx.
-        size: Bytes of the file and of its external data.
-    """
-
-    path: str
-    opset: int
-    inputs: Mapping[str, str]
-    outputs: Mapping[str, str]
-    operators: Mapping[str, int]
+    path: str  #: the file
+    opset: int  #: version of the ONNX operator set
+    inputs: Mapping[str, str]  #: name -> "dtype[shape]"
+    outputs: Mapping[str, str]  #: likewise
+    operators: Mapping[str, int]  #: operator type -> number of nodes, functions included
+    #: BatchNormalization nodes in the file. The exporter folds some itself, so that 0 proves
+    #: nothing about bnfx.
     batch_norms_left: int
-    size: int
+    size: int  #: bytes of the file and of its external data
 
     def __rich__(self) -> RenderableType:
         values = {**self.inputs, **self.outputs}

@@ -22,14 +22,10 @@ _IMPURE = words(
 
 
 class Values:
-    """Values of nodes that depend on nothing but parameters and buffers that nobody writes.
-
-    Attributes:
-        known: The tensors that the graph reads by name.
-    """
+    """Values of nodes that depend on nothing but parameters and buffers that nobody writes."""
 
     def __init__(self, graph: fx.Graph, known: Constants) -> None:
-        self.known = known
+        self.known = known  #: the tensors that the graph reads by name
         self._constant: set[fx.Node] = set()
         self._memory: dict[fx.Node, Any] = {}
         for node in graph.nodes:

@@ -38,15 +38,10 @@ _OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Aliases:
-    """Nodes by the memory that they may share.
+    """Nodes by the memory that they may share."""
 
-    Attributes:
-        groups: Node -> all nodes that may share its memory.
-        position: Node -> place in execution order.
-    """
-
-    groups: dict[fx.Node, list[fx.Node]]
-    position: dict[fx.Node, int]
+    groups: dict[fx.Node, list[fx.Node]]  #: node -> all nodes that may share its memory
+    position: dict[fx.Node, int]  #: node -> place in execution order
 
     def replaceable(self, node: fx.Node) -> bool:
         """Whether the in-place call `node` may give a fresh result instead."""

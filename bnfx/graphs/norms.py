@@ -22,19 +22,12 @@ STATE = ("running_mean", "running_var", "weight", "bias")
 
 @dataclass(frozen=True)
 class AffineMap:
-    """y = s x + t, and what is known of x. All (channels,), float64.
+    """y = s x + t, and what is known of x. All (channels,), float64."""
 
-    Attributes:
-        s: gamma / sqrt(var + eps).
-        t: beta - mean s.
-        mean: Running mean of x.
-        std: sqrt(var + eps).
-    """
-
-    s: Floats
-    t: Floats
-    mean: Floats
-    std: Floats
+    s: Floats  #: gamma / sqrt(var + eps)
+    t: Floats  #: beta - mean s
+    mean: Floats  #: running mean of x
+    std: Floats  #: sqrt(var + eps)
 
 
 def norm_call(node: fx.Node) -> dict[str, Any]:

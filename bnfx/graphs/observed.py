@@ -47,15 +47,10 @@ _REFLECTED = ("add", "sub", "mul", "div", "truediv", "matmul", "pow", "iadd", "i
 
 @dataclass(frozen=True)
 class Observation:
-    """One run of a model.
+    """One run of a model."""
 
-    Attributes:
-        graph: The calls, in order. Parameters and buffers are `get_attr` nodes.
-        runs: How often the forward of each module ran, by path.
-    """
-
-    graph: fx.Graph
-    runs: Mapping[str, int]
+    graph: fx.Graph  #: The calls, in order. Parameters and buffers are `get_attr` nodes.
+    runs: Mapping[str, int]  #: how often the forward of each module ran, by path
 
 
 def observe(model: nn.Module, given: Example, *, training: bool) -> Observation:

@@ -48,18 +48,15 @@ UNKNOWN = Unknown()
 
 @dataclass(eq=False)
 class Shapes:
-    """Fake values by node, and the nodes whose shape was assumed.
+    """Fake values by node, and the nodes whose shape was assumed."""
 
-    Attributes:
-        values: Fake tensors and plain numbers; UNKNOWN where a call failed or was not made.
-        assumed: Node -> rank that was assumed for it.
-        failures: Nodes that could not be run though their inputs were known.
-        impossible: Whether one of them failed for the rank of its input, whatever its sizes.
-    """
-
+    #: Fake tensors and plain numbers; UNKNOWN where a call failed or was not made.
     values: dict[fx.Node, Any] = field(default_factory=dict)
+    #: Node -> rank that was assumed for it.
     assumed: dict[fx.Node, int] = field(default_factory=dict)
+    #: Nodes that could not be run though their inputs were known.
     failures: list[fx.Node] = field(default_factory=list)
+    #: Whether one of them failed for the rank of its input, whatever its sizes.
     impossible: bool = False
 
 

@@ -20,17 +20,11 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of the values of each channel.
+    """Moments of the values of each channel."""
 
-    Attributes:
-        count: Number of values per channel.
-        mean: (C,), float64 (float32 on devices without it).
-        m2: (C,), sum of squared distances from the mean.
-    """
-
-    count: int
-    mean: Tensor
-    m2: Tensor
+    count: int  #: number of values per channel
+    mean: Tensor  #: (C,), float64 (float32 on devices without it)
+    m2: Tensor  #: (C,), sum of squared distances from the mean
 
     @staticmethod
     def of(x: Tensor) -> Moments:
