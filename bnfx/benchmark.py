@@ -11,25 +11,25 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import onnx
+from rich.console import RenderableType
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bnfx.errors import BnfxError, VerificationError
-from bnfx.floor import write_floor
 from bnfx.onnx_files.reading import read_onnx
+from bnfx.reports.document import Facts, Headline, Picture, Section, blocks
+from bnfx.reports.drawing import Bar, bars, said
 from bnfx.reports.report import Report, table
 from bnfx.runtime.isolated import execute_apart
 from bnfx.runtime.runner import Request
 from bnfx.runtime.sessions import SessionSettings, load_onnxruntime, open_session, require_provider
 from bnfx.verification.samples import as_sample
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 Fusions = Literal["on", "off", "both"]
 
@@ -41,50 +41,67 @@ BN_FUSIONS = "ConvBNFusion;MatMul_BatchNormalization_Fusion;NchwcTransformer"
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of one run of a file, over all runs.
+    """Seconds of one run of a file, over all runs."""
 
-    Attributes:
-        arm: "file", "baseline" or "floor", with ", fusions off" where onnxruntime leaves
-            BatchNorms alone.
-        path: The file.
-        median: Median.
-        lower_quartile: A quarter of the runs were faster.
-        upper_quartile: A quarter of the runs were slower.
-        fastest: Fastest run.
-        peak: Slowest run.
-        spread: (upper_quartile - lower_quartile) / median.
-    """
-
+    #: "file", "baseline" or "floor"; ", fusions off" where onnxruntime leaves BatchNorms alone.
     arm: str
     path: str
     median: float
     lower_quartile: float
     upper_quartile: float
     fastest: float
+    #: The slowest run.
     peak: float
+    #: (upper_quartile - lower_quartile) / median.
     spread: float
+
+    def bar(self) -> Bar:
+        """It as drawn, in milliseconds."""
+        kind = (
+            "main" if self.arm.startswith("file") else "quiet" if self.arm == "floor" else "other"
+        )
+        ends = (1e3 * self.lower_quartile, 1e3 * self.upper_quartile)
+        return Bar(self.arm, 1e3 * self.median, *ends, _ms(self.median), kind)
 
 
 @dataclass(frozen=True)
 class BenchReport(Report):
-    """Latencies from one interleaved run.
+    """Latencies from one interleaved run."""
 
-    Attributes:
-        arms: The file, the baseline if there is one, both without onnxruntime's BatchNorm fusions,
-            the floor.
-        ratio: Median of the file over median of the baseline; None without a baseline.
-        provider: Where all of it ran.
-        num_runs: Timed runs of each arm.
-        num_threads: Threads of one operator on the CPU; 0 is onnxruntime's choice.
-        notes: What was left out, and why.
-    """
-
+    #: The file, the baseline if there is one, both without onnxruntime's BatchNorm fusions, the
+    #: floor.
     arms: tuple[Latency, ...]
+    #: Median of the file over median of the baseline; None without a baseline.
     ratio: float | None
     provider: str
+    #: Timed runs of each arm.
     num_runs: int
+    #: Threads of one operator on the CPU; 0 is onnxruntime's choice.
     num_threads: int
+    #: What was left out, and why.
     notes: tuple[str, ...] = ()
+
+    def headline(self) -> Headline:
+        """How long a run takes, to the baseline where there is one."""
+        first = self.arms[0]
+        facts: Facts = (
+            ("median", _ms(first.median)),
+            ("provider", self.provider),
+            ("runs of each arm", str(self.num_runs)),
+            ("threads", str(self.num_threads or "onnxruntime's choice")),
+        )
+        verdict = f"{first.path} takes {_ms(first.median)}."
+        if self.ratio is not None:
+            change = f"{abs(1 - self.ratio):.1%} {'less' if self.ratio < 1 else 'more'}"
+            verdict = f"{first.path} takes {change} time than the baseline."
+        return Headline("bnfx: benchmark", "neutral", verdict, facts)
+
+    def sections(self) -> Iterator[Section]:
+        """The table below a picture of the latencies."""
+        rows = [arm.bar() for arm in self.arms]
+        title = "Latency: median, and the middle half of the runs"
+        picture = Picture(title, said(rows), bars(title, said(rows), rows, "ms"))
+        yield Section("Latency", (picture, *blocks(self)))
 
     def __rich__(self) -> RenderableType:
         base = next((arm for arm in self.arms if arm.arm == "baseline"), self.arms[0])
@@ -101,6 +118,10 @@ class BenchReport(Report):
         title += "".join(f"\n{note}" for note in self.notes)
         columns = ("arm", "file", "median ms", "25 %", "75 %", "slowest", f"to {base.arm}")
         return table(title, columns, rows)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
 
 
 def benchmark_onnx(
@@ -147,7 +168,7 @@ def benchmark_onnx(
     with tempfile.TemporaryDirectory(prefix="bnfx-") as folder:
         plan = _plan(Path(f), None if baseline is None else Path(baseline), fusions)
         if baseline is not None if floor is None else floor:
-            dropped, count = write_floor(Path(baseline or f), Path(folder))
+            dropped, count = _write_floor(Path(baseline or f), Path(folder))
             notes += [] if count else ["floor: the baseline has no BatchNorm to drop"]
             plan.append(("floor", dropped, fusions != "off"))
         for _, path, on in plan:
@@ -187,6 +208,51 @@ def _plan(f: Path, baseline: Path | None, fusions: Fusions) -> list[tuple[str, P
             continue
         plan += [(name if on else f"{name}, fusions off", path, on) for name, path in files]
     return plan
+
+
+def _write_floor(f: Path, folder: Path) -> tuple[Path, int]:
+    """Write `f` without its BatchNormalization nodes into `folder`: the file, and how many went.
+
+    What read the result of a BatchNormalization reads its input instead. The outputs are wrong;
+    the latency is the least that folding can reach.
+
+    Raises:
+        VerificationError: The file cannot be read.
+    """
+    model = read_onnx(f)
+    onnx.load_external_data_for_model(model, str(f.parent))
+    count = _drop(model.graph)
+    count += sum(_drop_nodes(function.node, {*function.output}) for function in model.functions)
+    written = folder / "floor.onnx"
+    large = sum(len(t.raw_data) for t in model.graph.initializer) > 1_500_000_000
+    onnx.save(model, str(written), save_as_external_data=large, location="floor.data")
+    return written, count
+
+
+def _drop(graph: onnx.GraphProto) -> int:
+    count = _drop_nodes(graph.node, {value.name for value in graph.output})
+    inner = [a for node in graph.node for a in node.attribute]
+    return count + sum(_drop(g) for a in inner for g in (a.g, *a.graphs) if g.node)
+
+
+def _drop_nodes(nodes: list[onnx.NodeProto], outputs: set[str]) -> int:
+    """Of one graph: an output of the graph keeps its name by an Identity."""
+    instead: dict[str, str] = {}
+    kept = []
+    count = 0
+    for node in nodes:
+        for i, name in enumerate(node.input):
+            node.input[i] = instead.get(name, name)
+        if node.op_type != "BatchNormalization":
+            kept.append(onnx.NodeProto.FromString(node.SerializeToString()))
+            continue
+        count += 1
+        instead[node.output[0]] = node.input[0]
+        if node.output[0] in outputs:
+            kept.append(onnx.helper.make_node("Identity", [node.input[0]], [node.output[0]]))
+    del nodes[:]
+    nodes.extend(kept)
+    return count
 
 
 def _measure(arms: list[_Arm], num_runs: int, warmup: int) -> list[list[float]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,13 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import fx, nn
+from rich.console import Group, RenderableType
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from bnfx.benchmark import BenchReport, benchmark_onnx
-from bnfx.bundle import write_bundle
 from bnfx.errors import CaptureError, VerificationError
 from bnfx.export import ExportReport, export_onnx, training_modules
 from bnfx.folding import fold_bn
@@ -27,52 +31,72 @@ from bnfx.graphs.examples import Example, clone
 from bnfx.graphs.tracing import NO_PROXY, assemble
 from bnfx.onnx_files.placing import move_into_place, real_target
 from bnfx.removal import StageReport, ledger_of
-from bnfx.reports.graph_pictures import fold_pictures
-from bnfx.reports.report import FoldReport, Report, remember
+from bnfx.reports.document import Facts, Headline, Section, Table
+from bnfx.reports.report import FoldReport, Report, check_report_path, remember
 from bnfx.reports.report import report as report_of
-from bnfx.reports.report_files import check_report_path, write_report
 from bnfx.runtime.sessions import execution_provider
 from bnfx.verification.references import Precision
 from bnfx.verification.samples import as_sample
 from bnfx.verification.verdicts import VerifyReport
 from bnfx.verify import verify_onnx
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from bnfx.version import versions
 
 
 @dataclass(frozen=True)
 class DeployReport(Report):
-    """What was done, step by step.
+    """What was done, step by step."""
 
-    Attributes:
-        status: "deployed" or "failed"; after a failure the older file is still there.
-        path: The file.
-        fold: What became of every BatchNorm in the graph.
-        stages: Which stage removed each, onnxruntime's included.
-        export: What was written.
-        verify: What was checked.
-        benchmark: Latency against the unfolded model; None if not asked for.
-        bundle: Folder that reproduces the failure; None without a failure or if not asked for.
-        seconds: Wall-clock time by step.
-    """
-
+    #: After a failure the older file is still there.
     status: Literal["deployed", "failed"]
     path: str
+    #: What became of every BatchNorm in the graph.
     fold: FoldReport
+    #: Which stage removed each, onnxruntime's included.
     stages: StageReport
+    #: What was written.
     export: ExportReport
+    #: What was checked.
     verify: VerifyReport
+    #: Latency against the unfolded model; None if not asked for.
     benchmark: BenchReport | None
+    #: Folder that reproduces the failure; None without a failure or if not asked for.
     bundle: str | None
+    #: Wall-clock time by step.
     seconds: Mapping[str, float]
 
     def __bool__(self) -> bool:
         return self.status == "deployed"
 
-    def __rich__(self) -> RenderableType:
-        from rich.console import Group
+    def headline(self) -> Headline:
+        """Whether the file is in place, and what verification found."""
+        found = self.verify.headline()
+        facts: Facts = (
+            ("BatchNorms folded", f"{self.fold.folded} of {len(self.fold.batch_norms)}"),
+            ("size", f"{self.export.size:,} bytes"),
+            ("opset", str(self.export.opset)),
+        )
+        if self.benchmark is not None and self.benchmark.ratio is not None:
+            facts += (("latency, to the unfolded file", f"{self.benchmark.ratio:.3f}"),)
+        title, facts = f"bnfx: deploy {self.path}", (*facts, *found.facts)
+        if self:
+            done = f"it computes what {self.verify.reference} computes."
+            return Headline(title, found.status, f"{self.path} is in place; {done}", facts)
+        why = self.verify.first_divergence or found.verdict
+        verdict = f"{self.path} was not written; an older file is as it was. {why}"
+        return Headline(title, "bad", verdict, facts)
 
+    def sections(self) -> Iterator[Section]:
+        """What verification found, who removed which BatchNorm, the graphs, and the rest."""
+        verification, *errors = self.verify.sections()
+        _, *graphs = self.fold.sections()  # the ledger of stages has what its table has
+        yield from (verification, *self.stages.sections(), *graphs, *errors)
+        if self.benchmark is not None:
+            yield from self.benchmark.sections()
+        yield from self.export.sections()
+        steps = tuple((step, f"{seconds:.2f}") for step, seconds in self.seconds.items())
+        yield Section("Time of the steps", (Table("", ("step", "seconds"), steps),))
+
+    def __rich__(self) -> RenderableType:
         steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in self.seconds.items())
         parts: list[RenderableType] = [f"deploy: {self.status}. {self.path} ({steps})"]
         parts += [self.stages, self.export, self.verify]
@@ -143,10 +167,9 @@ def deploy(
     timed = partial(_timed, seconds, tell)
     if report is not None:
         check_report_path(Path(report))
-    fold = partial(fold_bn, model, args, example_kwargs=kwargs, **(fold_options or {}))
     with timed("fold"):
         _try_example(model, args, kwargs)
-        folded = fold()
+        folded = fold_bn(model, args, example_kwargs=kwargs, **(fold_options or {}))
         plan = report_of(folded)
     assert isinstance(plan, FoldReport)
     options: dict[str, Any] = {
@@ -201,7 +224,7 @@ def deploy(
     )
     if report is not None:
         tell("report")
-        write_report(done, Path(report), lambda: fold_pictures(model, args, kwargs, fold()))
+        done.write(Path(report))
     if not done:
         raise VerificationError(
             f"{target} was not written: {verified.first_divergence}. An older file is as it was",
@@ -263,9 +286,35 @@ def _kept(
 ) -> str:
     """Where what reproduces a failure lies, or why it does not: that must not hide the failure."""
     try:
-        return str(write_bundle(bundle, written, args, kwargs, found))
+        _write_bundle(bundle, written, args, kwargs, found)
     except OSError as error:
         return f"the bundle {bundle} cannot be written: {error}"
+    return str(bundle)
+
+
+def _write_bundle(
+    folder: Path, f: Path, args: Any, kwargs: Mapping[str, Any] | None, found: VerifyReport
+) -> None:
+    """Fill `folder`, made if need be.
+
+    It holds the ONNX file with its external data, `inputs.npz` with the example's tensors in order,
+    `report.json`, `report.txt` and `environment.json`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (f, *f.parent.glob(f"{f.name}.*")):
+        shutil.copy2(path, folder / path.name)
+    example = as_sample(args, kwargs)
+    leaves = pytree.tree_leaves((example.args, dict(example.kwargs)))
+    tensors = [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)]
+    arrays: dict[str, Any] = {
+        f"input_{i}": (t.float() if t.dtype is torch.bfloat16 else t).numpy()
+        for i, t in enumerate(tensors)
+    }
+    with (folder / "inputs.npz").open("wb") as out:
+        np.savez(out, **arrays)
+    (folder / "report.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+    (folder / "report.txt").write_text(f"{found}\n")
+    (folder / "environment.json").write_text(json.dumps(versions(), indent=1) + "\n")
 
 
 def _measure(

@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 import torch
+from rich.console import RenderableType
 from torch import Tensor, fx, nn
 
 from bnfx.errors import ExportError
@@ -21,11 +22,9 @@ from bnfx.onnx_files.placing import data_files, move_into_place, name_by_content
 from bnfx.onnx_files.reading import FOLDED, VERSION, all_nodes, describe_type, opset_of
 from bnfx.operators.calls import arguments
 from bnfx.operators.layers import BATCH_NORM
+from bnfx.reports.document import Headline
 from bnfx.reports.report import FoldReport, Report, table
 from bnfx.version import __version__
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 _OLDEST_OPSET, _NEWEST_OPSET = 18, 25  # of torch's exporter; a test asks it
 _BFLOAT16_OPSET = 22  # the first with convolutions and pooling in bfloat16
@@ -36,6 +35,7 @@ _INLINE_BYTES = 1_500_000_000  # a protobuf message holds at most 2 GiB
 class ExportReport(Report):
     """What was written."""
 
+    heading = "File"
     path: str  #: the file
     opset: int  #: version of the ONNX operator set
     inputs: Mapping[str, str]  #: name -> "dtype[shape]"
@@ -45,6 +45,17 @@ class ExportReport(Report):
     #: nothing about bnfx.
     batch_norms_left: int
     size: int  #: bytes of the file and of its external data
+
+    def headline(self) -> Headline:
+        """That it is written, and no more."""
+        facts = (
+            ("opset", str(self.opset)),
+            ("nodes", str(sum(self.operators.values()))),
+            ("BatchNormalization left", str(self.batch_norms_left)),
+            ("size", f"{self.size:,} bytes"),
+        )
+        verdict = f"{self.path} is written, not yet verified."
+        return Headline(f"bnfx: export {self.path}", "neutral", verdict, facts)
 
     def __rich__(self) -> RenderableType:
         values = {**self.inputs, **self.outputs}

@@ -13,6 +13,7 @@ from bnfx.errors import FoldError
 from bnfx.gauges import written_out
 from bnfx.gauges.walk import Options
 from bnfx.gauges.writing import Written, round_exact
+from bnfx.graphs.boxes import boxes
 from bnfx.graphs.examples import Example, example, skeleton
 from bnfx.graphs.in_place import barred, freshen, restore
 from bnfx.graphs.inference import inference_graph
@@ -162,6 +163,7 @@ def _staged(
     """
     captured = inference_graph(model, given)
     graph, inputs = captured.module, captured.inputs
+    drawn = boxes(graph)
     for node in graph.graph.nodes:
         name_inplace_flag(node)
     old = freshen(graph.graph, barred(graph.graph))
@@ -190,8 +192,14 @@ def _staged(
     restore(graph.graph, old)
     records = done.records | written_out.merged_records(written, done.records, done.provenance)
     names = sorted(records, key=lambda name: order[name.partition("/")[0]])
-    told = FoldReport(tuple(records[n] for n in names), done.provenance, plan.unavoidable)
-    return remember(assemble(graph, graph.graph), told), done.exact
+    result = assemble(graph, graph.graph)
+    told = FoldReport(
+        tuple(records[name] for name in names),
+        done.provenance,
+        plan.unavoidable,
+        graphs=(drawn, boxes(result)),
+    )
+    return remember(result, told), done.exact
 
 
 def _merge(

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx
+from rich.console import RenderableType
 
 from bnfx.onnx_files.reading import (
     VERSION,
@@ -24,96 +24,94 @@ from bnfx.onnx_files.reading import (
     opset_of,
     read_onnx,
 )
+from bnfx.reports.document import Headline
 from bnfx.reports.report import Report, table
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True)
 class BatchNormNode:
-    """A BatchNormalization node of a file.
+    """A BatchNormalization node of a file."""
 
-    Attributes:
-        node: Its name in the file.
-        where: "graph", a path through subgraphs such as "graph/if_1/then_branch", or a function.
-        module: Module path of the source, by the name of the running mean or by what torch's
-            exporter wrote down; "" where neither tells.
-        channels: Number of channels; None where its scale is not a constant of known size.
-        epsilon: Its epsilon.
-        training_mode: Whether it normalises with batch statistics.
-        input: Name of the value that it normalises.
-        output: Name of its result.
-    """
-
+    #: Its name in the file.
     node: str
+    #: "graph", a path through subgraphs such as "graph/if_1/then_branch", or a function.
     where: str
+    #: Module path of the source, by the name of the running mean or by what torch's exporter wrote
+    #: down; "" where neither tells.
     module: str
+    #: None where its scale is not a constant of known size.
     channels: int | None
     epsilon: float
+    #: Whether it normalises with batch statistics.
     training_mode: bool
+    #: Names of the value that it normalises, and of its result.
     input: str
     output: str
 
 
 @dataclass(frozen=True)
 class ExternalFile:
-    """A file of weights beside the graph.
+    """A file of weights beside the graph."""
 
-    Attributes:
-        location: As the graph writes it.
-        tensors: Initialisers in it.
-        size: Bytes of the file; None if it is missing.
-        needed: Bytes that the graph reads up to.
-    """
-
+    #: As the graph writes it.
     location: str
+    #: Number of initialisers in it.
     tensors: int
+    #: Bytes of the file; None if it is missing.
     size: int | None
+    #: Bytes that the graph reads up to.
     needed: int
 
 
 @dataclass(frozen=True)
 class InspectReport(Report):
-    """What a file holds.
+    """What a file holds."""
 
-    Attributes:
-        path: The file.
-        size: Its bytes, external data not counted.
-        producer: Who wrote it, in its own words.
-        by_bnfx: Version of bnfx that the file says it was written by; "" if it says nothing.
-        ir_version: Version of the ONNX format.
-        opset: Version of the standard operator set.
-        opsets: Domain -> version of every operator set.
-        inputs: Name -> "dtype[shape]".
-        outputs: Likewise.
-        operators: Operator type -> number of nodes, functions and subgraphs included.
-        batch_norms: Every BatchNormalization, in order.
-        initializers: Number of stored weights, those of subgraphs included.
-        parameters: Their elements.
-        external_data: Files of weights beside the graph.
-        functions: Names of the model's own functions.
-        metadata: The file's metadata.
-    """
-
+    heading = "BatchNorms"
     path: str
+    #: Bytes, external data not counted.
     size: int
+    #: Who wrote it, in its own words.
     producer: str
+    #: Version of bnfx that the file says it was written by; "" if it says nothing.
     by_bnfx: str
+    #: Version of the ONNX format.
     ir_version: int
+    #: Version of the standard operator set.
     opset: int
+    #: Domain -> version of every operator set.
     opsets: Mapping[str, int]
+    #: Name -> "dtype[shape]".
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
+    #: Operator type -> number of nodes, functions and subgraphs included.
     operators: Mapping[str, int]
+    #: Every BatchNormalization, in order.
     batch_norms: tuple[BatchNormNode, ...]
+    #: Number of stored weights, those of subgraphs included, and of their elements.
     initializers: int
     parameters: int
+    #: Files of weights beside the graph.
     external_data: tuple[ExternalFile, ...]
+    #: Names of the model's own functions.
     functions: tuple[str, ...]
     metadata: Mapping[str, str]
+
+    def headline(self) -> Headline:
+        """How many BatchNormalization nodes there are."""
+        facts = (
+            ("opset", str(self.opset)),
+            ("nodes", str(sum(self.operators.values()))),
+            ("elements in weights", f"{self.parameters:,}"),
+            ("written by", f"bnfx {self.by_bnfx}" if self.by_bnfx else self.producer or "-"),
+        )
+        count = len(self.batch_norms) or "no"
+        verdict = (
+            f"{self.path} holds {count} BatchNormalization {'node' if count == 1 else 'nodes'}."
+        )
+        return Headline(f"bnfx: ONNX file {self.path}", "neutral", verdict, facts)
 
     def __rich__(self) -> RenderableType:
         rows = [

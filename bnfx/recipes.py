@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Group, RenderableType
+from rich.text import Text
 from torch import nn
 
 from bnfx.editing.driver import Change, apply_pass
 from bnfx.errors import RecipeError
 from bnfx.insertion import insert_bn
 from bnfx.passes import InsertFilter, RemoveDropout, RemoveLocalResponseNorm, ZeroInitResidual
+from bnfx.reports.document import Headline
 from bnfx.reports.report import InsertReport, Report, report, table, tally
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 #: What the section says beyond the model and the numbers: it is up to the data pipeline.
 _ADVICE = (
@@ -73,10 +73,12 @@ class Recipe(Report):
         """All but the model, which is named by its class."""
         return {**super().to_dict(), "model": type(self.model).__name__}
 
-    def __rich__(self) -> RenderableType:
-        from rich.console import Group
-        from rich.text import Text
+    def headline(self) -> Headline:
+        """How many changes were made."""
+        done = tally(change.action for change in self.changes)
+        return Headline("bnfx: recipe", "neutral", f"Changes: {done}.")
 
+    def __rich__(self) -> RenderableType:
         numbers = table(
             "recipe: hyper-parameters",
             ("name", "given", "now"),

@@ -10,24 +10,24 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
+from rich.console import RenderableType
 from torch import nn
 
 from bnfx.errors import VerificationError
 from bnfx.inspection import BatchNormNode, inspect_onnx
 from bnfx.onnx_files.reading import all_nodes, read_onnx
+from bnfx.reports.document import Block, Headline, Picture, Section, blocks
+from bnfx.reports.drawing import Bar, bars, said
 from bnfx.reports.report import FoldRecord, FoldReport, Report, table, tally
 from bnfx.runtime.isolated import load_apart
 from bnfx.runtime.sessions import load_onnxruntime, runtime_errors
 from bnfx.verification.staging import stage
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 BNFX, EXPORTER = "bnfx", "exporter"
 #: onnxruntime's levels of optimisation, in the order in which it applies them.
@@ -40,42 +40,51 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What became of one BatchNorm evaluation on its way into onnxruntime.
+    """What became of one BatchNorm evaluation on its way into onnxruntime."""
 
-    Attributes:
-        path: Module path of the BatchNorm, or the node's name where only a file is known.
-        removed_by: "bnfx", "exporter", "onnxruntime basic", "onnxruntime extended" or
-            "onnxruntime full"; None where it runs as a BatchNorm.
-        into: Layers that carry it now, where bnfx removed it.
-        reason: Why bnfx left it; what the stage did with it.
-    """
-
+    #: Module path of the BatchNorm, or the node's name where only a file is known.
     path: str
+    #: "bnfx", "exporter", "onnxruntime basic", "onnxruntime extended" or "onnxruntime full"; None
+    #: where it runs as a BatchNorm.
     removed_by: str | None
+    #: Layers that carry it now, where bnfx removed it.
     into: tuple[str, ...]
+    #: Why bnfx left it; what the stage did with it.
     reason: str
 
 
 @dataclass(frozen=True)
 class StageReport(Report):
-    """One record for every BatchNorm evaluation of the source, and the count after each stage.
+    """One record for every BatchNorm evaluation of the source, and the count after each stage."""
 
-    Attributes:
-        batch_norms: The records, in execution order.
-        left: Stage -> BatchNorms left after it, from "source" to "onnxruntime full".
-    """
-
+    #: In execution order.
     batch_norms: tuple[StageRecord, ...]
+    #: Stage -> BatchNorms left after it, from "source" to "onnxruntime full".
     left: Mapping[str, int]
 
+    def headline(self) -> Headline:
+        """Who removed how many."""
+        verdict = f"{len(self.batch_norms)} BatchNorms, removed by: {self._counts()}."
+        return Headline("bnfx: ledger", "neutral", verdict)
+
+    def sections(self) -> Iterator[Section]:
+        """The table below a picture of what is left after each stage."""
+        rows = [Bar(stage, n, n, n, str(n), "main") for stage, n in self.left.items()]
+        title = "BatchNorms left after each stage"
+        picture = Picture(title, said(rows), bars(title, said(rows), rows, "BatchNorms"))
+        shown: tuple[Block, ...] = (picture,) if rows else ()
+        yield Section("Who removed which BatchNorm", (*shown, *blocks(self)))
+
+    def _counts(self) -> str:
+        return tally(bn.removed_by or "nobody" for bn in self.batch_norms)
+
     def __rich__(self) -> RenderableType:
-        counts = tally(bn.removed_by or "nobody" for bn in self.batch_norms)
         left = " -> ".join(f"{stage} {n}" for stage, n in self.left.items())
         rows = (
             (bn.path, bn.removed_by or "nobody", ", ".join(bn.into) or "-", bn.reason or "-")
             for bn in self.batch_norms
         )
-        title = f"removed by: {counts}\nleft after: {left}"
+        title = f"removed by: {self._counts()}\nleft after: {left}"
         return table(title, ("BatchNorm", "removed by", "into", "reason"), rows)
 
 

@@ -18,7 +18,6 @@ FLOORS = (
     "insertion folding environment",
     "recipes",
     "verification",
-    "floor bundle",
     "removal verify benchmark",
     "deployment",
     "__init__",
@@ -30,19 +29,6 @@ _DEBT = (
     "editing.insert_plan -> passes",
     "editing.regions -> passes",
     "gauges.written_out -> unread",
-    "reports.graph_pictures -> graphs.examples",
-    "reports.graph_pictures -> graphs.inference",
-    "reports.graph_pictures -> graphs.naming",
-    "reports.graph_pictures -> operators.calls",
-    "reports.graph_pictures -> operators.layers",
-    "reports.report_documents -> benchmark",
-    "reports.report_documents -> bundle",
-    "reports.report_documents -> deployment",
-    "reports.report_documents -> environment.doctor",
-    "reports.report_documents -> export",
-    "reports.report_documents -> inspection",
-    "reports.report_documents -> removal",
-    "reports.report_documents -> verification.verdicts",
 )
 _FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ from bnfx.cli.output import step, tell
 from bnfx.cli.parser import FOLDING
 from bnfx.cli.results import DONE, FAILED, Outcome
 from bnfx.errors import ProviderError, UsageError, VerificationError
-from bnfx.reports.document import Picture
-from bnfx.reports.graph_pictures import fold_pictures
 from bnfx.reports.report import FoldReport, InsertReport, Report
 
 
@@ -95,16 +93,13 @@ def _inspect(options: argparse.Namespace) -> Outcome:
     plan = bnfx.report(folded)
     failure = _policy(options, _left(plan))
 
-    def graphs() -> Sequence[Picture]:
-        return fold_pictures(given.model, given.args, given.kwargs, folded)
-
     if given.inputs is None:
-        return Outcome(plan, failure, _code(failure), graphs=graphs)
+        return Outcome(plan, failure, _code(failure))
     with step("exporting, for the ledger"):
         stages = bnfx.removal_ledger(
             given.model, given.args, kwargs=given.kwargs, fold_options=folding
         )
-    return Outcome(stages, failure, _code(failure), {"fold": plan}, graphs)
+    return Outcome(stages, failure, _code(failure), {"fold": plan})
 
 
 def _inspect_file(options: argparse.Namespace) -> Outcome:
@@ -166,12 +161,7 @@ def _fold(options: argparse.Namespace) -> Outcome:
                 save_exported(folded, given.required(), given.dynamic_shapes, Path(options.file))
             else:
                 save_state(folded, Path(options.file))
-    return Outcome(
-        done,
-        failure,
-        _code(failure),
-        graphs=lambda: fold_pictures(given.model, given.args, given.kwargs, folded),
-    )
+    return Outcome(done, failure, _code(failure))
 
 
 def _folding(options: argparse.Namespace) -> dict[str, bool]:
@@ -236,17 +226,11 @@ def _deploy(options: argparse.Namespace) -> Outcome:
     inputs = given.required()
     folding = _folding(options)
 
-    def graphs() -> Sequence[Picture]:
-        folded = bnfx.fold_bn(given.model, inputs.args, example_kwargs=inputs.kwargs, **folding)
-        return fold_pictures(given.model, inputs.args, inputs.kwargs, folded)
-
     if options.max_batch_norms_left is not None:
         with step("planning"):
             plan = bnfx.plan_fold(given.model, inputs.args, example_kwargs=inputs.kwargs, **folding)
         if failure := _policy(options, _left(plan)):
-            return Outcome(
-                plan, f"{failure}; {options.file} was not written", FAILED, graphs=graphs
-            )
+            return Outcome(plan, f"{failure}; {options.file} was not written", FAILED)
     try:
         with step("deploying") as show:
             done = bnfx.deploy(
@@ -263,8 +247,8 @@ def _deploy(options: argparse.Namespace) -> Outcome:
     except VerificationError as error:
         if not isinstance(error.report, Report):
             raise
-        return Outcome(error.report, str(error).partition("\n")[0], FAILED, graphs=graphs)
-    return Outcome(done, graphs=graphs)
+        return Outcome(error.report, str(error).partition("\n")[0], FAILED)
+    return Outcome(done)
 
 
 def _check_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from bnfx.cli.files import check_target
 from bnfx.cli.output import write
 from bnfx.errors import UsageError
 from bnfx.reports.report import Report
-from bnfx.reports.report_files import to_html, to_json, to_markdown
-
-if TYPE_CHECKING:
-    from bnfx.reports.document import Picture
+from bnfx.reports.writers import to_json
 
 #: Exit codes, as every help text explains them.
 DONE, FAILED, USAGE, MISSING, NOT_CAPTURED = 0, 1, 2, 3, 4
@@ -23,21 +20,15 @@ DONE, FAILED, USAGE, MISSING, NOT_CAPTURED = 0, 1, 2, 3, 4
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command found.
-
-    Attributes:
-        report: The report.
-        failure: Why the command failed; "" where it did not.
-        code: Exit code.
-        more: Further reports, by the name under which they stand in the JSON.
-        graphs: What draws the graph around each BatchNorm.
-    """
+    """What a command found."""
 
     report: Report
+    #: Why the command failed; "" where it did not.
     failure: str = ""
+    #: Exit code.
     code: int = DONE
+    #: Further reports, by the name under which they stand in the JSON.
     more: Mapping[str, Report] = field(default_factory=dict)
-    graphs: Callable[[], Sequence[Picture]] = tuple
 
 
 def check_reports(options: argparse.Namespace) -> None:
@@ -78,8 +69,8 @@ def write_results(options: argparse.Namespace, outcome: Outcome, out: IO[str]) -
     parts = {name: part.to_dict() for name, part in more.items()}
     writers: dict[str, Callable[[], str]] = {
         "json": lambda: to_json({**head, **report.to_dict(), **parts}),
-        "markdown": lambda: to_markdown(report, tuple(more.values())),
-        "html": lambda: to_html(report, outcome.graphs(), tuple(more.values())),
+        "markdown": lambda: report.to_markdown(tuple(more.values())),
+        "html": lambda: report.to_html(tuple(more.values())),
     }
     for kind, content in writers.items():
         target = getattr(options, kind)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from rich.console import RenderableType
 
 from bnfx.environment.facts import Facts, collect
+from bnfx.reports.document import Headline, Status
 from bnfx.reports.report import Report, table
 from bnfx.runtime.packages import mismatch
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 _INSTALL = "pip install 'bnfx[gpu]' (serves on the CPU too) or 'bnfx[cpu]', never both"
 _OPTIONAL = {
@@ -28,34 +28,36 @@ _OPTIONAL = {
 
 @dataclass(frozen=True)
 class EnvCheck:
-    """One line of the report.
+    """One line of the report."""
 
-    Attributes:
-        name: What was looked at.
-        status: "ok"; "warning": bnfx works, something else may not; "error": bnfx cannot work.
-        detail: What was found.
-        remedy: What to do; "" where nothing needs doing.
-    """
-
+    #: What was looked at.
     name: str
+    #: "ok"; "warning": bnfx works, something else may not; "error": bnfx cannot work.
     status: Literal["ok", "warning", "error"]
+    #: What was found.
     detail: str
+    #: What to do; "" where nothing needs doing.
     remedy: str = ""
 
 
 @dataclass(frozen=True)
 class EnvReport(Report):
-    """The environment, line by line; true where it is usable.
+    """The environment, line by line; true where it is usable."""
 
-    Attributes:
-        status: "error" if any line is; else "warning" if any is; else "ok".
-        providers: "cpu" and "cuda" -> why no node runs there; "" where one ran.
-        checks: The lines.
-    """
-
+    #: "error" if any line is; else "warning" if any is; else "ok".
     status: Literal["ok", "warning", "error"]
+    #: "cpu" and "cuda" -> why no node runs there; "" where one ran.
     providers: Mapping[str, str]
     checks: tuple[EnvCheck, ...]
+
+    def headline(self) -> Headline:
+        """Whether it is usable."""
+        verdicts: dict[str, tuple[Status, str]] = {
+            "ok": ("good", "This environment can do all of it."),
+            "warning": ("warning", "This environment works; something in it needs a look."),
+            "error": ("bad", "This environment does not work yet."),
+        }
+        return Headline("bnfx: doctor", *verdicts[self.status])
 
     def __bool__(self) -> bool:
         return self.status != "error"

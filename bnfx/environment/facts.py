@@ -20,9 +20,8 @@ from bnfx.runtime.packages import (
     runtime_cuda,
     runtime_owner,
     torch_cuda,
-    version_of,
 )
-from bnfx.version import __version__
+from bnfx.version import __version__, version_of
 
 _PACKAGES = (
     *("torch", "numpy", "onnx", "onnxscript"),

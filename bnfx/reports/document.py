@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Group
+from rich.protocol import rich_cast
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
-from bnfx.reports.report import Report
-
 Status = Literal["good", "bad", "warning", "neutral"]
+#: Names and values of the numbers that matter most.
+Facts = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text.
-
-    Attributes:
-        caption: What it shows.
-        columns: Headings.
-        rows: Cells, each row as long as `columns`.
-    """
+    """A table of text; each row is as long as `columns`."""
 
     caption: str
     columns: tuple[str, ...]
@@ -43,18 +38,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing, and the words for those who do not see it.
-
-    Attributes:
-        title: What it shows.
-        description: What is to be seen in it.
-        svg: The drawing as an SVG element, built by `reports.drawing`, which escapes every text.
-        is_open: Whether it is shown at once; otherwise its title is, and opens it.
-    """
+    """A drawing, and the words for those who do not see it."""
 
     title: str
+    #: What is to be seen in it.
     description: str
+    #: An SVG element, built by `bnfx.reports.drawing`, which escapes every text.
     svg: str
+    #: Whether it is shown at once; otherwise its title is, and opens it.
     is_open: bool = True
 
 
@@ -70,29 +61,30 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Document:
-    """A report to be read.
+class Headline:
+    """What a report says first."""
 
-    Attributes:
-        title: What the report is about.
-        status: Whether it is good news.
-        verdict: The news, in a sentence.
-        facts: Name and value of the numbers that matter most.
-        sections: The rest.
-    """
-
+    #: What the report is about.
     title: str
+    #: Whether it is good news.
     status: Status
+    #: The news, in a sentence.
     verdict: str
-    facts: tuple[tuple[str, str], ...]
+    facts: Facts = ()
+
+
+@dataclass(frozen=True)
+class Document:
+    """A report to be read."""
+
+    headline: Headline
     sections: tuple[Section, ...]
 
 
 def blocks(drawn: Any) -> Iterator[Paragraph | Table]:
     """What `rich` would draw, as paragraphs and tables."""
-    if isinstance(drawn, Report):
-        yield from blocks(drawn.__rich__())
-    elif isinstance(drawn, Group):
+    drawn = rich_cast(drawn)
+    if isinstance(drawn, Group):
         for part in drawn.renderables:
             yield from blocks(part)
     elif isinstance(drawn, RichTable):

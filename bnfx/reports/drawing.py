@@ -18,22 +18,16 @@ _LABEL = 250.0  # left margin for the labels of bars
 
 @dataclass(frozen=True)
 class Bar:
-    """One horizontal bar.
-
-    Attributes:
-        label: Its name.
-        value: Its length.
-        low: Lower end of its spread.
-        high: Upper end of its spread.
-        text: Value as written behind it.
-        kind: Class in the style sheet: "main", "other" or "quiet".
-    """
+    """One horizontal bar."""
 
     label: str
     value: float
+    #: Ends of its spread.
     low: float
     high: float
+    #: Value as written behind it.
     text: str
+    #: Class in the style sheet: "main", "other" or "quiet".
     kind: str = "other"
 
 
@@ -118,6 +112,11 @@ def bars(title: str, description: str, rows: Sequence[Bar], unit: str) -> str:
             add(group, "path", d=f"M{low:.1f} {y + 14:.1f}H{high:.1f}", kind="spread")
         add(group, "text", row.text, x=max(_LABEL + end, high) + 6, y=y + 18, kind="value")
     return markup(root)
+
+
+def said(rows: Sequence[Bar]) -> str:
+    """Bars in words."""
+    return "; ".join(f"{row.label} {row.text}" for row in rows)
 
 
 def dots(title: str, description: str, rows: Sequence[Dot], limit: float | None, unit: str) -> str:

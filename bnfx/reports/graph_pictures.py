@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx, nn
-
-from bnfx.graphs.examples import example
-from bnfx.graphs.inference import inference_graph
-from bnfx.graphs.naming import norm_path, owner_of
-from bnfx.operators.calls import arguments, function_name
-from bnfx.operators.layers import BATCH_NORM, affine_of
 from bnfx.reports.document import Picture
 from bnfx.reports.drawing import CHARACTER, add, markup, picture, shorten
-from bnfx.reports.report import FoldRecord, FoldReport
 
 _MOST_NODES = 14
 _BOX, _GAP, _HEIGHT, _STEP = 156.0, 26.0, 38.0, 50.0
@@ -23,111 +15,47 @@ _BOX, _GAP, _HEIGHT, _STEP = 156.0, 26.0, 38.0, 50.0
 
 @dataclass(frozen=True)
 class Box:
-    """A node as drawn.
+    """A node of a graph as drawn."""
 
-    Attributes:
-        name: Its unique name.
-        kind: What it computes.
-        layer: Whose parameters it computes with; "" for none.
-        inputs: Names of the boxes that it reads.
-        mark: "norm", "into" or "".
-    """
-
+    #: Its unique name.
     name: str
+    #: What it computes.
     kind: str
+    #: Whose parameters it computes with; "" for none.
     layer: str
+    #: Names of the boxes that it reads.
     inputs: tuple[str, ...]
+    #: "norm", "into" or "".
     mark: str = ""
 
 
-def fold_pictures(
-    model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, folded: fx.GraphModule
-) -> list[Picture]:
-    """One picture for each BatchNorm of `model`, with the graph around it before and after.
+def around(
+    norm: Box, title: str, into: Sequence[str], before: Sequence[Box], after: Sequence[Box]
+) -> Picture:
+    """The graph around a BatchNorm.
 
     Args:
-        model: The unfolded model.
-        args: Example inputs as `fold_bn` got them.
-        kwargs: Likewise.
-        folded: What `fold_bn` returned.
+        norm: The BatchNorm, one of `before`.
+        title: What became of it.
+        into: The layers that carry it now.
+        before: The graph that has it.
+        after: The graph that came of it.
     """
-    from bnfx.reports.report import report
-
-    done = report(folded)
-    assert isinstance(done, FoldReport)
-    before = inference_graph(model, example(args, kwargs)).module
-    old, new = list(_boxes(before)), list(_boxes(folded))
-    waiting = list(done.batch_norms)
-    pictures = []
-    for box in [box for box in old if box.mark == "norm"]:
-        record = next((bn for bn in waiting if bn.path == box.layer), None)
-        if record is not None:
-            waiting.remove(record)
-            pictures.append(_draw(box, record, old, new, is_open=record.verdict != "folded"))
-    return _some_open(pictures)
-
-
-def _some_open(pictures: list[Picture]) -> list[Picture]:
-    """Few pictures are all shown; of many, the first few that are not plain folds."""
-    if len(pictures) <= 6:
-        return [Picture(p.title, p.description, p.svg) for p in pictures]
-    shown = [p for p in pictures if p.is_open][:4] or pictures[:2]
-    return [Picture(p.title, p.description, p.svg, p in shown) for p in pictures]
-
-
-def _boxes(module: fx.GraphModule) -> Iterator[Box]:
-    """The nodes that carry data, in order."""
-    for node in module.graph.nodes:
-        if node.op not in ("get_attr", "output"):
-            inputs = (n.name for n in node.all_input_nodes if n.op != "get_attr")
-            yield Box(node.name, *_kind_and_layer(node, module), tuple(inputs), _mark(node))
-
-
-def _mark(node: fx.Node) -> str:
-    return "norm" if node.target in BATCH_NORM else ""
-
-
-def _kind_and_layer(node: fx.Node, module: fx.GraphModule) -> tuple[str, str]:
-    if node.op == "placeholder":
-        return "input", str(node.target)
-    if node.op == "call_module":
-        return type(module.get_submodule(str(node.target))).__name__, str(node.target)
-    if node.target in BATCH_NORM:
-        return "BatchNorm", norm_path(node)
-    row = affine_of(node, {})
-    if row is not None:
-        weight = arguments(node, row.signature)["weight"]
-        known = isinstance(weight, fx.Node) and weight.op == "get_attr"
-        return row.kind, owner_of(str(weight.target)) if known else ""
-    kind = node.target if node.op == "call_method" else function_name(node.target)
-    return str(kind), ""
-
-
-def _draw(
-    norm: Box, record: FoldRecord, old: Sequence[Box], new: Sequence[Box], *, is_open: bool
-) -> Picture:
-    into = set(record.into)
-    near = _neighbourhood(norm, into, old)
+    near = _neighbourhood(norm, set(into), before)
     left = {box.name for box in near}
-    after = _induced([box for box in new if box.name in left or box.layer in into], new)
-    after = [_marked(box, "into" if box.layer in into else box.mark) for box in after]
-    near = [_marked(box, "norm" if box.name == norm.name else "") for box in near]
-    goes = f"goes into {', '.join(record.into)}" if record.into else record.reason or "stays"
-    title = f"{record.path}: {record.verdict}, {goes}"
-    description = f"before: {_chain(near)}; after: {_chain(after)}"
-    columns = max(_depth(boxes) for boxes in (near, after)) + 1
-    rows = [max(_rows(boxes)) for boxes in (near, after)]
+    rest = _induced([box for box in after if box.name in left or box.layer in into], after)
+    rest = [replace(box, mark="into" if box.layer in into else box.mark) for box in rest]
+    near = [replace(box, mark="norm" if box.name == norm.name else "") for box in near]
+    description = f"before: {_chain(near)}; after: {_chain(rest)}"
+    columns = max(_depth(boxes) for boxes in (near, rest)) + 1
+    rows = [max(_rows(boxes)) for boxes in (near, rest)]
     top = [24.0, 24.0 + _STEP * rows[0] + 24.0]
     width = columns * (_BOX + _GAP) + _GAP
     root = picture(width, top[1] + _STEP * rows[1], title, description)
-    for name, boxes, y in (("before", near, top[0]), ("after", after, top[1])):
+    for name, boxes, y in (("before", near, top[0]), ("after", rest, top[1])):
         add(root, "text", name, x=_GAP, y=y - 8, kind="tick")
         _place(root, boxes, y)
-    return Picture(title, description, markup(root), is_open)
-
-
-def _marked(box: Box, mark: str) -> Box:
-    return Box(box.name, box.kind, box.layer, box.inputs, mark)
+    return Picture(title, description, markup(root))
 
 
 def _neighbourhood(norm: Box, into: set[str], boxes: Sequence[Box]) -> list[Box]:
@@ -179,7 +107,7 @@ def _induced(chosen: Sequence[Box], boxes: Sequence[Box]) -> list[Box]:
     def linked(box: Box) -> tuple[str, ...]:
         return tuple(dict.fromkeys(s for name in box.inputs for s in sources(name, 3)))
 
-    return [Box(box.name, box.kind, box.layer, linked(box), box.mark) for box in chosen]
+    return [replace(box, inputs=linked(box)) for box in chosen]
 
 
 def _columns(boxes: Sequence[Box]) -> dict[str, int]:

@@ -9,19 +9,36 @@ import dataclasses
 import io
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
 from bnfx.errors import BnfxError
+from bnfx.reports import writers
+from bnfx.reports.document import (
+    Block,
+    Document,
+    Headline,
+    Paragraph,
+    Picture,
+    Section,
+    Table,
+    blocks,
+)
+from bnfx.reports.graph_pictures import Box, around
+from bnfx.version import versions
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
     from torch import nn
 
 #: Width of a printed report; tables wrap inside it.
 _WIDTH = 118
-
+_SUFFIXES = (".json", ".txt", ".md", ".html")
 _REPORT = "bnfx"
 
 _Model = TypeVar("_Model", bound="nn.Module")
@@ -30,43 +47,84 @@ _Model = TypeVar("_Model", bound="nn.Module")
 class Report(ABC):
     """A frozen dataclass that prints as a table.
 
-    Subclasses are `@dataclass(frozen=True)` and say in `__rich__` how they look.
+    Subclasses are `@dataclass(frozen=True)`, say in `__rich__` how they look, in `headline` what is
+    the news, and in `sections` what a page of them shows where that is more than the tables.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    #: Heading of its tables in a page.
+    heading: ClassVar[str] = "Report"
 
     @abstractmethod
     def __rich__(self) -> RenderableType:
         """The report as something `rich` can draw."""
 
-    def __str__(self) -> str:
-        from rich.console import Console
+    @abstractmethod
+    def headline(self) -> Headline:
+        """What it is about, whether that is good news, and the numbers that matter most."""
 
+    def sections(self) -> Iterator[Section]:
+        """What a page of it shows."""
+        yield Section(self.heading, tuple(blocks(self)))
+
+    def __str__(self) -> str:
         out = io.StringIO()
         Console(file=out, width=_WIDTH, no_color=True, highlight=False).print(self)
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, numbers and strings, ready for `json.dumps`."""
-        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        told: dict[str, Any] = plain(self)
+        return told
 
-    def to_markdown(self) -> str:
-        """The report as Markdown."""
-        from bnfx.reports.report_files import to_markdown
+    def to_markdown(self, more: Sequence[Report] = ()) -> str:
+        """The report as Markdown, with the sections of `more` behind its own."""
+        return writers.to_markdown(self._document(more))
 
-        return to_markdown(self)
-
-    def to_html(self) -> str:
+    def to_html(self, more: Sequence[Report] = ()) -> str:
         """The report as one HTML file that loads nothing, with pictures where there are numbers."""
-        from bnfx.reports.report_files import to_html
+        return writers.to_html(self._document(more))
 
-        return to_html(self)
+    def _document(self, more: Sequence[Report]) -> Document:
+        here = Table("", ("name", "version"), tuple(versions().items()))
+        found = [section for part in (self, *more) for section in part.sections()]
+        return Document(self.headline(), (*found, Section("Environment", (here,))))
+
+    def write(self, path: Path) -> None:
+        """Write it as ".json", ".txt", ".md" or ".html".
+
+        Raises:
+            BnfxError: The suffix is another one, or the file cannot be written.
+        """
+        check_report_path(path)
+        forms = {".html": self.to_html, ".md": self.to_markdown, ".txt": self.__str__}
+        text = writers.to_json(self.to_dict()) if path.suffix == ".json" else forms[path.suffix]()
+        try:
+            path.write_bytes(f"{text.rstrip()}\n".encode(errors="replace"))
+        except OSError as error:
+            raise BnfxError(f"the report cannot be written: {error}") from error
+
+
+def check_report_path(path: Path) -> None:
+    """Refuse a report's path before the work, not after it.
+
+    Raises:
+        BnfxError: No report can be written there.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise BnfxError(f"a report ends in {', '.join(_SUFFIXES)}; {path} does not")
+    if not path.parent.is_dir():
+        raise BnfxError(f"{path.parent} is not a folder; make it before asking for {path}")
 
 
 def plain(value: Any) -> Any:
-    """`value` with dataclasses, tuples, mappings and paths turned into JSON's own types."""
+    """`value` with dataclasses, tuples, mappings and paths turned into JSON's own types.
+
+    What a dataclass leaves out where it prints itself is left out here too.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        shown = (f.name for f in dataclasses.fields(value) if f.repr)
+        return {name: plain(getattr(value, name)) for name in shown}
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, str | bool | int | float) or value is None:
@@ -80,12 +138,7 @@ def plain(value: Any) -> Any:
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> RenderableType:
     """A plain table; cells are turned into text, never read as markup."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:
@@ -100,22 +153,18 @@ def tally(words: Iterable[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class InsertRecord:
-    """What was done at one affine layer's call site.
+    """What was done at one affine layer's call site."""
 
-    Attributes:
-        path: Module path of the affine layer, or of its weight for a functional call.
-        kind: Operator, such as "conv2d" or "linear".
-        channels: Number of output channels, the size of gamma and beta.
-        action: "inserted" or "skipped".
-        bn_path: Module path of the new BatchNorm, None where skipped.
-        reason: Why it was inserted there, or why not, in words a user can act on.
-    """
-
+    #: Module path of the affine layer, or of its weight for a functional call.
     path: str
+    #: Operator, such as "conv2d" or "linear".
     kind: str
+    #: Number of output channels, the size of gamma and beta.
     channels: int
     action: Literal["inserted", "skipped"]
+    #: Module path of the new BatchNorm, None where skipped.
     bn_path: str | None
+    #: Why it was inserted there, or why not, in words a user can act on.
     reason: str
 
 
@@ -123,7 +172,14 @@ class InsertRecord:
 class InsertReport(Report):
     """One record for every affine layer's call site, in execution order."""
 
+    heading = "Insertion"
     sites: tuple[InsertRecord, ...]
+
+    def headline(self) -> Headline:
+        """How many BatchNorms were inserted."""
+        done = sum(site.action == "inserted" for site in self.sites)
+        verdict = f"BatchNorm at {done} of {len(self.sites)} affine layers."
+        return Headline("bnfx: insert", "neutral", verdict)
 
     def __rich__(self) -> RenderableType:
         title = f"insert_bn: {tally(site.action for site in self.sites)}"
@@ -135,43 +191,83 @@ class InsertReport(Report):
 
 @dataclasses.dataclass(frozen=True)
 class FoldRecord:
-    """What became of one evaluation of a BatchNorm.
+    """What became of one evaluation of a BatchNorm."""
 
-    Attributes:
-        path: Module path of the BatchNorm; a functional call goes by its running mean's owner.
-        verdict: "folded" (gone), "reduced" (a part of it is gone) or "kept".
-        into: Names of the layers whose weights now carry it; none where nothing reads its output.
-        reason: What keeps it, in words a user can act on. With "folded" it is empty, or says why
-            no layer carries it.
-    """
-
+    #: Module path of the BatchNorm; a functional call goes by its running mean's owner.
     path: str
+    #: "folded" (gone), "reduced" (a part of it is gone) or "kept".
     verdict: Literal["folded", "reduced", "kept"]
+    #: Names of the layers whose weights now carry it; none where nothing reads its output.
     into: tuple[str, ...]
+    #: What keeps it, in words a user can act on. With "folded" it is empty, or says why no layer
+    #: carries it.
     reason: str
 
 
 @dataclasses.dataclass(frozen=True)
 class FoldReport(Report):
-    """One record for every BatchNorm evaluation, in execution order.
+    """One record for every BatchNorm evaluation, in execution order."""
 
-    Attributes:
-        batch_norms: The records.
-        provenance: For every parameter that was rewritten, the source's parameters and buffers
-            that it was computed from.
-        unavoidable: A number of BatchNorms that is proved to stay, whatever is chosen under the
-            rules; None where that was not asked.
-    """
-
+    heading = "Folding"
     batch_norms: tuple[FoldRecord, ...]
+    #: For every parameter that was rewritten, the source's parameters and buffers that it was
+    #: computed from.
     provenance: Mapping[str, tuple[str, ...]]
+    #: A number of BatchNorms that is proved to stay, whatever is chosen under the rules; None where
+    #: that was not asked.
     unavoidable: int | None = None
+    #: The graph before and after, to draw.
+    graphs: tuple[tuple[Box, ...], tuple[Box, ...]] = dataclasses.field(
+        default=((), ()), repr=False, compare=False
+    )
+
+    @property
+    def folded(self) -> int:
+        """How many are gone."""
+        return sum(bn.verdict == "folded" for bn in self.batch_norms)
+
+    @property
+    def left(self) -> int:
+        """How many stay, whole or in part."""
+        return len(self.batch_norms) - self.folded
 
     @property
     def proved(self) -> bool:
         """Whether it is proved that the rules allow no better choice."""
-        left = sum(bn.verdict != "folded" for bn in self.batch_norms)
-        return left == (self.unavoidable or 0)
+        return self.left == (self.unavoidable or 0)
+
+    def headline(self) -> Headline:
+        """How many BatchNorms were folded."""
+        facts = (("verdicts", tally(bn.verdict for bn in self.batch_norms)),)
+        verdict = f"{self.folded} of {len(self.batch_norms)} BatchNorms folded."
+        return Headline("bnfx: fold", "neutral", verdict, facts)
+
+    def sections(self) -> Iterator[Section]:
+        """The table, and the graph around each BatchNorm."""
+        yield from super().sections()
+        if pictures := self.pictures():
+            note = Paragraph("Orange: the BatchNorm. Blue: the layers that carry it after folding.")
+            found: tuple[Block, ...] = (note, *pictures)
+            yield Section("The graph around each BatchNorm", found)
+
+    def pictures(self) -> list[Picture]:
+        """The graph around each BatchNorm, before and after.
+
+        Few are all shown; of many, the first few that are not plain folds.
+        """
+        before, after = self.graphs
+        waiting, found = list(self.batch_norms), []
+        for norm in (node for node in before if node.mark == "norm"):
+            bn = next((bn for bn in waiting if bn.path == norm.layer), None)
+            if bn is not None:
+                waiting.remove(bn)
+                goes = f"goes into {', '.join(bn.into)}" if bn.into else bn.reason or "stays"
+                title = f"{bn.path}: {bn.verdict}, {goes}"
+                found.append((bn, around(norm, title, bn.into, before, after)))
+        kept = [picture for bn, picture in found if bn.verdict != "folded"]
+        drawn = [picture for _, picture in found]
+        shown = drawn if len(drawn) <= 6 else kept[:4] or drawn[:2]
+        return [dataclasses.replace(p, is_open=p in shown) for p in drawn]
 
     def __rich__(self) -> RenderableType:
         title = f"fold_bn: {tally(bn.verdict for bn in self.batch_norms)}"

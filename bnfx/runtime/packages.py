@@ -7,20 +7,14 @@ import re
 from importlib import metadata
 from pathlib import Path
 
+from bnfx.version import version_of
+
 #: Distributions that own the folder `onnxruntime`; with two of them the last one installed wins.
 _RUNTIMES = (
     *("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino"),
     *("onnxruntime-qnn", "onnxruntime-rocm", "onnxruntime-training", "ort-nightly"),
     *("ort-nightly-gpu", "onnxruntime-silicon"),
 )
-
-
-def version_of(name: str) -> str | None:
-    """Version of an installed distribution; None where it is not installed."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def installed_runtimes() -> dict[str, str]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from rich.console import RenderableType
 
 from bnfx.errors import VerificationError
+from bnfx.reports.document import Block, Headline, Picture, Section, Table, blocks
+from bnfx.reports.drawing import Dot, dots
 from bnfx.reports.report import Report, table
 from bnfx.verification.outputs import OutputCheck
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 Status = Literal["passed", "failed", "skipped"]
 
@@ -84,7 +85,7 @@ class TierCheck:
 class Divergence:
     """The first thing that is wrong, in execution order."""
 
-    #: The tier that saw it first: "weights", "structure", "layers" or "outputs".
+    #: The tier that saw it first.
     tier: Literal["weights", "structure", "layers", "outputs"]
     #: Module path in the reference; "" where unknown.
     module: str
@@ -94,9 +95,9 @@ class Divergence:
     channel: int | None
     #: By how many units it is off.
     ratio: float
-    #: The likely cause, such as "eps was forgotten"; "" where none fits. gamma, var, eps: Of the
-    #: BatchNorm behind the worst channel; None without one.
+    #: The likely cause, such as "eps was forgotten"; "" where none fits.
     cause: str
+    #: Of the BatchNorm behind the worst channel; None without one.
     gamma: float | None = None
     var: float | None = None
     eps: float | None = None
@@ -159,6 +160,80 @@ class VerifyReport(Report):
             message = f"{self.path} {self.status}: {self.first_divergence}\n{self}"
             raise VerificationError(message, self)
 
+    def headline(self) -> Headline:
+        """Whether the file computes what the reference computes."""
+        ran = ", ".join(f"{n} on {name}" for name, n in self.providers.items())
+        facts = (
+            ("error of the outputs, in budgets", f"{self.worst_ratio:.2f}"),
+            ("precision", self.precision),
+            ("inputs", str(self.num_inputs)),
+            ("batch sizes", ", ".join(map(str, self.batch_sizes)) or "-"),
+            ("nodes ran", ran or "none"),
+            ("BatchNormalization left", str(self.batch_norms_left)),
+        )
+        title = f"bnfx: verify {self.path}"
+        if self.status == "passed":
+            verdict = f"{self.path} computes what {self.reference} computes."
+            return Headline(title, "good", verdict, facts)
+        if self.status == "skipped":
+            return Headline(title, "warning", f"{self.path} was not verified.", facts)
+        where = self.first_divergence or "see the table"
+        verdict = f"{self.path} does not compute what {self.reference} computes: {where}"
+        return Headline(title, "bad", verdict, facts)
+
+    def sections(self) -> Iterator[Section]:
+        """The table, what proves where it ran, and the errors by layer."""
+        proof = tuple((name, str(value)) for name, value in self.proof.items())
+        shown = bool(proof) and self.provider != "cpu"
+        table = (Table("What proves where it ran", ("", "found"), proof),) if shown else ()
+        yield Section("Verification", (*blocks(self), *table))
+        if found := tuple(self._errors()):
+            yield Section("Error by layer", found)
+
+    def _errors(self) -> Iterator[Block]:
+        limits = {tier.tier: tier.limit for tier in self.tiers}
+        words = {True: "passed", False: "wrong"}
+        if self.layers:
+            yield _series(
+                "Error of each layer's output against float64, all earlier errors included",
+                [Dot(layer.name, layer.error, layer.passed) for layer in self.layers],
+                None,
+                "relative error, layers in order",
+            )
+            yield _series(
+                "Each layer on its own input: error of the worst channel, in units of torch's own",
+                [Dot(layer.name, layer.ratio, layer.passed) for layer in self.layers],
+                limits.get("layers"),
+                "ratio, layers in order",
+            )
+        if self.weights:
+            yield _series(
+                "Each folded weight against the float64 formula, in units of rounding",
+                [Dot(weight.name, weight.ratio, weight.passed) for weight in self.weights],
+                limits.get("weights"),
+                "units, weights in order",
+            )
+        if self.layers:
+            columns = ("layer", "kind", "error", "ratio", "worst channel", "")
+            rows = (
+                (
+                    d.name,
+                    d.kind,
+                    f"{d.error:.2e}",
+                    f"{d.ratio:.3g}",
+                    str(d.channel),
+                    words[d.passed],
+                )
+                for d in self.layers
+            )
+            yield Table("Layers", columns, tuple(rows))
+        if self.weights:
+            weights = (
+                (w.name, f"{w.ratio:.3g}", str(w.channel), w.reason or words[w.passed])
+                for w in self.weights
+            )
+            yield Table("Weights", ("weight", "units", "worst channel", ""), tuple(weights))
+
     def __rich__(self) -> RenderableType:
         ran = ", ".join(f"{n} nodes on {name}" for name, n in self.providers.items())
         lines = [
@@ -182,6 +257,16 @@ class VerifyReport(Report):
         ]
         columns = ("output", "shape", "dtype", "error", "budget", "ratio", "")
         return table("\n".join(lines), columns, rows)
+
+
+def _series(title: str, series: list[Dot], limit: float | None, unit: str) -> Picture:
+    wrong = [dot.label for dot in series if not dot.passed]
+    worst = max((d for d in series if not math.isnan(d.value)), key=lambda d: d.value, default=None)
+    said = f"{len(series)} values"
+    if worst is not None:
+        said += f", largest {worst.value:.3g} at {worst.label}"
+    said += f"; wrong: {', '.join(wrong)}" if wrong else "; none is wrong"
+    return Picture(title, said, dots(title, said, series, limit, unit))
 
 
 def _tier_line(tier: TierCheck) -> str:

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 import bnfx
 from bnfx.reports.document import Paragraph, Table, blocks
 from bnfx.reports.drawing import Bar, Dot, bars, dots, shorten, ticks
-from bnfx.reports.graph_pictures import fold_pictures
 from bnfx.reports.report import FoldRecord, FoldReport, Report
-from bnfx.reports.report_files import write_report
 from tests.support.laws import randomise
 
 EVIL = "<script>document['title']='owned'</script>"
@@ -104,11 +102,8 @@ def deployed(net: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> bnfx.D
     return bnfx.deploy(net, X, f, dynamic_shapes=({0: "batch"},), benchmark=True)
 
 
-def test_deploy_report_is_a_page(
-    net: nn.Module, deployed: bnfx.DeployReport, tmp_path: Path
-) -> None:
-    folded = bnfx.fold_bn(net, X)
-    write_report(deployed, tmp_path / "a.html", lambda: fold_pictures(net, X, None, folded))
+def test_deploy_report_is_a_page(deployed: bnfx.DeployReport, tmp_path: Path) -> None:
+    deployed.write(tmp_path / "a.html")
     page = check_page((tmp_path / "a.html").read_text())
     for words in ("Passed.", "is in place", "conv", "left_bn", "removed by", "median", "torch"):
         assert words in page.text
@@ -137,7 +132,7 @@ def test_every_report_has_every_form(
 ) -> None:
     report = REPORTS[kind](net, deployed)
     for suffix in (".json", ".txt", ".md", ".html"):
-        write_report(report, tmp_path / f"a{suffix}")
+        report.write(tmp_path / f"a{suffix}")
     json.loads((tmp_path / "a.json").read_text())
     page = check_page((tmp_path / "a.html").read_text())
     markdown = (tmp_path / "a.md").read_text()
@@ -161,7 +156,7 @@ def test_markdown_tables_have_one_line_per_row() -> None:
 
 def test_wrong_suffix_is_refused(deployed: bnfx.DeployReport, tmp_path: Path) -> None:
     with pytest.raises(bnfx.BnfxError, match=r"\.html"):
-        write_report(deployed, tmp_path / "a.pdf")
+        deployed.write(tmp_path / "a.pdf")
 
 
 def test_deploy_writes_the_page_itself(net: nn.Module, tmp_path: Path) -> None:
@@ -170,10 +165,9 @@ def test_deploy_writes_the_page_itself(net: nn.Module, tmp_path: Path) -> None:
 
 
 def test_pictures_of_folds(net: nn.Module) -> None:
-    folded = bnfx.fold_bn(net, X)
-    pictures = fold_pictures(net, X, None, folded)
-    records = bnfx.report(folded)
+    records = bnfx.report(bnfx.fold_bn(net, X))
     assert isinstance(records, FoldReport)
+    pictures = records.pictures()
     assert [p.title.split(":")[0] for p in pictures][:2] == ["bn", "left_bn"]
     for picture, record in zip(pictures, records.batch_norms, strict=True):
         root = ET.fromstring(picture.svg)
@@ -232,9 +226,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_browser_shows_it_and_runs_nothing(net: nn.Module, tmp_path: Path) -> None:
-    folded = bnfx.fold_bn(net, X)
     file = tmp_path / "a.html"
-    write_report(bnfx.plan_fold(net), file, lambda: fold_pictures(net, X, None, folded))
+    bnfx.plan_fold(net).write(file)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", file.as_uri()]

@@ -29,6 +29,7 @@ from bnfx.runtime.sessions import (
     unavailable_reason,
 )
 from bnfx.verification.references import StoredAs, Tf32, to_tf32
+from bnfx.version import version_of
 from tests.support import zoo
 from tests.verification.test_verify import export
 
@@ -180,7 +181,7 @@ def test_two_wheels_in_one_folder_are_found(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert packages.installed_runtimes() == installed
-    assert packages.version_of("onnxruntime-directml") is None
+    assert version_of("onnxruntime-directml") is None
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
-"""Documents as Markdown and as one self-contained HTML file."""
+"""Documents as Markdown, as one self-contained HTML file and as JSON."""
 
 from __future__ import annotations
 
 import datetime
+import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
+from typing import Any
 
 from bnfx.reports.document import Block, Document, Paragraph, Picture
 from bnfx.version import __version__
@@ -15,10 +18,10 @@ _WORDS = {"good": "Passed.", "bad": "Failed.", "warning": "Attention.", "neutral
 
 def to_markdown(document: Document) -> str:
     """GitHub's Markdown; pictures are left to the HTML."""
-    lines = [f"# {_escape(document.title)}", ""]
-    verdict = f"{_WORDS[document.status]} {document.verdict}".strip()
-    lines += [f"**{_escape(verdict)}**", ""]
-    lines += [f"* {_escape(name)}: {_escape(value)}" for name, value in document.facts]
+    head = document.headline
+    verdict = f"{_WORDS[head.status]} {head.verdict}".strip()
+    lines = [f"# {_escape(head.title)}", "", f"**{_escape(verdict)}**", ""]
+    lines += [f"* {_escape(name)}: {_escape(value)}" for name, value in head.facts]
     for section in document.sections:
         lines += ["", f"## {_escape(section.heading)}"]
         for block in section.blocks:
@@ -60,16 +63,28 @@ def to_html(document: Document) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["svg"] = (
-        Markup  # built by `bnfx.reports.drawing`, where every text is escaped
-    )
-    source = (
-        resources.files("bnfx.reports").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    )
-    now = datetime.datetime.now(tz=datetime.UTC)
-    return environment.from_string(source).render(
-        document=document,
-        word=_WORDS[document.status],
+    # Built by `bnfx.reports.drawing`, where every text is escaped.
+    environment.filters["svg"] = Markup
+    source = resources.files("bnfx.reports").joinpath("report.html.jinja")
+    return environment.from_string(source.read_text(encoding="utf-8")).render(
+        head=document.headline,
+        sections=document.sections,
+        word=_WORDS[document.headline.status],
         version=__version__,
-        time=now.strftime("%Y-%m-%d %H:%M UTC"),
+        time=datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """JSON by the standard, which knows no NaN: numbers that are not finite become strings."""
+    return json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return value
