@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from bnfx.errors import CaptureError
@@ -107,3 +108,9 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether code of the user runs around this module's forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def lazy_parts(model: nn.Module) -> list[str]:
+    """Names of the parameters and buffers that get their shape when the model first runs."""
+    state = (*model.named_parameters(), *model.named_buffers())
+    return [name for name, tensor in state if is_lazy(tensor)]

@@ -7,76 +7,21 @@ averages the batches' means and unbiased variances.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfx.errors import CalibrationError
-from bnfx.graphs.examples import Example, modes_kept
+from bnfx.graphs.examples import Example, lazy_parts
+from bnfx.graphs.tracing import attributes_kept
 from bnfx.statistics.batches import BatchReader, refuse_nan, with_progress
 from bnfx.statistics.moments import Moments
-
-Estimator = Literal["exact", "paper"]
-
-
-@dataclass
-class _Sums:
-    """What one BatchNorm has seen so far."""
-
-    pooled: Moments | None = None
-    means: Tensor | None = None
-    variances: Tensor | None = None
-    batches: int = 0
-
-    def add(self, seen: Moments) -> None:
-        self.pooled = seen if self.pooled is None else self.pooled.merged(seen)
-        if seen.count > 1:
-            self.means = seen.mean if self.means is None else self.means + seen.mean
-            variance = seen.variance
-            self.variances = variance if self.variances is None else self.variances + variance
-            self.batches += 1
-
-
-@dataclass
-class _Watch:
-    """Moments of the inputs of BatchNorms while a model runs."""
-
-    norms: Mapping[str, _BatchNorm]
-    sums: dict[str, _Sums] = field(default_factory=dict)
-    where: str = ""
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Listen while this is open."""
-        with ExitStack() as stack:
-            for path, norm in self.norms.items():
-                listener = self._listener(path)
-                handle = norm.register_forward_pre_hook(listener, prepend=True, with_kwargs=True)
-                stack.callback(handle.remove)
-            yield
-
-    def _listener(self, path: str) -> Callable[..., None]:
-        def listen(norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            seen = Moments.of(args[0] if args else kwargs["input"])
-            if seen.count < 2 and norm.training:
-                raise CalibrationError(
-                    f"{self.where}: {path!r} got one value per channel, and in train mode "
-                    "BatchNorm needs two; use larger batches, and drop_last=True in the loader"
-                )
-            if not bool(torch.isfinite(seen.m2).all()):
-                channels = (~torch.isfinite(seen.m2)).nonzero().flatten().tolist()[:8]
-                raise CalibrationError(
-                    f"{self.where}: the activations in front of {path!r} are NaN or infinite in "
-                    f"channels {channels}; check the data and the model"
-                )
-            self.sums.setdefault(path, _Sums()).add(seen)
-
-        return listen
+from bnfx.statistics.watching import Estimator, Watch, merge_ranks
 
 
 def calibrate(
@@ -100,18 +45,19 @@ def calibrate(
     Raises:
         CalibrationError: No data, NaN, a wrong shape, or too few values for a variance.
     """
-    watch = _Watch(norms)
+    watch = Watch(model)
     first = _run_over(model, batches, watch, given, "calibrating BatchNorm", shown=True)
     _require_data(watch, "calibration_data")
     with torch.no_grad():
         for path, norm in norms.items():
-            pooled = watch.sums[path].pooled if path in watch.sums else None
-            if pooled is None:
-                continue  # stays the identity that it is
-            _require_variance(path, pooled)
             mean, variance = norm.running_mean, norm.running_var
             assert mean is not None
             assert variance is not None
+            place = watch.place(mean, variance)
+            if place is None or place not in watch.sums:
+                continue  # stays the identity that it is
+            pooled = watch.sums[place].pooled
+            _require_variance(path, pooled)
             added = norm.bias - mean * norm.weight / (variance + norm.eps).sqrt()
             mean.copy_(pooled.mean)
             variance.copy_(pooled.variance)
@@ -153,73 +99,91 @@ def recalibrate_bn(
     if estimator not in ("exact", "paper"):
         raise CalibrationError(f"estimator={estimator!r} is unknown; use 'exact' or 'paper'")
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    norms = {
-        path: module
-        for path, module in inner.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
-    if not norms:
+    if lazy := lazy_parts(inner):
         raise CalibrationError(
-            f"{type(inner).__name__} has no BatchNorm with running statistics; insert_bn adds some"
+            f"{lazy[0]!r} has no shape yet; run the model once, so that its lazy modules get theirs"
         )
-    watch = _Watch(norms)
-    with _restored(inner, norms) as keep:
+    watch = Watch(inner)
+    others: set[str] = set()
+    with attributes_kept(inner), _buffers_kept(inner, others) as put_back:
         inner.train()
-        _run_over(inner, batches, watch, None, "recalibrating BatchNorm", shown=progress)
-        _merge_ranks(watch)
+        task = "recalibrating BatchNorm"
+        _run_over(inner, batches, watch, None, task, shown=progress, after_each=put_back)
+        merge_ranks(watch)
+        if not watch.norms and not watch.sums:
+            raise CalibrationError(
+                f"{type(inner).__name__} has no BatchNorm with running statistics; insert_bn adds "
+                "some"
+            )
         _require_data(watch, "batches")
-        keep({path: _estimate(path, sums, estimator) for path, sums in watch.sums.items()})
+        for place, sums in watch.sums.items():
+            _require_variance(place.owner or place.mean, sums.pooled)
+    others -= _set_statistics(watch, estimator)
+    if others:
+        warnings.warn(
+            f"in train mode {type(inner).__name__} also writes {', '.join(sorted(others))}, which "
+            "are no statistics of a call of batch_norm: they are as they were",
+            stacklevel=2,
+        )
     return model
 
 
-_Statistics = tuple[Tensor, Tensor, int]
-
-
-def _estimate(path: str, sums: _Sums, estimator: Estimator) -> _Statistics:
-    assert sums.pooled is not None
-    _require_variance(path, sums.pooled)
-    if estimator == "exact" or sums.means is None or sums.variances is None:
-        return sums.pooled.mean, sums.pooled.variance, sums.batches
-    return sums.means / sums.batches, sums.variances / sums.batches, sums.batches
+def _set_statistics(watch: Watch, estimator: Estimator) -> set[str]:
+    """Write what was seen; the names of the buffers that were written."""
+    names = set()
+    with torch.no_grad():
+        for place, sums in watch.sums.items():
+            for buffer, new in zip(watch.statistics(place), sums.estimate(estimator), strict=True):
+                buffer.copy_(new)
+            names |= {place.mean, place.var}
+            count = f"{place.owner}.num_batches_tracked".lstrip(".")
+            if count in watch.buffers:
+                watch.buffers[count].fill_(sums.batches)
+                names.add(count)
+    return names
 
 
 @contextmanager
-def _restored(
-    model: nn.Module, norms: Mapping[str, _BatchNorm]
-) -> Iterator[Callable[[Mapping[str, _Statistics]], None]]:
-    """Put training flags and statistics back at the end; what is given to the callable stays."""
-    before = {path: _statistics(norm) for path, norm in norms.items()}
-    after: dict[str, _Statistics] = {}
+def _buffers_kept(model: nn.Module, written: set[str]) -> Iterator[Callable[[], None]]:
+    """Put the buffers back at the end, and when the callable is called; which were `written`.
+
+    They are put back after each batch: a codebook that moves on, or a weight that is normalised
+    otherwise, would give the next batch activations that the model as it is never has.
+    """
+    buffers = dict(model.named_buffers())
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+
+    def put_back() -> None:
+        now = dict(model.named_buffers())
+        written.update(name for name, buffer in buffers.items() if now.get(name) is not buffer)
+        for name, buffer in buffers.items():
+            if not _same(buffer, before[name]):
+                buffer.copy_(before[name])
+                written.add(name)
+
     try:
-        with modes_kept(model):
-            yield after.update
+        yield put_back
     finally:
         with torch.no_grad():
-            for path, norm in norms.items():
-                for tensor, old in zip(_buffers(norm), before[path], strict=True):
-                    tensor.copy_(old)
-                for tensor, new in zip(_buffers(norm), after.get(path, ()), strict=False):
-                    tensor.copy_(torch.as_tensor(new))
+            put_back()
 
 
-def _buffers(norm: _BatchNorm) -> list[Tensor]:
-    """running_mean, running_var, num_batches_tracked."""
-    found = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    return [tensor for tensor in found if tensor is not None]
-
-
-def _statistics(norm: _BatchNorm) -> list[Tensor]:
-    return [tensor.clone() for tensor in _buffers(norm)]
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, NaN included."""
+    return torch.equal(a, b) or (
+        a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    )
 
 
 def _run_over(
     model: nn.Module,
     batches: Iterable[Any],
-    watch: _Watch,
+    watch: Watch,
     given: Example | None,
     task: str,
     *,
     shown: bool,
+    after_each: Callable[[], None] = lambda: None,
 ) -> Example:
     """Run `model` on every batch; the arguments of the first one."""
     reader = BatchReader(model, given)
@@ -231,6 +195,7 @@ def _run_over(
             first = arguments if first is None else first
             refuse_nan(arguments, watch.where)
             _run(model, arguments, watch.where)
+            after_each()
     return Example((), {}) if first is None else first
 
 
@@ -250,8 +215,8 @@ def _run(model: nn.Module, given: Example, where: str) -> None:
         ) from error
 
 
-def _require_data(watch: _Watch, name: str) -> None:
-    if not any(sums.pooled is not None for sums in watch.sums.values()):
+def _require_data(watch: Watch, name: str) -> None:
+    if not watch.sums:
         raise CalibrationError(
             f"{name} is empty, or no BatchNorm was reached; give at least one batch (a generator "
             "that was read before is empty)"
@@ -264,44 +229,3 @@ def _require_variance(path: str, pooled: Moments) -> None:
             f"{path!r} saw {pooled.count} value per channel, and a variance needs two; give more "
             "or larger batches"
         )
-
-
-def _merge_ranks(watch: _Watch) -> None:
-    """Merge the moments of all ranks of torch.distributed, if it is initialised."""
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    mine = {path: _to_cpu(sums) for path, sums in watch.sums.items()}
-    everyone: list[dict[str, _Sums]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
-    watch.sums = {}
-    for path, norm in watch.norms.items():
-        parts = [theirs[path] for theirs in everyone if path in theirs]
-        if parts:
-            device = norm.weight.device if norm.weight is not None else None
-            watch.sums[path] = _merged(parts, device)
-
-
-def _to_cpu(sums: _Sums) -> _Sums:
-    pooled = sums.pooled
-    if pooled is not None:
-        pooled = Moments(pooled.count, pooled.mean.cpu(), pooled.m2.cpu())
-    means = None if sums.means is None else sums.means.cpu()
-    variances = None if sums.variances is None else sums.variances.cpu()
-    return _Sums(pooled, means, variances, sums.batches)
-
-
-def _merged(parts: list[_Sums], device: torch.device | None) -> _Sums:
-    total = _Sums()
-    for part in parts:
-        if part.pooled is not None:
-            total.pooled = part.pooled if total.pooled is None else total.pooled.merged(part.pooled)
-        if part.means is not None and part.variances is not None:
-            means, variances = part.means.to(device), part.variances.to(device)
-            total.means = means if total.means is None else total.means + means
-            total.variances = variances if total.variances is None else total.variances + variances
-        total.batches += part.batches
-    if total.pooled is not None:
-        pooled = total.pooled
-        total.pooled = Moments(pooled.count, pooled.mean.to(device), pooled.m2.to(device))
-    return total

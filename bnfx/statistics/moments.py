@@ -47,6 +47,10 @@ class Moments:
         m2 = self.m2 + other.m2 + apart.square() * (self.count * other.count / count)
         return Moments(count, mean, m2)
 
+    def to(self, device: torch.device | str) -> Moments:
+        """The same on another device."""
+        return Moments(self.count, self.mean.to(device), self.m2.to(device))
+
     @property
     def variance(self) -> Tensor:
         """Unbiased variance, m2 / (n - 1), as nn.BatchNorm keeps it in running_var."""
