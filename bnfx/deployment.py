@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from bnfx.benchmark import BenchReport, benchmark_onnx
 from bnfx.errors import CaptureError, VerificationError
 from bnfx.export import ExportReport, export_onnx, training_modules
-from bnfx.folding import fold_bn
+from bnfx.folding import fold_exactly
 from bnfx.graphs.examples import Example, clone
 from bnfx.graphs.tracing import NO_PROXY, assemble
 from bnfx.onnx_files.placing import move_into_place, real_target
@@ -126,6 +126,7 @@ def deploy(
     benchmark: bool = False,
     bundle: str | os.PathLike[str] | None = None,
     fold_options: Mapping[str, Any] | None = None,
+    max_batch_norms_left: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> DeployReport:
     """Fold `model`, export it, verify the file against `model`, then move it into place.
@@ -151,12 +152,13 @@ def deploy(
         bundle: Folder to fill, after a failure, with what reproduces it: the file, the inputs, the
             report and the environment.
         fold_options: Options of `fold_bn`, such as `{"merge_branches": False}`.
+        max_batch_norms_left: How many BatchNorms may stay; where more do, nothing is exported.
         progress: Called with the name of each step as it starts: "fold", "export", "verify",
             "ledger", "benchmark", "report".
 
     Raises:
-        VerificationError: The file does not compute what `model` computes; `.report` of the error
-            is the `DeployReport`.
+        VerificationError: The file does not compute what `model` computes, and `.report` of the
+            error is the `DeployReport`; or more BatchNorms stay than may: the `FoldReport`.
         CaptureError, FoldError, ExportError, ProviderError: As from the steps.
     """
     if not isinstance(model, nn.Module):
@@ -169,9 +171,18 @@ def deploy(
         check_report_path(Path(report))
     with timed("fold"):
         _try_example(model, args, kwargs)
-        folded = fold_bn(model, args, example_kwargs=kwargs, **(fold_options or {}))
-        plan = report_of(folded)
+        both = fold_exactly(model, args, example_kwargs=kwargs, **(fold_options or {}))
+        folded, exact, plan = both.rounded, both.exact, report_of(both.rounded)
+        del both
     assert isinstance(plan, FoldReport)
+    if max_batch_norms_left is not None and plan.left > max_batch_norms_left:
+        if report is not None:
+            plan.write(Path(report))
+        raise VerificationError(
+            f"{target} was not written: {plan.left} BatchNorms stay, and at most "
+            f"{max_batch_norms_left} may. An older file is as it was",
+            plan,
+        )
     options: dict[str, Any] = {
         "kwargs": kwargs,
         "input_names": input_names,
@@ -198,7 +209,7 @@ def deploy(
             del fixed
         del folded  # verification needs the memory
         with timed("verify"):
-            verified = verify_onnx(model, written, args, kwargs=kwargs, **checks)
+            verified = verify_onnx(model, written, args, kwargs=kwargs, exact=exact, **checks)
         with timed("ledger"):
             stages = ledger_of(plan, written)
         measured = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import stat
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import bnfx
 from bnfx.onnx_files.placing import data_files
+from bnfx.passes import FoldBatchNorm
 from tests.support.fault_networks import NETWORKS, Plain
 from tests.support.laws import randomise
 from tests.verification.test_verify import DYNAMIC, Two, export
@@ -276,3 +278,52 @@ def test_ledger_says_who_removed_what(tmp_path: Path) -> None:
     assert found.left["onnxruntime extended"] == 1
     assert bnfx.removal_ledger(None, f=f).left["source"] == 1
     assert bnfx.removal_ledger(model, (x,)).left == found.left
+
+
+class Counted(Plain):
+    """A network that counts how often it is copied."""
+
+    copies = 0
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        type(self).copies += 1
+        return super().__reduce_ex__(protocol)
+
+
+def test_one_folding_serves_the_file_its_verification_and_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: Counter[str] = Counter()
+
+    def counting(real: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            called[name] += 1
+            return real(*args, **kwargs)
+
+        return counted
+
+    for owner, name in ((FoldBatchNorm, "match"), (fx.Tracer, "trace"), (torch.export, "export")):
+        monkeypatch.setattr(owner, name, counting(getattr(owner, name), name))
+    torch.manual_seed(0)
+    model, x = randomise(Counted(), 0), torch.randn(2, 3, 9, 9)
+    assert bnfx.deploy(model, x, tmp_path / "net.onnx", report=tmp_path / "net.html")
+    # The exporter traces with torch.export, and twice more what that gave.
+    assert called == {"match": 1, "trace": 1 + 2, "export": 1}
+    assert Counted.copies <= 6
+
+
+def test_more_batch_norms_than_may_stay_stop_before_the_export(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Sigmoid(), nn.BatchNorm2d(3), nn.Sigmoid()), torch.randn(2, 3, 4, 4)
+    page, steps = tmp_path / "a.html", list[str]()
+    with pytest.raises(bnfx.VerificationError, match="1 BatchNorms stay, and at most 0") as caught:
+        bnfx.deploy(
+            randomise(model),
+            x,
+            tmp_path / "net.onnx",
+            max_batch_norms_left=0,
+            report=page,
+            progress=steps.append,
+        )
+    assert isinstance(caught.value.report, bnfx.FoldReport)
+    assert steps == ["fold"]
+    assert names(tmp_path) == ["a.html"]

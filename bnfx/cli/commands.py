@@ -224,13 +224,6 @@ def _verify(options: argparse.Namespace) -> Outcome:
 def _deploy(options: argparse.Namespace) -> Outcome:
     given = _given(options)
     inputs = given.required()
-    folding = _folding(options)
-
-    if options.max_batch_norms_left is not None:
-        with step("planning"):
-            plan = bnfx.plan_fold(given.model, inputs.args, example_kwargs=inputs.kwargs, **folding)
-        if failure := _policy(options, _left(plan)):
-            return Outcome(plan, f"{failure}; {options.file} was not written", FAILED)
     try:
         with step("deploying") as show:
             done = bnfx.deploy(
@@ -239,7 +232,8 @@ def _deploy(options: argparse.Namespace) -> Outcome:
                 options.file,
                 benchmark=options.benchmark,
                 bundle=options.bundle,
-                fold_options=folding,
+                fold_options=_folding(options),
+                max_batch_norms_left=options.max_batch_norms_left,
                 progress=show,
                 **_onnx_options(options, given),
                 **_check_options(options),
