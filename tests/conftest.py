@@ -1,4 +1,4 @@
-"""One thread and one seed for every test; the marker `gpu` asks onnxruntime before it skips."""
+"""One thread and one seed for every test, golden text, and the marker `gpu`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ import pytest
 import torch
 
 from bnfx.runtime.sessions import cuda_unavailable_reason
+from tests.support.golden import FOLDER, Golden
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden text anew")
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """The file golden/<pass>/<test>.txt for a test of passes/test_golden_<pass>.py."""
+    folder = request.path.stem.removeprefix("test_golden_")
+    name = request.node.name.removeprefix("test_")
+    return Golden(FOLDER / folder / f"{name}.txt", request.config.getoption("--update-golden"))
 
 
 def pytest_configure() -> None:
