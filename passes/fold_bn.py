@@ -31,7 +31,7 @@ from bnfx.gauges import written_out
 from bnfx.gauges.choice import Gauges, Solver
 from bnfx.gauges.constraints import Constraints, Kind, Site
 from bnfx.gauges.elimination import Refused, absorber
-from bnfx.gauges.explanation import Explanation
+from bnfx.gauges.explanation import UNCARRIED, Explanation
 from bnfx.gauges.new_weights import Ends, Pending, bounds_of, change_of, is_changed
 from bnfx.gauges.provenance import vanished_into
 from bnfx.gauges.rules import propagate
@@ -233,7 +233,8 @@ def _records(
             continue
         path, site = norm_path(node), found.sites.get(node)
         if site is not None and node in vanished:
-            yield node.name, FoldRecord(path, "folded", explanation.into(site), "")
+            into = explanation.into(site)
+            yield node.name, FoldRecord(path, "folded", into, "" if into else UNCARRIED)
         elif site is not None:
             yield node.name, FoldRecord(path, "kept", (), explanation.reason(site))
         else:

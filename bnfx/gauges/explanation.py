@@ -14,6 +14,8 @@ from bnfx.gauges.new_weights import Pending
 from bnfx.graphs.naming import channels, describe, norm_path, path_of
 from bnfx.numbers import Ints
 
+UNCARRIED = "no weight has to carry it: it is an identity, or its neighbours undo it"
+
 _VISITS = 5000
 _HOPS = 4
 

@@ -17,7 +17,7 @@ from torch import fx
 
 from bnfx.gauges.bound import Bound
 from bnfx.gauges.constraints import Constraints
-from bnfx.gauges.explanation import Explanation
+from bnfx.gauges.explanation import UNCARRIED, Explanation
 from bnfx.graphs.constants import Values
 from bnfx.graphs.naming import describe, owner_of
 from bnfx.graphs.norms import is_norm
@@ -95,7 +95,8 @@ def records(
         left = [node for node in nodes if node not in gone]
         if not left:
             layers = [name for node in nodes for name in explanation.into(found.sites[node])]
-            yield part.name, FoldRecord(part.path, "folded", tuple(dict.fromkeys(layers)), "")
+            into = tuple(dict.fromkeys(layers))
+            yield part.name, FoldRecord(part.path, "folded", into, "" if into else UNCARRIED)
             continue
         why = _why(left[0], found, explanation)
         words = f"{AS_ARITHMETIC}, and {describe(left[0])} stays: {why}"

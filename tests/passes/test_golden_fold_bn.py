@@ -166,6 +166,18 @@ def test_an_identity_needs_no_weight(golden: Golden) -> None:
     golden.fold(chain(nn.GELU(), norm([1, 1]), nn.GELU()), X)
 
 
+def test_arithmetic_that_is_an_identity(golden: Golden) -> None:
+    norm = Arithmetic(std=(1, 1))
+    norm.get_buffer("running_mean").zero_()
+    golden.fold(chain(nn.GELU(), norm, nn.GELU()), X, given=True)
+
+
+def test_two_that_undo_each_other(golden: Golden) -> None:
+    golden.fold(
+        chain(nn.GELU(), norm([2, 4], [1, 1]), norm([0.5, 0.25], [-0.5, -0.25]), nn.GELU()), X
+    )
+
+
 def test_assumed_ranks_are_checked(golden: Golden) -> None:
     golden.fold(
         net(
