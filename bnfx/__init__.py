@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bnfx import passes
     from bnfx.benchmark import BenchReport, benchmark_onnx
     from bnfx.deployment import DeployReport, deploy
-    from bnfx.editing.driver import Change, Edited, apply_pass
+    from bnfx.editing.driver import Edited, apply_pass
     from bnfx.environment.doctor import EnvReport, doctor
     from bnfx.errors import (
         BnfxError,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from bnfx.optimizers import param_groups
     from bnfx.recipes import Hparams, Recipe, recipe
     from bnfx.removal import StageReport, removal_ledger
-    from bnfx.reports.report import FoldReport, InsertReport, report
+    from bnfx.reports.report import Change, FoldReport, InsertReport, report
     from bnfx.statistics.calibration import recalibrate_bn
     from bnfx.verification.verdicts import VerifyReport
     from bnfx.verify import verify_onnx
@@ -89,7 +89,7 @@ _HOME = {
     "BnfxError": "bnfx.errors",
     "CalibrationError": "bnfx.errors",
     "CaptureError": "bnfx.errors",
-    "Change": "bnfx.editing.driver",
+    "Change": "bnfx.reports.report",
     "DeployReport": "bnfx.deployment",
     "Edited": "bnfx.editing.driver",
     "EnvReport": "bnfx.environment.doctor",

@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import nn
 
-from bnfx.editing.driver import Change, apply_pass
+from bnfx.editing.driver import apply_pass
 from bnfx.errors import RecipeError
 from bnfx.insertion import insert_bn
 from bnfx.passes import InsertFilter, RemoveDropout, RemoveLocalResponseNorm, ZeroInitResidual
 from bnfx.reports.document import Headline
-from bnfx.reports.report import InsertReport, Report, report, table, tally
+from bnfx.reports.report import Change, InsertReport, Report, report, table, tally
 
 #: What the section says beyond the model and the numbers: it is up to the data pipeline.
 _ADVICE = (

@@ -7,24 +7,25 @@ if __name__ != "bnfx.passes":
         "installed, `pip install -e .`)"
     )
 
+from .erase_unread import EraseUnread
 from .fold_bn import FoldBatchNorm
 from .insert_bn import Filter as InsertFilter
 from .insert_bn import InsertBatchNorm, never_called
 from .insert_bn import Placement as InsertPlacement
 from .insert_bn import Site as InsertSite
-from .merge_branches import MergeBranches, Merged
+from .merge_branches import MergeBranches
 from .remove_dropout import RemoveDropout
 from .remove_lrn import RemoveLocalResponseNorm
 from .zero_init_residual import ZeroInitResidual
 
 __all__ = [
+    "EraseUnread",
     "FoldBatchNorm",
     "InsertBatchNorm",
     "InsertFilter",
     "InsertPlacement",
     "InsertSite",
     "MergeBranches",
-    "Merged",
     "RemoveDropout",
     "RemoveLocalResponseNorm",
     "ZeroInitResidual",

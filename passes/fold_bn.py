@@ -18,60 +18,47 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfx.editing.declarations import Preserved
+from bnfx.editing.inference_draft import InferenceDraft
 from bnfx.gauges import written_out
-from bnfx.gauges.choice import Gauges, Solver
-from bnfx.gauges.constraints import Constraints, Kind, Site
-from bnfx.gauges.elimination import Refused, absorber
+from bnfx.gauges.constraints import Kind, Site
 from bnfx.gauges.explanation import UNCARRIED, Explanation
 from bnfx.gauges.new_weights import Ends, Pending, bounds_of, change_of, is_changed
 from bnfx.gauges.provenance import vanished_into
-from bnfx.gauges.rules import propagate
-from bnfx.gauges.soundness import NARROW, WIDE
-from bnfx.gauges.walk import Options, Walk
-from bnfx.gauges.writing import Written, write
-from bnfx.graphs.constants import Values, readers
+from bnfx.gauges.solution import Problem, Solution, solve
+from bnfx.gauges.walk import FoldOptions
+from bnfx.gauges.writing import write
 from bnfx.graphs.examples import has_hooks
-from bnfx.graphs.in_place import Aliases, aliases, barred
 from bnfx.graphs.inference import NOT_EXPORTED
 from bnfx.graphs.naming import describe, norm_path
 from bnfx.graphs.norms import affine_map_of, holds_norm, is_norm
-from bnfx.graphs.parameters import constants
-from bnfx.graphs.shapes import Shapes, at_other_ranks, is_tensor, shapes_of
-from bnfx.graphs.tracing import RANKS
-from bnfx.operators.layers import BATCH_NORM, affine_of
-from bnfx.operators.passages import Passage, passage_of
-from bnfx.operators.roles import Role, role_of
-from bnfx.reports.report import FoldRecord
+from bnfx.reports.report import Change
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What will be done to a graph.
+class Folding:
+    """All that is done to a graph: the calls that vanish share one solution."""
 
-    Attributes:
-        eliminated: Calls that vanish, in order.
-        changes: New parameters, computed when they are written.
-        records: One for each evaluation of a BatchNorm, by the name of its node and its own path.
-        guards: Nodes whose rank the result must check, and that rank.
-        unavoidable: A number of BatchNorms that stay under any choice that the rules allow.
-        bounds: Clamping nodes whose bounds carry a gauge: the new ones, and a tensor like them.
-    """
-
+    #: Calls that vanish, in order.
     eliminated: tuple[Site, ...]
-    changes: tuple[Pending, ...]
-    records: Mapping[str, FoldRecord]
+    #: New parameters, computed when they are written.
+    pending: tuple[Pending, ...]
+    #: Nodes whose rank the result must check, and that rank.
     guards: Mapping[fx.Node, int]
-    unavoidable: int
+    #: Clamping nodes whose bounds carry a gauge: the new ones, and a tensor like them.
     bounds: Mapping[fx.Node, tuple[tuple[Tensor | None, Tensor | None], Tensor]]
+    #: A number of BatchNorms that stay under any choice that the rules allow.
+    unavoidable: int
+    #: The records of the BatchNorms that vanish.
+    records: tuple[Change, ...]
 
 
 @dataclass(frozen=True)
@@ -79,258 +66,111 @@ class FoldBatchNorm:
     """Fold every BatchNorm that the rules allow.
 
     Attributes:
-        inputs: Example values of the placeholders; None without any.
         options: What may carry a gauge though it costs something.
     """
 
-    inputs: Sequence[Any] | None = None
-    options: Options = field(default_factory=Options)
+    name: ClassVar[str] = "fold_bn"
+    preserves: ClassVar[Preserved] = Preserved.SIGNATURE | Preserved.STATE_VALUES
 
-    def match(self, module: fx.GraphModule, runs: list[Shapes] | None = None) -> Plan:
-        """What can be folded, and what keeps the rest. Changes nothing.
+    options: FoldOptions = field(default_factory=FoldOptions)
 
-        Args:
-            module: The inference graph.
-            runs: What `shapes_of` gives for it; None to have it derived here.
-        """
-        walk = _Walk.of(module, runs or shapes_of(module, self.inputs), self.options)
-        found = Constraints()
-        walk.through(walk.runs, found)
-        candidates, refused = _candidates(module.graph, found, walk.runs[0], walk.kept)
-        gauges = _solved(walk, found, candidates)
-        found, gauges, guards = _guarded(walk, found, gauges, candidates)
-        gauges.refused.update(refused)
-        constant = _constant_outputs(found, gauges)
-        vanished = {site.node for site in gauges.eliminated}
-        carries = vanished_into(found, gauges, walk.values)
-        done = tuple(
-            Pending(
-                site, functools.partial(change_of, site, ends, walk.values, dead), carries(site)
-            )
+    def match(self, draft: InferenceDraft) -> list[Folding | Change]:
+        """What can be folded, as one site, and what keeps the rest."""
+        values = draft.values
+        solution = solve(Problem(draft.module, draft.runs, values, draft.barred, self.options))
+        found, gauges, vanished = solution.found, solution.gauges, solution.vanished
+        constant, carries = solution.constant_outputs(), vanished_into(found, gauges, values)
+        pending = tuple(
+            Pending(site, functools.partial(change_of, site, ends, values, dead), carries(site))
             for site in found.sites.values()
             if site.node not in vanished
             and is_changed(ends := Ends.of(site, gauges), dead := constant.get(site.node, {}))
         )
-        explanation = Explanation(found, gauges, done)
-        records = dict(_records(module, found, gauges, walk.values, explanation))
-        stayed = [(s, gauges.refused[s.node]) for s in candidates if s.node not in vanished]
-        others = sum(r.verdict == "kept" for r in records.values()) - sum(
-            site.kind is Kind.BATCH_NORM for site, _ in stayed
-        )
-        written = written_out.records(module.graph, found, vanished, explanation)
-        records.update(written)
+        explanation = Explanation(found, gauges, pending)
+        records = {c.at: c for c in self._records(draft, solution, explanation)}
+        unavoidable = _unavoidable(draft.graph, solution, records.values())
+        written = written_out.records(draft.graph, found, set(vanished), explanation)
+        records |= {c.at: c for c in written}
         bounds = {
             node: (new, b.like) for node, b in found.bounds.items() if (new := bounds_of(b, gauges))
         }
-        least = others + gauges.bound.unavoidable(stayed)
-        least += written_out.unavoidable(module.graph, gauges.bound)
-        return Plan(gauges.eliminated, done, records, guards, least, bounds)
+        gone = tuple(c for c in records.values() if c.action == "changed")
+        kept = [c for c in records.values() if c.action == "kept"]
+        return [
+            Folding(gauges.eliminated, pending, solution.guards, bounds, unavoidable, gone),
+            *kept,
+        ]
 
-    def rewrite(self, module: fx.GraphModule, plan: Plan, *, rounded: bool = True) -> Written:
-        """Carry out what `match` found, on `module` itself.
+    def rewrite(
+        self, draft: InferenceDraft, found: Sequence[Folding | Change]
+    ) -> tuple[Change, ...]:
+        """Carry out what `match` found."""
+        done: list[Change] = []
+        for entry in found:
+            if isinstance(entry, Change):
+                done.append(entry)
+                continue
+            for node, rank in entry.guards.items():
+                _guard_rank(draft.graph, node, rank)
+            draft.note(
+                write(
+                    draft.module,
+                    entry.pending,
+                    entry.eliminated,
+                    bounds=entry.bounds,
+                    rounded=not draft.exact,
+                )
+            )
+            draft.unavoidable = entry.unavoidable
+            done += entry.records
+        return tuple(done)
 
-        Args:
-            module: The graph that `plan` was made for.
-            plan: What to do.
-            rounded: Whether new parameters get their stored dtype; otherwise they stay in float64.
-        """
-        for node, rank in plan.guards.items():
-            _guard_rank(module.graph, node, rank)
-        return write(module, plan.changes, plan.eliminated, bounds=plan.bounds, rounded=rounded)
+    def _records(
+        self, draft: InferenceDraft, solution: Solution, explanation: Explanation
+    ) -> Iterator[Change]:
+        """One record for each evaluation of a BatchNorm that is a call of its own."""
+        modules = dict(draft.module.named_modules(remove_duplicate=False))
+        for node in draft.graph.nodes:
+            if node.op == "call_module":
+                yield from self._kept_whole(node, modules[str(node.target)])
+            if not is_norm(node):
+                continue
+            site = solution.found.sites.get(node)
+            if site is not None and node in solution.vanished:
+                into = explanation.into(site)
+                path, why = norm_path(node), "" if into else UNCARRIED
+                yield Change(self.name, path, "batch_norm", "changed", why, into=into, at=node.name)
+                continue
+            affine = affine_map_of(node, draft.values)
+            if site is not None:
+                why = explanation.reason(site)
+            elif isinstance(affine, str):
+                why = affine
+            else:
+                why = "the shape of its input is unknown without example_inputs; pass them"
+            yield self._kept(norm_path(node), why, node.name)
 
+    def _kept_whole(self, node: fx.Node, module: nn.Module) -> Iterator[Change]:
+        """Records of the BatchNorms inside a module that the graph calls as a whole."""
+        for name, inner in module.named_modules():
+            if not holds_norm(inner):
+                continue
+            path = f"{node.target}.{name}" if name else str(node.target)
+            why = _why_whole(inner, node, outer=None if inner is module else module)
+            yield self._kept(path, why, f"{node.name}/{path}")
 
-@dataclass(frozen=True)
-class _Walk:
-    """What every way through the graph needs."""
-
-    module: fx.GraphModule
-    values: Values
-    runs: list[Shapes]
-    kept: frozenset[fx.Node]
-    options: Options
-
-    @staticmethod
-    def of(module: fx.GraphModule, runs: list[Shapes], options: Options) -> _Walk:
-        values = Values(module.graph, constants(module))
-        return _Walk(module, values, runs, barred(module.graph), options)
-
-    def through(self, runs: Iterable[Shapes], found: Constraints) -> None:
-        """Add the demands at the sizes of `runs`."""
-        for shapes in runs:
-            graph = self.module.graph
-            propagate(Walk(graph, shapes, self.values, found, self.kept, self.options))
-
-
-def _solved(walk: _Walk, found: Constraints, candidates: list[Site]) -> Gauges:
-    half = any(p.dtype is torch.float16 for p in walk.module.parameters())
-    return Solver(found, candidates, walk.kept, NARROW if half else WIDE).solve()
-
-
-def _candidates(
-    graph: fx.Graph, found: Constraints, shapes: Shapes, kept: frozenset[fx.Node]
-) -> tuple[list[Site], dict[fx.Node, Refused]]:
-    """Sites that may vanish, BatchNorms first, and why others may not."""
-    refused: dict[fx.Node, Refused] = {}
-    candidates: list[Site] = []
-    views = aliases(graph)
-    for site in found.sites.values():
-        if site.kind in (Kind.AFFINE, Kind.NORM) or not len(site.s):
-            continue
-        words = _unremovable(site, shapes, kept, views)
-        if words:
-            refused[site.node] = Refused("", np.zeros(0, np.int64), words)
-        else:
-            candidates.append(site)
-    candidates.sort(key=lambda site: site.kind is not Kind.BATCH_NORM)
-    return candidates, refused
-
-
-def _unremovable(site: Site, shapes: Shapes, kept: frozenset[fx.Node], views: Aliases) -> str:
-    """Why the call cannot give way to its operand even where the two are equal; "" if it can."""
-    node, source = site.node, site.source
-    assert source is not None
-    before, after = shapes.values.get(source), shapes.values.get(node)
-    if not is_tensor(after):
-        return "the shape of its output is unknown; pass example_inputs"
-    if is_tensor(before) and (before.shape != after.shape or before.dtype != after.dtype):
-        return "its output has another shape or dtype than its input"
-    if node not in kept and source not in kept:
-        return ""
-    alone = len(readers(source)) == 1 and views.groups[source] == [source]
-    if alone and source.op in ("call_function", "call_method"):
-        return ""
-    return "values that it reads or gives are written in place while others read them"
+    def _kept(self, path: str, why: str, at: str) -> Change:
+        return Change(self.name, path, "batch_norm", "kept", why, at=at)
 
 
-def _constant_outputs(found: Constraints, gauges: Gauges) -> dict[fx.Node, dict[int, float]]:
-    """Channels with s = 0: the layer before gives y' = a_y (t + d_y) there."""
-    values: dict[fx.Node, dict[int, float]] = {}
-    gone = {site.node for site in gauges.eliminated}
-    for site in gauges.eliminated:
-        for channel in np.flatnonzero(site.s == 0):
-            layer = absorber(found, site, gone)
-            assert layer is not None
-            label = site.y[channel]
-            value = gauges.scale[label] * (site.t[channel] + gauges.shift[label])
-            values.setdefault(layer.node, {})[int(channel)] = float(value)
-    return values
-
-
-def _records(
-    module: fx.GraphModule,
-    found: Constraints,
-    gauges: Gauges,
-    values: Values,
-    explanation: Explanation,
-) -> Iterable[tuple[str, FoldRecord]]:
-    modules = dict(module.named_modules(remove_duplicate=False))
-    vanished = {site.node for site in gauges.eliminated}
-    for node in module.graph.nodes:
-        if node.op == "call_module":
-            for record in _kept_whole(node, modules[str(node.target)]):
-                yield f"{node.name}/{record.path}", record
-        if not is_norm(node):
-            continue
-        path, site = norm_path(node), found.sites.get(node)
-        if site is not None and node in vanished:
-            into = explanation.into(site)
-            yield node.name, FoldRecord(path, "folded", into, "" if into else UNCARRIED)
-        elif site is not None:
-            yield node.name, FoldRecord(path, "kept", (), explanation.reason(site))
-        else:
-            affine = affine_map_of(node, values)
-            words = affine if isinstance(affine, str) else _why_unseen()
-            yield node.name, FoldRecord(path, "kept", (), words)
-
-
-def _why_unseen() -> str:
-    return "the shape of its input is unknown without example_inputs; pass them"
-
-
-def _guarded(
-    walk: _Walk, found: Constraints, gauges: Gauges, candidates: list[Site]
-) -> tuple[Constraints, Gauges, dict[fx.Node, int]]:
-    """Assumed ranks: where others give the same result no guard is needed."""
-    guards: dict[fx.Node, int] = {}
-    for node, rank in walk.runs[0].assumed.items():
-        if not gauges.eliminated or _demanded(node, rank):
-            continue
-        others = at_other_ranks(walk.module, walk.runs, node)
-        wider = found.copy()
-        walk.through(others, wider)
-        again = _solved(walk, wider, candidates)
-        if others and again.eliminated == gauges.eliminated and not _has_shape(found, gauges):
-            found, gauges = wider, again
-        else:
-            guards[node] = rank
-    return found, gauges, guards
-
-
-def _has_shape(found: Constraints, gauges: Gauges) -> bool:
-    """Whether the result gets bounds or constants that are laid out for one rank."""
-    gone = {site.node for site in gauges.eliminated}
-    return any(bounds_of(b, gauges) is not None for b in found.bounds.values()) or any(
-        site.kind in (Kind.SCALE, Kind.SHIFT) and is_changed(Ends.of(site, gauges), {})
-        for site in found.sites.values()
-        if site.node not in gone
+def _unavoidable(graph: fx.Graph, solution: Solution, records: Iterable[Change]) -> int:
+    """A number of BatchNorms that is proved to stay: those that no rule is about, all of them."""
+    bound, refused = solution.gauges.bound, solution.gauges.refused
+    stayed = [(s, refused[s.node]) for s in solution.candidates if s.node not in solution.vanished]
+    others = sum(c.action == "kept" for c in records) - sum(
+        site.kind is Kind.BATCH_NORM for site, _ in stayed
     )
-
-
-def _demanded(start: fx.Node, rank: int) -> bool:
-    """Whether a BatchNorm behind `start`, at the same rank, accepts no other."""
-    seen, queue = {start}, [start]
-    while queue:
-        node = queue.pop()
-        if node.meta.get(RANKS) == frozenset({rank}):
-            return True
-        for user in node.users:
-            if user not in seen and _keeps_rank(user) and user.args and user.args[0] is node:
-                seen.add(user)
-                queue.append(user)
-    return False
-
-
-_SAME_RANK = (
-    *(Passage.IDENTITY, Passage.RECTIFIER, Passage.MAX_POOL, Passage.AVERAGE_POOL),
-    *(Passage.INTERPOLATE, Passage.PAD, Passage.CLAMP, Passage.SOFTMAX),
-)
-
-
-def _keeps_rank(node: fx.Node) -> bool:
-    if affine_of(node, {}) is not None or node.target in BATCH_NORM:
-        return True
-    return passage_of(node) in _SAME_RANK or (
-        node.op != "call_module"
-        and role_of(node, {}) in (Role.NONLINEARITY, Role.SQUASHING)
-        and len(node.all_input_nodes) == 1
-    )
-
-
-def _guard_rank(graph: fx.Graph, node: fx.Node, rank: int) -> None:
-    """Where nothing proves the rank, the result checks it when it runs, instead of being wrong."""
-    message = (
-        f"the BatchNorms folded around {describe(node)} hold for rank {rank} only; fold again with "
-        "example_inputs"
-    )
-    after = node
-    while after.next.op == "placeholder":
-        after = after.next
-    with graph.inserting_after(after):
-        found = graph.call_method("dim", (node,))
-    with graph.inserting_after(found):
-        fits = graph.call_function(operator.eq, (found, rank))
-    with graph.inserting_after(fits):
-        graph.call_function(torch._assert, (fits, message))
-
-
-def _kept_whole(node: fx.Node, module: nn.Module) -> Iterable[FoldRecord]:
-    """Records of the BatchNorms inside a module that the graph calls as a whole."""
-    for name, inner in module.named_modules():
-        if not holds_norm(inner):
-            continue
-        path = f"{node.target}.{name}" if name else str(node.target)
-        why = _why_whole(inner, node, outer=None if inner is module else module)
-        yield FoldRecord(path, "kept", (), why)
+    return others + bound.unavoidable(stayed) + written_out.unavoidable(graph, bound)
 
 
 def _why_whole(norm: nn.Module, node: fx.Node, *, outer: nn.Module | None) -> str:
@@ -349,3 +189,20 @@ def _why_whole(norm: nn.Module, node: fx.Node, *, outer: nn.Module | None) -> st
     if has_hooks(norm):
         return "it has hooks, which see its input and output; remove them first"
     return f"{type(norm).__name__} has a forward of its own that cannot be traced"
+
+
+def _guard_rank(graph: fx.Graph, node: fx.Node, rank: int) -> None:
+    """Where nothing proves the rank, the result checks it when it runs, instead of being wrong."""
+    message = (
+        f"the BatchNorms folded around {describe(node)} hold for rank {rank} only; fold again with "
+        "example_inputs"
+    )
+    after = node
+    while after.next.op == "placeholder":
+        after = after.next
+    with graph.inserting_after(after):
+        found = graph.call_method("dim", (node,))
+    with graph.inserting_after(found):
+        fits = graph.call_function(operator.eq, (found, rank))
+    with graph.inserting_after(fits):
+        graph.call_function(torch._assert, (fits, message))

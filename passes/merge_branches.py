@@ -15,23 +15,23 @@ The sum is kept in float64 until folding has written its own changes, and is rou
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from bnfx.graphs.constants import Values
-from bnfx.graphs.in_place import barred
+from bnfx.editing.declarations import Preserved
+from bnfx.editing.inference_draft import InferenceDraft
 from bnfx.graphs.naming import norm_path, owner_of
 from bnfx.graphs.norms import affine_map_of, is_norm
-from bnfx.graphs.parameters import attribute, constants, erase_dead, free_name, set_tensor
-from bnfx.graphs.shapes import Shapes, is_tensor, shapes_of
+from bnfx.graphs.parameters import erase_dead
+from bnfx.graphs.shapes import is_tensor
 from bnfx.operators.calls import argument, arguments
 from bnfx.operators.convolution import Branch, absorbed, joined
 from bnfx.operators.layers import affine_of
 from bnfx.operators.passages import Passage, passage_of
-from bnfx.reports.report import FoldRecord
+from bnfx.reports.report import Change
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,55 +75,36 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Merged:
-    """What was merged.
-
-    Attributes:
-        records: Node name of each BatchNorm that went -> its record.
-        provenance: New parameter -> what it was computed from.
-        exact: New parameter, still in float64 -> the dtype to store it in.
-    """
-
-    records: dict[str, FoldRecord] = field(default_factory=dict)
-    provenance: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    exact: dict[str, torch.dtype] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class MergeBranches:
-    """Merge parallel linear branches wherever that is exact.
+    """Merge parallel linear branches wherever that is exact."""
 
-    Attributes:
-        inputs: Example values of the placeholders; None without any.
-    """
+    name: ClassVar[str] = "merge_branches"
+    preserves: ClassVar[Preserved] = Preserved.SIGNATURE | Preserved.STATE_VALUES
 
-    inputs: Sequence[Any] | None = None
-
-    def match(self, module: fx.GraphModule, shapes: Shapes | None = None) -> list[Site]:
-        """Sums whose branches can be merged. Changes nothing."""
-        sums = [node for node in module.graph.nodes if _is_sum(node) and not _inner(node)]
-        if not sums:
-            return []
-        shapes = shapes or shapes_of(module, self.inputs)[0]
-        look = _Look(module, shapes)
-        found = (look.at(node) for node in sums)
+    def match(self, draft: InferenceDraft) -> list[Site]:
+        """Sums whose branches can be merged; of the others there is nothing to say."""
+        sums = [node for node in draft.graph.nodes if _is_sum(node) and not _inner(node)]
+        look = _Look(draft) if sums else None
+        found = (look.at(node) for node in sums if look is not None)
         return [site for site in found if site is not None]
 
-    def rewrite(self, module: fx.GraphModule, sites: Iterable[Site]) -> Merged:
-        """Carry out what `match` found, on `module` itself."""
-        done = Merged()
+    def rewrite(self, draft: InferenceDraft, found: Sequence[Site]) -> tuple[Change, ...]:
+        """Carry out what `match` found."""
+        gone: list[Change] = []
         instead: dict[object, fx.Node] = {}
-        for site in sites:
+        for site in found:
             rest = [instead.get(operand, operand) for operand in site.rest]
-            instead[site.root] = _rewrite(module, site, rest, done)
-        return done
+            instead[site.root], weight = _rewrite(draft, site, rest)
+            into = (owner_of(weight),)
+            for norm in (norm for leaf in site.merged for norm in leaf.norms):
+                path, at = norm_path(norm), norm.name
+                gone.append(Change(self.name, path, "batch_norm", "changed", "", into=into, at=at))
+        return tuple(gone)
 
 
 class _Look:
-    def __init__(self, module: fx.GraphModule, shapes: Shapes) -> None:
-        self.shapes = shapes
-        self.values = Values(module.graph, constants(module))
-        self.kept = barred(module.graph)
+    def __init__(self, draft: InferenceDraft) -> None:
+        self.shapes, self.values, self.kept = draft.shapes, draft.values, draft.barred
 
     def at(self, root: fx.Node) -> Site | None:
         shape = self._shape(root)
@@ -299,31 +280,24 @@ def _operands(root: fx.Node) -> Iterable[object]:
             yield value
 
 
-def _rewrite(module: fx.GraphModule, site: Site, rest: Sequence[Any], done: Merged) -> fx.Node:
-    """Put the convolution in; the node that has the sum's value now."""
-    graph, layer = module.graph, site.layer
+def _rewrite(draft: InferenceDraft, site: Site, rest: Sequence[Any]) -> tuple[fx.Node, str]:
+    """Put the convolution in. The node that has the sum's value now, and its weight's name."""
+    graph, layer = draft.graph, site.layer
     row = affine_of(layer, {})
     assert row is not None
     call = arguments(layer, row.signature)
     weight = str(call["weight"].target)
-    stored = attribute(module, weight)
-    assert isinstance(stored, Tensor)
     # A name of its own: under the layer's, the weight would load into the model that has the
     # branches, and mean something else there.
     own = f"{owner_of(weight)}.merged"
-    names = {part: free_name(module, f"{own}.{part}") for part in ("weight", "bias")}
     sources = tuple(dict.fromkeys(name for leaf in site.merged for name in leaf.names))
-    new = {}
-    for part, value in (("weight", site.branch.weight), ("bias", site.branch.bias)):
-        name = names[part]
-        exact = value.to(stored.device)
-        set_tensor(module, name, exact, trained=stored.requires_grad)
-        done.exact[name] = done.exact.get(weight, stored.dtype)
-        done.provenance[name] = sources
-        with graph.inserting_before(site.root):
-            new[part] = graph.get_attr(name)
-    named = dict(zip(row.signature, layer.args, strict=False)) | dict(layer.kwargs) | new
+    names = {
+        part: draft.put(f"{own}.{part}", value, like=weight, sources=sources)
+        for part, value in (("weight", site.branch.weight), ("bias", site.branch.bias))
+    }
     with graph.inserting_before(site.root):
+        new = {part: graph.get_attr(name) for part, name in names.items()}
+        named = dict(zip(row.signature, layer.args, strict=False)) | dict(layer.kwargs) | new
         source = named.pop("input")
         assert isinstance(source, fx.Node)
         total = graph.call_function(layer.target, (source,), named)  # type: ignore[arg-type]  # a function
@@ -333,12 +307,9 @@ def _rewrite(module: fx.GraphModule, site: Site, rest: Sequence[Any], done: Merg
             total.meta = dict(site.root.meta)
     for leaf in site.merged:
         _repoint(leaf.value, source)
-        for norm in leaf.norms:
-            into = owner_of(str(new["weight"].target))
-            done.records[norm.name] = FoldRecord(norm_path(norm), "folded", (into,), "")
     site.root.replace_all_uses_with(total)
     _sweep(graph, site.root)
-    return total
+    return total, names["weight"]
 
 
 def _repoint(value: object, source: fx.Node) -> None:

@@ -26,11 +26,12 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from bnfx.editing.declarations import Preserved
 from bnfx.editing.draft import Draft, Region, argument, constant_by_mode
-from bnfx.editing.driver import OPTIONAL, OUT_OF_REACH, Change, chosen, unseen_calls
+from bnfx.editing.driver import OPTIONAL, OUT_OF_REACH, chosen, unseen_calls
 from bnfx.editing.sightings import SeenCall, source_of
 from bnfx.errors import RecipeError
 from bnfx.graphs.examples import has_hooks
 from bnfx.operators.calls import call_name, function_name
+from bnfx.reports.report import Change
 
 
 @dataclass(frozen=True)

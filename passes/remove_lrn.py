@@ -17,8 +17,9 @@ from torch import fx, nn
 
 from bnfx.editing.declarations import Preserved
 from bnfx.editing.draft import Draft, argument
-from bnfx.editing.driver import OPTIONAL, OUT_OF_REACH, Change, chosen, unseen_calls
+from bnfx.editing.driver import OPTIONAL, OUT_OF_REACH, chosen, unseen_calls
 from bnfx.graphs.examples import has_hooks
+from bnfx.reports.report import Change
 
 _KINDS = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
 

@@ -22,11 +22,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfx.editing.declarations import Preserved
 from bnfx.editing.draft import Draft, Region
-from bnfx.editing.driver import Change, chosen
+from bnfx.editing.driver import chosen
 from bnfx.graphs.naming import norm_path
 from bnfx.operators.calls import function_name
 from bnfx.operators.layers import BATCH_NORM, affine_of
 from bnfx.operators.roles import Role, role_of
+from bnfx.reports.report import Change
 
 #: Stochastic depth in torchvision and timm: it drops the branch of some examples, or nothing.
 _BRANCH_DROPS = frozenset({"stochastic_depth", "drop_path", "StochasticDepth", "DropPath"})

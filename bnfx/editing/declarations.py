@@ -2,22 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from enum import Flag, auto
 
 from torch import Tensor, nn
 
 from bnfx.editing.preservation import run
-from bnfx.errors import RecipeError
+from bnfx.errors import FoldError, RecipeError
 from bnfx.graphs.examples import Example, clone
 
 
 class Preserved(Flag):
-    """What stays, compared with the model before the pass."""
+    """What stays, compared with the model, or the graph, before the pass."""
 
+    SIGNATURE = auto()  # arguments by name, and the structure of what is returned
     STATE_KEYS = auto()  # names, shapes and types in the state_dict, in any order
     STATE_VALUES = auto()  # the values, to the bit, but for those that a record names
     EVAL_OUTPUTS = auto()  # outputs in eval mode, to the bit
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What is cheap to compare of two inference graphs, so that it is compared after each pass.
+
+    Outputs are not: two runs in float64 take longer than the passes do, and a rounded one tells
+    little. The rules are exact, and `verify_onnx` compares what comes out in the end.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: object
+    #: Parameters and buffers that the graph reads.
+    tensors: Mapping[str, object]
+    #: Names of those that passes have written so far.
+    named: frozenset[str]
+
+    def check(self, name: str, declared: Preserved, after: GraphFacts) -> None:
+        """Raise FoldError unless the pass `name` preserved what it declares."""
+        signature = (self.inputs, self.outputs) == (after.inputs, after.outputs)
+        if Preserved.SIGNATURE in declared and not signature:
+            raise FoldError(
+                f"{name} must keep the arguments and the structure of the result, but changed "
+                f"{self.inputs} -> {self.outputs} to {after.inputs} -> {after.outputs}; please "
+                "report the model"
+            )
+        moved = sorted(
+            key
+            for key, value in after.tensors.items()
+            if key not in after.named and value is not self.tensors.get(key)
+        )
+        if Preserved.STATE_VALUES in declared and moved:
+            raise FoldError(
+                f"{name} changed {moved[0]!r}{_more(moved)} without saying so; please report the "
+                "model"
+            )
 
 
 def check_preserved(

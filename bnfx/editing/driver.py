@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from bnfx.editing.declarations import Preserved, check_preserved
 from bnfx.editing.draft import Draft, below
 from bnfx.editing.sightings import SeenCall
 from bnfx.graphs.examples import example
+from bnfx.reports.report import Change
 
 #: Why a functional call is left.
 OUT_OF_REACH = "a functional call in code that cannot be traced; edit it by hand"
@@ -26,45 +27,89 @@ OPTIONAL = (
 )
 
 
-@dataclass(frozen=True)
-class Change:
-    """What a pass did, or left, at one place of a model.
+class Facts(Protocol):
+    """What can be compared of a draft before and after a pass."""
 
-    Attributes:
-        by: Name of the pass.
-        path: Module path; of the calling module for a functional call, "" for the root.
-        kind: What stood there, such as "Dropout" or "local_response_norm".
-        action: "changed" or "kept".
-        reason: What was done, or why nothing was, in words a user can act on.
-        values: Names in the state_dict whose values were changed.
-    """
-
-    by: str
-    path: str
-    kind: str
-    action: Literal["changed", "kept"]
-    reason: str
-    values: tuple[str, ...] = ()
+    def check(self, name: str, declared: Preserved, after: Self, /) -> None:
+        """Raise unless the pass `name` preserved what it declares."""
+        ...
 
 
-class Pass(Protocol):
-    """A frozen dataclass whose fields are its options.
+class AnyDraft(Protocol):
+    """A private copy of a model under edit, as the driver sees it."""
 
-    Attributes:
-        name: In records and messages.
-        preserves: What the driver checks after `rewrite`.
-    """
+    def picture(self) -> str:
+        """It as text, to show where a rewrite went wrong."""
+        ...
 
+    def facts(self) -> Facts:
+        """What passes may be bound to preserve, as it is now."""
+        ...
+
+    def settle(self, changes: Sequence[Change], /) -> None:
+        """Take up what a pass did, and see to what it left behind."""
+        ...
+
+
+_Draft_contra = TypeVar("_Draft_contra", bound=AnyDraft, contravariant=True)
+
+
+class Pass(Protocol[_Draft_contra]):
+    """A frozen dataclass whose fields are its options."""
+
+    #: In records and messages.
     name: ClassVar[str]
-    preserves: ClassVar[Preserved]
 
-    def match(self, draft: Draft) -> Sequence[Any]:
+    @property
+    def preserves(self) -> Preserved:
+        """What the driver checks after `rewrite`."""
+        ...
+
+    def match(self, draft: _Draft_contra, /) -> Sequence[Any]:
         """Sites to change, and a `Change` with a reason for what is left; changes nothing."""
         ...
 
-    def rewrite(self, draft: Draft, found: Sequence[Any]) -> tuple[Change, ...]:
+    def rewrite(self, draft: _Draft_contra, found: Any, /) -> Sequence[Change]:
         """Carry out what `match` found, without asking again."""
         ...
+
+
+_Draft = TypeVar("_Draft", bound=AnyDraft)
+
+
+@dataclass(frozen=True)
+class Repeated(Generic[_Draft]):
+    """A pass that is run until it finds nothing more."""
+
+    edit: Pass[_Draft]
+
+
+def repeat(edit: Pass[_Draft]) -> Repeated[_Draft]:
+    """`edit` again and again: what it did may have made new sites."""
+    return Repeated(edit)
+
+
+def run(draft: _Draft, *passes: Pass[_Draft] | Repeated[_Draft]) -> None:
+    """Run passes on `draft`, one after the other, and check what each declares to preserve."""
+    for step in passes:
+        if isinstance(step, Repeated):
+            while _once(draft, step.edit):
+                pass
+        else:
+            _once(draft, step)
+
+
+def _once(draft: _Draft, edit: Pass[_Draft]) -> bool:
+    """Run a pass once. Whether there was anything to do."""
+    found, before = edit.match(draft), draft.facts()
+    try:
+        changes = edit.rewrite(draft, found)
+    except Exception as error:
+        error.add_note(f"{edit.name} was rewriting\n{draft.picture()}")
+        raise
+    draft.settle(changes)
+    before.check(edit.name, edit.preserves, draft.facts())
+    return any(not isinstance(entry, Change) for entry in found)
 
 
 @dataclass(frozen=True)
@@ -76,7 +121,7 @@ class Edited:
 
 
 def apply_pass(
-    edit: Pass,
+    edit: Pass[Any],
     model: nn.Module,
     example_inputs: Any = None,
     *,
@@ -107,7 +152,7 @@ def apply_pass(
     edited = draft.finish()
     named = {name for change in changes for name in change.values}
     check_preserved(edit.name, edit.preserves, model, edited, given, named)
-    return Edited(edited, changes)
+    return Edited(edited, tuple(changes))
 
 
 def chosen(path: str, globs: str | Sequence[str]) -> bool:

@@ -22,15 +22,14 @@ class Opaque(Exception):
 
 
 @dataclass(frozen=True)
-class Options:
-    """What may carry a gauge though it costs something.
+class FoldOptions:
+    """What folding may do besides: `bnfx.fold_bn` says more of each."""
 
-    Attributes:
-        thresholds: Bounds of ReLU, ReLU6, Hardtanh and clamp, one for each channel.
-        border_maps: A constant map behind a convolution that pads zeros, for one input size.
-    """
-
+    #: Make one convolution of convolutions and identities of one input that are added.
+    merge_branches: bool = True
+    #: Let bounds of ReLU, ReLU6, Hardtanh and clamp carry a gauge, one for each channel.
     thresholds: bool = False
+    #: Let a constant map behind a convolution that pads zeros carry one, for one input size.
     border_maps: bool = False
 
 
@@ -54,7 +53,7 @@ class Walk:
     values: Values
     found: Constraints
     barred: frozenset[fx.Node]
-    options: Options
+    options: FoldOptions
     maps: dict[fx.Node, Any] = field(default_factory=dict)
     data: set[fx.Node] = field(default_factory=set)
 

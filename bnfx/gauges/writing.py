@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from bnfx.graphs.naming import owner_of, path_of
 from bnfx.graphs.norms import norm_call
 from bnfx.graphs.parameters import (
     Constants,
-    attribute,
+    Written,
     constants,
     erase_dead,
     free_name,
@@ -43,28 +43,6 @@ class Part:
     old: object
     value: Tensor
     sources: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Written:
-    """What `write` put into a graph.
-
-    Attributes:
-        provenance: New parameter -> the source's that it was computed from.
-        dtypes: New parameter or buffer -> the dtype of what it stands for.
-    """
-
-    provenance: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-
-
-def round_exact(module: fx.GraphModule, exact: Mapping[str, torch.dtype]) -> None:
-    """Store parameters that are still in float64 in the dtypes that they have."""
-    for name, dtype in exact.items():
-        value = attribute(module, name)
-        if isinstance(value, Tensor) and value.dtype is not dtype:
-            stored, buffer = value.detach().to(dtype), not isinstance(value, torch.nn.Parameter)
-            set_tensor(module, name, stored, trained=value.requires_grad, buffer=buffer)
 
 
 def write(

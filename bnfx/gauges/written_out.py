@@ -24,13 +24,15 @@ from bnfx.graphs.norms import is_norm
 from bnfx.graphs.parameters import constants
 from bnfx.operators.layers import affine_of
 from bnfx.operators.passages import Passage, passage_of
-from bnfx.reports.report import FoldRecord
-from bnfx.unread import UNREAD
+from bnfx.reports.report import Change
 
 #: node.meta key: the evaluation that an operator is a part of.
 _PART = "bnfx_norm_part"
+#: Why no layer carries a BatchNorm that is gone.
+UNREAD = "nothing reads its output"
 #: How the reason of an evaluation that stays begins.
 AS_ARITHMETIC = "it is written as arithmetic"
+_BY = "fold_bn"
 _MEAN, _VAR = "running_mean", "running_var"
 
 
@@ -47,6 +49,10 @@ class Written:
     path: str
     name: str
     sources: set[str] = field(default_factory=set)
+
+    def gone(self, into: tuple[str, ...], why: str) -> Change:
+        """The record of it where no operator of it is left."""
+        return Change(_BY, self.path, "batch_norm", "changed", why, into=into, at=self.name)
 
 
 def mark(module: fx.GraphModule) -> Mapping[str, Written]:
@@ -82,8 +88,8 @@ def mark(module: fx.GraphModule) -> Mapping[str, Written]:
 
 def records(
     graph: fx.Graph, found: Constraints, gone: set[fx.Node], explanation: Explanation
-) -> Iterator[tuple[str, FoldRecord]]:
-    """Records of the marked evaluations of which an operator is left, by the names of these.
+) -> Iterator[Change]:
+    """Records of the marked evaluations of which an operator is left.
 
     Args:
         graph: Before anything vanishes from it.
@@ -96,11 +102,11 @@ def records(
         if not left:
             layers = [name for node in nodes for name in explanation.into(found.sites[node])]
             into = tuple(dict.fromkeys(layers))
-            yield part.name, FoldRecord(part.path, "folded", into, "" if into else UNCARRIED)
+            yield part.gone(into, "" if into else UNCARRIED)
             continue
         why = _why(left[0], found, explanation)
         words = f"{AS_ARITHMETIC}, and {describe(left[0])} stays: {why}"
-        yield part.name, FoldRecord(part.path, "kept", (), words)
+        yield Change(_BY, part.path, "batch_norm", "kept", words, at=part.name)
 
 
 def unavoidable(graph: fx.Graph, bound: Bound) -> int:
@@ -133,11 +139,11 @@ def _why(node: fx.Node, found: Constraints, explanation: Explanation) -> str:
     return explanation.reason(site)
 
 
-def merged_records(
+def gone_whole(
     marked: Mapping[str, Written],
-    done: Mapping[str, FoldRecord],
+    done: Mapping[str, Change],
     provenance: Mapping[str, tuple[str, ...]],
-) -> dict[str, FoldRecord]:
+) -> Iterator[Change]:
     """Records of the evaluations that went whole: into merged branches, or unread.
 
     Args:
@@ -145,13 +151,11 @@ def merged_records(
         done: The records of those of which an operator was left.
         provenance: Parameter of a merged layer -> what it was computed from.
     """
-    found = {}
     for name, part in marked.items():
         if name not in done:
             layers = (owner_of(new) for new, old in provenance.items() if part.sources & {*old})
             into = tuple(dict.fromkeys(layers))
-            found[name] = FoldRecord(part.path, "folded", into, "" if into else UNREAD)
-    return found
+            yield part.gone(into, "" if into else UNREAD)
 
 
 def _constants_of(node: fx.Node, values: Values) -> tuple[str, ...]:

@@ -154,24 +154,24 @@ def fresh_form(node: fx.Node) -> tuple[Any, dict[str, Any]] | None:
     return None
 
 
-def freshen(graph: fx.Graph, kept: frozenset[fx.Node]) -> dict[fx.Node, tuple[Any, dict[str, Any]]]:
-    """Replace in-place calls by fresh ones except in `kept`. What they were, by node."""
-    old: dict[fx.Node, tuple[Any, dict[str, Any]]] = {}
+def freshen(graph: fx.Graph, kept: frozenset[fx.Node]) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Replace in-place calls by fresh ones except in `kept`. What they were, by node name."""
+    old: dict[str, tuple[Any, dict[str, Any]]] = {}
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method") or not writes(node) or node in kept:
             continue
         form = fresh_form(node)
         if form is None or form[0] is None:
             continue
-        old[node] = (node.target, dict(node.kwargs))
+        old[node.name] = (node.target, dict(node.kwargs))
         node.target, node.kwargs = form
     return old
 
 
-def restore(graph: fx.Graph, old: dict[fx.Node, tuple[Any, dict[str, Any]]]) -> None:
+def restore(graph: fx.Graph, old: dict[str, tuple[Any, dict[str, Any]]]) -> None:
     """Make calls in-place again where that is safe in the graph as it is now."""
     found = aliases(graph)
-    for node, (target, kwargs) in old.items():
-        if node.graph is graph and node in found.position and found.replaceable(node):
-            node.target = target
+    for node in graph.nodes:
+        if node.name in old and found.replaceable(node):
+            node.target, kwargs = old[node.name]
             node.kwargs = kwargs | {k: v for k, v in node.kwargs.items() if k != "inplace"}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx, nn
 
 from bnfx.operators.effects import writes
@@ -27,6 +28,36 @@ class Constants:
             return None
         name = str(node.target)
         return None if name in self.written else self.tensors.get(name)
+
+
+@dataclass(frozen=True)
+class Written:
+    """New parameters and buffers of a graph: they may be in float64 until all are written."""
+
+    #: Name -> names in the source that it was computed from.
+    provenance: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Name -> the dtype to store it in.
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def add(self, new: Written) -> None:
+        """Add what was written after: sources that were written before stand for their own."""
+        before, stored = dict(self.provenance), dict(self.dtypes)
+        for name, dtype in new.dtypes.items():
+            known = (stored[s] for s in new.provenance.get(name, ()) if s in stored)
+            self.dtypes[name] = next(known, dtype)
+        for name, sources in new.provenance.items():
+            traced = (s for source in sources for s in before.get(source, (source,)))
+            self.provenance[name] = tuple(dict.fromkeys(traced))
+
+    def round(self, module: nn.Module) -> None:
+        """Store what is still in float64 in the dtype that it has."""
+        for name in self.dtypes.keys() & module.state_dict().keys():
+            value = attribute(module, name)
+            assert isinstance(value, Tensor)
+            if value.dtype is not self.dtypes[name]:
+                stored = value.detach().to(self.dtypes[name])
+                buffer = not isinstance(value, nn.Parameter)
+                set_tensor(module, name, stored, trained=value.requires_grad, buffer=buffer)
 
 
 def constants(module: fx.GraphModule) -> Constants:

@@ -6,12 +6,13 @@ Every report is a frozen dataclass that prints as a table and has `to_dict()`.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, ParamSpec, TypeVar
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -41,6 +42,8 @@ _WIDTH = 118
 _SUFFIXES = (".json", ".txt", ".md", ".html")
 _REPORT = "bnfx"
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 _Model = TypeVar("_Model", bound="nn.Module")
 
 
@@ -149,6 +152,29 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
 def tally(words: Iterable[str]) -> str:
     """`["folded", "folded", "kept"]` -> `"2 folded, 1 kept"`."""
     return ", ".join(f"{n} {word}" for word, n in Counter(words).items()) or "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What a pass did, or left, at one place of a model."""
+
+    #: Name of the pass.
+    by: str
+    #: Module path; of the calling module for a functional call, "" for the root.
+    path: str
+    #: What stood there, such as "Dropout" or "local_response_norm".
+    kind: str
+    action: Literal["changed", "kept"]
+    #: What was done, or why nothing was, in words a user can act on.
+    reason: str
+    #: Names in the state_dict whose values were changed, or that came or went.
+    values: tuple[str, ...] = ()
+    #: Names of what took its place: of a new BatchNorm, or of the layers that carry an old one.
+    into: tuple[str, ...] = ()
+    #: Number of output channels of a layer.
+    channels: int = 0
+    #: Name of the node of an inference graph.
+    at: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +306,20 @@ class FoldReport(Report):
             for bn in self.batch_norms
         )
         return table(title, ("BatchNorm", "verdict", "into", "reason"), rows)
+
+
+def takes_arguments_of(
+    function: Callable[_Arguments, object],
+) -> Callable[[Callable[..., _Result]], Callable[_Arguments, _Result]]:
+    """The decorated function hands its arguments on to `function`, and is called like it."""
+
+    def decorate(own: Callable[..., _Result]) -> Callable[_Arguments, _Result]:
+        theirs = inspect.signature(function)
+        returned = inspect.signature(own).return_annotation
+        vars(own)["__signature__"] = theirs.replace(return_annotation=returned)
+        return own
+
+    return decorate
 
 
 def report(model: nn.Module) -> InsertReport | FoldReport:

@@ -1,0 +1,151 @@
+"""An inference graph under edit: what is known of its values, and what was written into it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from bnfx.editing.declarations import GraphFacts
+from bnfx.graphs.boxes import boxes
+from bnfx.graphs.constants import Values
+from bnfx.graphs.examples import Example
+from bnfx.graphs.in_place import barred, freshen, restore
+from bnfx.graphs.inference import inference_graph
+from bnfx.graphs.parameters import Written, attribute, constants, free_name, set_tensor
+from bnfx.graphs.shapes import EXACT, Shapes, shapes_of
+from bnfx.graphs.tracing import assemble
+from bnfx.operators.effects import name_inplace_flag
+from bnfx.reports.report import Change
+
+
+class InferenceDraft:
+    """The graph of a model in its present mode, under edit.
+
+    In-place calls are fresh ones here wherever that is the same; `finish` puts them back.
+    """
+
+    #: Calls, with parameters and buffers at their original names.
+    module: fx.GraphModule
+    #: Example values of the placeholders; None without any.
+    inputs: Sequence[Any] | None
+    #: Whether new tensors stay in float64 until the end, because more is to be written.
+    exact: bool
+    #: What passes wrote.
+    written: Written
+    #: What passes did and left, by the name of the node; a later record takes the place.
+    changes: dict[str, Change]
+    #: A number of BatchNorms that is proved to stay, whatever is chosen under the rules.
+    unavoidable: int
+    _seen: Shapes | None
+
+    def __init__(self, model: nn.Module, given: Example | None, *, exact: bool = False) -> None:
+        captured = inference_graph(model, given)
+        self.module, self.inputs, self.exact = captured.module, captured.inputs, exact
+        self.written, self._new, self.changes = Written(), Written(), {}
+        self.unavoidable, self._seen = 0, None
+        self.drawn = boxes(self.module)
+        for node in self.graph.nodes:
+            name_inplace_flag(node)
+        self._in_place = freshen(self.graph, barred(self.graph))
+        self._count = len(self.graph.nodes)
+        self._order = {node.name: at for at, node in enumerate(self.graph.nodes)}
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of `module`."""
+        return self.module.graph
+
+    @cached_property
+    def runs(self) -> list[Shapes]:
+        """Shapes of all values, for one size of input, and for a second one where that runs."""
+        found = shapes_of(self.module, self.inputs)
+        self._seen = found[0]
+        return found
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shapes of all calls, without another look where every call was seen: none changes."""
+        seen = self._seen
+        if seen is not None and all(n in seen.values for n in self.graph.nodes if "call" in n.op):
+            return seen
+        return self.runs[0]
+
+    @cached_property
+    def values(self) -> Values:
+        """What is computed from parameters alone."""
+        return Values(self.graph, constants(self.module))
+
+    @cached_property
+    def barred(self) -> frozenset[fx.Node]:
+        """Nodes whose values must stay, because they share memory with what is written."""
+        return barred(self.graph)
+
+    def copy(self) -> InferenceDraft:
+        """Another draft of the same graph, to go back to; tensors are shared."""
+        other = copy.copy(self)
+        other._seen = None
+        other._forget()
+        other.module = assemble(self.module, copy.deepcopy(self.graph))
+        other.module.meta.update(self.module.meta)
+        other.written = Written(dict(self.written.provenance), dict(self.written.dtypes))
+        other.changes = dict(self.changes)
+        return other
+
+    def put(self, wanted: str, value: Tensor, *, like: str, sources: tuple[str, ...]) -> str:
+        """Store a parameter in float64, to be rounded as the parameter `like` is; its free name."""
+        name, stored = free_name(self.module, wanted), attribute(self.module, like)
+        assert isinstance(stored, Tensor)
+        set_tensor(self.module, name, value.to(stored.device), trained=stored.requires_grad)
+        self._new.provenance[name] = sources
+        self._new.dtypes[name] = self.written.dtypes.get(like, stored.dtype)
+        return name
+
+    def note(self, new: Written) -> None:
+        """Take up what was written into `module`."""
+        self._new.provenance.update(new.provenance)
+        self._new.dtypes.update(new.dtypes)
+
+    def picture(self) -> str:
+        """The graph as text."""
+        return str(self.graph)
+
+    def facts(self) -> GraphFacts:
+        """What passes may be bound to preserve."""
+        [out] = self.graph.find_nodes(op="output")
+        names = {str(node.target) for node in self.graph.find_nodes(op="get_attr")}
+        return GraphFacts(
+            inputs=tuple(str(node.target) for node in self.graph.find_nodes(op="placeholder")),
+            outputs=pytree.tree_structure(out.args),
+            tensors={name: attribute(self.module, name) for name in names},
+            named=frozenset(self.written.dtypes),
+        )
+
+    def settle(self, changes: Sequence[Change]) -> None:
+        """Take up what a pass did; what was known of the graph before holds no longer."""
+        self.changes.update({change.at: change for change in changes})
+        count = len(self.graph.nodes)
+        if count == self._count and not self._new.dtypes:
+            return
+        self.graph.lint()
+        self.written.add(self._new)
+        self._new, self._count = Written(), count
+        self.module.meta[EXACT] = dict(self.written.dtypes)
+        self._forget()
+
+    def _forget(self) -> None:
+        for known in ("runs", "values", "barred"):
+            self.__dict__.pop(known, None)
+
+    def finish(self) -> fx.GraphModule:
+        """The edited graph, in-place where that is safe still."""
+        restore(self.graph, self._in_place)
+        return assemble(self.module, self.graph)
+
+    def in_order(self) -> list[Change]:
+        """The records, in the order in which the model evaluates."""
+        return sorted(self.changes.values(), key=lambda c: self._order[c.at.partition("/")[0]])

@@ -1,0 +1,189 @@
+"""The gauges of a graph, solved under the shapes that are known or assumed.
+
+Without example inputs ranks are assumed where a layer fixes them (`bnfx.graphs.shapes`). Where
+other ranks give the same gauges, these hold for all; otherwise the result must check the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import fx
+
+from bnfx.gauges.choice import Gauges, Solver
+from bnfx.gauges.constraints import Constraints, Kind, Site
+from bnfx.gauges.elimination import Refused, absorber
+from bnfx.gauges.new_weights import Ends, bounds_of, is_changed
+from bnfx.gauges.rules import propagate
+from bnfx.gauges.soundness import NARROW, WIDE
+from bnfx.gauges.walk import FoldOptions, Walk
+from bnfx.graphs.constants import Values, readers
+from bnfx.graphs.in_place import Aliases, aliases
+from bnfx.graphs.shapes import Shapes, at_other_ranks, is_tensor
+from bnfx.graphs.tracing import RANKS
+from bnfx.operators.layers import BATCH_NORM, affine_of
+from bnfx.operators.passages import Passage, passage_of
+from bnfx.operators.roles import Role, role_of
+
+_SAME_RANK = (
+    Passage.IDENTITY,
+    Passage.RECTIFIER,
+    Passage.MAX_POOL,
+    Passage.AVERAGE_POOL,
+    Passage.INTERPOLATE,
+    Passage.PAD,
+    Passage.CLAMP,
+    Passage.SOFTMAX,
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A graph to solve."""
+
+    module: fx.GraphModule
+    #: Shapes for one size of input, and for a second one where that runs.
+    runs: Sequence[Shapes]
+    values: Values
+    #: Nodes whose values must stay.
+    barred: frozenset[fx.Node]
+    options: FoldOptions
+
+    def demands(self, runs: Iterable[Shapes], found: Constraints) -> Constraints:
+        """`found` with the demands at the sizes of `runs`."""
+        for shapes in runs:
+            graph = self.module.graph
+            propagate(Walk(graph, shapes, self.values, found, self.barred, self.options))
+        return found
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Which calls vanish, and the gauges for that."""
+
+    found: Constraints
+    gauges: Gauges
+    #: Calls that might have vanished, BatchNorms first.
+    candidates: list[Site]
+    #: Nodes whose rank the result must check, and that rank.
+    guards: Mapping[fx.Node, int]
+
+    @property
+    def vanished(self) -> frozenset[fx.Node]:
+        """The calls that give way to their operand."""
+        return frozenset(site.node for site in self.gauges.eliminated)
+
+    def constant_outputs(self) -> dict[fx.Node, dict[int, float]]:
+        """Channels with s = 0: the layer before gives y' = a_y (t + d_y) there."""
+        values: dict[fx.Node, dict[int, float]] = {}
+        for site in self.gauges.eliminated:
+            for channel in np.flatnonzero(site.s == 0):
+                layer = absorber(self.found, site, self.vanished)
+                assert layer is not None
+                label = site.y[channel]
+                value = self.gauges.scale[label] * (site.t[channel] + self.gauges.shift[label])
+                values.setdefault(layer.node, {})[int(channel)] = float(value)
+        return values
+
+    def needs_rank(self) -> bool:
+        """Whether the result gets bounds or constants that are laid out for one rank."""
+        gauges, gone = self.gauges, self.vanished
+        return any(bounds_of(b, gauges) is not None for b in self.found.bounds.values()) or any(
+            site.kind in (Kind.SCALE, Kind.SHIFT) and is_changed(Ends.of(site, gauges), {})
+            for site in self.found.sites.values()
+            if site.node not in gone
+        )
+
+
+def solve(problem: Problem) -> Solution:
+    """The best gauges that the rules allow."""
+    found = problem.demands(problem.runs, Constraints())
+    candidates, refused = _candidates(problem, found)
+    solution = Solution(found, _gauges(problem, found, candidates), candidates, {})
+    solution = _guarded(problem, solution)
+    solution.gauges.refused.update(refused)
+    return solution
+
+
+def _gauges(problem: Problem, found: Constraints, candidates: list[Site]) -> Gauges:
+    half = any(p.dtype is torch.float16 for p in problem.module.parameters())
+    return Solver(found, candidates, problem.barred, NARROW if half else WIDE).solve()
+
+
+def _candidates(problem: Problem, found: Constraints) -> tuple[list[Site], dict[fx.Node, Refused]]:
+    """Sites that may vanish, BatchNorms first, and why others may not."""
+    refused: dict[fx.Node, Refused] = {}
+    candidates: list[Site] = []
+    views = aliases(problem.module.graph)
+    for site in found.sites.values():
+        if site.kind in (Kind.AFFINE, Kind.NORM) or not len(site.s):
+            continue
+        words = _unremovable(site, problem, views)
+        if words:
+            refused[site.node] = Refused("", np.zeros(0, np.int64), words)
+        else:
+            candidates.append(site)
+    candidates.sort(key=lambda site: site.kind is not Kind.BATCH_NORM)
+    return candidates, refused
+
+
+def _unremovable(site: Site, problem: Problem, views: Aliases) -> str:
+    """Why the call cannot give way to its operand even where the two are equal; "" if it can."""
+    node, source = site.node, site.source
+    assert source is not None
+    values = problem.runs[0].values
+    before, after = values.get(source), values.get(node)
+    if not is_tensor(after):
+        return "the shape of its output is unknown; pass example_inputs"
+    if is_tensor(before) and (before.shape != after.shape or before.dtype != after.dtype):
+        return "its output has another shape or dtype than its input"
+    if node not in problem.barred and source not in problem.barred:
+        return ""
+    alone = len(readers(source)) == 1 and views.groups[source] == [source]
+    if alone and source.op in ("call_function", "call_method"):
+        return ""
+    return "values that it reads or gives are written in place while others read them"
+
+
+def _guarded(problem: Problem, solution: Solution) -> Solution:
+    """Assumed ranks: where others give the same result no guard is needed."""
+    guards: dict[fx.Node, int] = {}
+    for node, rank in problem.runs[0].assumed.items():
+        if not solution.gauges.eliminated or _demanded(node, rank):
+            continue
+        others = at_other_ranks(problem.module, problem.runs, node)
+        wider = problem.demands(others, solution.found.copy())
+        again = _gauges(problem, wider, solution.candidates)
+        same = again.eliminated == solution.gauges.eliminated
+        if others and same and not solution.needs_rank():
+            solution = Solution(wider, again, solution.candidates, {})
+        else:
+            guards[node] = rank
+    return Solution(solution.found, solution.gauges, solution.candidates, guards)
+
+
+def _demanded(start: fx.Node, rank: int) -> bool:
+    """Whether a BatchNorm behind `start`, at the same rank, accepts no other."""
+    seen, queue = {start}, [start]
+    while queue:
+        node = queue.pop()
+        if node.meta.get(RANKS) == frozenset({rank}):
+            return True
+        for user in node.users:
+            if user not in seen and _keeps_rank(user) and user.args and user.args[0] is node:
+                seen.add(user)
+                queue.append(user)
+    return False
+
+
+def _keeps_rank(node: fx.Node) -> bool:
+    if affine_of(node, {}) is not None or node.target in BATCH_NORM:
+        return True
+    return passage_of(node) in _SAME_RANK or (
+        node.op != "call_module"
+        and role_of(node, {}) in (Role.NONLINEARITY, Role.SQUASHING)
+        and len(node.all_input_nodes) == 1
+    )
