@@ -11,119 +11,69 @@ from typing import TYPE_CHECKING, Any
 
 from bnfx.version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from bnfx import passes
-    from bnfx.benchmark import BenchReport, benchmark_onnx
-    from bnfx.deployment import DeployReport, deploy
-    from bnfx.editing.driver import Edited, apply_pass
-    from bnfx.environment.doctor import EnvReport, doctor
-    from bnfx.errors import (
-        BnfxError,
-        CalibrationError,
-        CaptureError,
-        ExportError,
-        FoldError,
-        InsertError,
-        ProviderError,
-        RecipeError,
-        VerificationError,
-    )
-    from bnfx.export import ExportReport, export_onnx
-    from bnfx.folding import fold_bn, plan_fold
-    from bnfx.insertion import insert_bn, plan_insert
-    from bnfx.inspection import InspectReport, inspect_onnx
-    from bnfx.optimizers import param_groups
-    from bnfx.recipes import Hparams, Recipe, recipe
-    from bnfx.removal import StageReport, removal_ledger
-    from bnfx.reports.report import Change, FoldReport, InsertReport, report
-    from bnfx.statistics.calibration import recalibrate_bn
-    from bnfx.verification.verdicts import VerifyReport
-    from bnfx.verify import verify_onnx
+if TYPE_CHECKING:  # the same for type checkers; a test keeps it equal to the table below
+    from bnfx import passes as passes
+    from bnfx.benchmark import BenchReport as BenchReport
+    from bnfx.benchmark import benchmark_onnx as benchmark_onnx
+    from bnfx.deployment import DeployReport as DeployReport
+    from bnfx.deployment import deploy as deploy
+    from bnfx.editing.driver import Edited as Edited
+    from bnfx.editing.driver import apply_pass as apply_pass
+    from bnfx.environment.doctor import EnvReport as EnvReport
+    from bnfx.environment.doctor import doctor as doctor
+    from bnfx.errors import BnfxError as BnfxError
+    from bnfx.errors import CalibrationError as CalibrationError
+    from bnfx.errors import CaptureError as CaptureError
+    from bnfx.errors import ExportError as ExportError
+    from bnfx.errors import FoldError as FoldError
+    from bnfx.errors import InsertError as InsertError
+    from bnfx.errors import ProviderError as ProviderError
+    from bnfx.errors import RecipeError as RecipeError
+    from bnfx.errors import VerificationError as VerificationError
+    from bnfx.export import ExportReport as ExportReport
+    from bnfx.export import export_onnx as export_onnx
+    from bnfx.folding import fold_bn as fold_bn
+    from bnfx.folding import plan_fold as plan_fold
+    from bnfx.insertion import insert_bn as insert_bn
+    from bnfx.insertion import plan_insert as plan_insert
+    from bnfx.inspection import InspectReport as InspectReport
+    from bnfx.inspection import inspect_onnx as inspect_onnx
+    from bnfx.optimizers import param_groups as param_groups
+    from bnfx.recipes import Hparams as Hparams
+    from bnfx.recipes import Recipe as Recipe
+    from bnfx.recipes import recipe as recipe
+    from bnfx.removal import StageReport as StageReport
+    from bnfx.removal import removal_ledger as removal_ledger
+    from bnfx.reports.report import Change as Change
+    from bnfx.reports.report import FoldReport as FoldReport
+    from bnfx.reports.report import InsertReport as InsertReport
+    from bnfx.reports.report import report as report
+    from bnfx.statistics.calibration import recalibrate_bn as recalibrate_bn
+    from bnfx.verification.verdicts import VerifyReport as VerifyReport
+    from bnfx.verify import verify_onnx as verify_onnx
 
-
-__all__ = [
-    "BenchReport",
-    "BnfxError",
-    "CalibrationError",
-    "CaptureError",
-    "Change",
-    "DeployReport",
-    "Edited",
-    "EnvReport",
-    "ExportError",
-    "ExportReport",
-    "FoldError",
-    "FoldReport",
-    "Hparams",
-    "InsertError",
-    "InsertReport",
-    "InspectReport",
-    "ProviderError",
-    "Recipe",
-    "RecipeError",
-    "StageReport",
-    "VerificationError",
-    "VerifyReport",
-    "apply_pass",
-    "benchmark_onnx",
-    "deploy",
-    "doctor",
-    "export_onnx",
-    "fold_bn",
-    "insert_bn",
-    "inspect_onnx",
-    "param_groups",
-    "passes",
-    "plan_fold",
-    "plan_insert",
-    "recalibrate_bn",
-    "recipe",
-    "removal_ledger",
-    "report",
-    "verify_onnx",
-]
-
-#: Where each public name lives; a test keeps this, `__all__` and the imports above equal.
-_HOME = {
-    "BenchReport": "bnfx.benchmark",
-    "BnfxError": "bnfx.errors",
-    "CalibrationError": "bnfx.errors",
-    "CaptureError": "bnfx.errors",
-    "Change": "bnfx.reports.report",
-    "DeployReport": "bnfx.deployment",
-    "Edited": "bnfx.editing.driver",
-    "EnvReport": "bnfx.environment.doctor",
-    "ExportError": "bnfx.errors",
-    "ExportReport": "bnfx.export",
-    "FoldError": "bnfx.errors",
-    "FoldReport": "bnfx.reports.report",
-    "Hparams": "bnfx.recipes",
-    "InsertError": "bnfx.errors",
-    "InsertReport": "bnfx.reports.report",
-    "InspectReport": "bnfx.inspection",
-    "ProviderError": "bnfx.errors",
-    "Recipe": "bnfx.recipes",
-    "RecipeError": "bnfx.errors",
-    "StageReport": "bnfx.removal",
-    "VerificationError": "bnfx.errors",
-    "VerifyReport": "bnfx.verification.verdicts",
-    "apply_pass": "bnfx.editing.driver",
-    "benchmark_onnx": "bnfx.benchmark",
-    "deploy": "bnfx.deployment",
-    "doctor": "bnfx.environment.doctor",
-    "export_onnx": "bnfx.export",
-    "fold_bn": "bnfx.folding",
-    "insert_bn": "bnfx.insertion",
-    "inspect_onnx": "bnfx.inspection",
-    "param_groups": "bnfx.optimizers",
-    "plan_fold": "bnfx.folding",
-    "plan_insert": "bnfx.insertion",
-    "recalibrate_bn": "bnfx.statistics.calibration",
-    "recipe": "bnfx.recipes",
-    "removal_ledger": "bnfx.removal",
-    "report": "bnfx.reports.report",
-    "verify_onnx": "bnfx.verify",
+#: Module -> the public names that live there.
+_PUBLIC = {
+    "benchmark": "BenchReport benchmark_onnx",
+    "deployment": "DeployReport deploy",
+    "editing.driver": "Edited apply_pass",
+    "environment.doctor": "EnvReport doctor",
+    "errors": "BnfxError CalibrationError CaptureError ExportError FoldError InsertError "
+    "ProviderError RecipeError VerificationError",
+    "export": "ExportReport export_onnx",
+    "folding": "fold_bn plan_fold",
+    "insertion": "insert_bn plan_insert",
+    "inspection": "InspectReport inspect_onnx",
+    "optimizers": "param_groups",
+    "recipes": "Hparams Recipe recipe",
+    "removal": "StageReport removal_ledger",
+    "reports.report": "Change FoldReport InsertReport report",
+    "statistics.calibration": "recalibrate_bn",
+    "verification.verdicts": "VerifyReport",
+    "verify": "verify_onnx",
 }
+_HOME = {name: f"bnfx.{home}" for home, names in _PUBLIC.items() for name in names.split()}
+__all__ = [*_HOME, "passes"]
 
 
 def _load(name: str) -> Any:
