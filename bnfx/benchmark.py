@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from bnfx.runtime.isolated import execute_apart
 from bnfx.runtime.runner import Request
 from bnfx.runtime.sessions import SessionSettings, load_onnxruntime, open_session, require_provider
 from bnfx.verification.samples import as_sample
+from bnfx.workspace import workspace
 
 Fusions = Literal["on", "off", "both"]
 
@@ -165,10 +165,10 @@ def benchmark_onnx(
     leaves = pytree.tree_leaves((sample.args, dict(sample.kwargs)))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     notes: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="bnfx-") as folder:
+    with workspace() as folder:
         plan = _plan(Path(f), None if baseline is None else Path(baseline), fusions)
         if baseline is not None if floor is None else floor:
-            dropped, count = _write_floor(Path(baseline or f), Path(folder))
+            dropped, count = _write_floor(Path(baseline or f), folder)
             notes += [] if count else ["floor: the baseline has no BatchNorm to drop"]
             plan.append(("floor", dropped, fusions != "off"))
         for _, path, on in plan:
@@ -191,8 +191,8 @@ def _try_apart(path: Path, tensors: list[Tensor], provider: str) -> None:
             f"{path} takes {len(names)} inputs ({', '.join(names)}), the example has "
             f"{len(tensors)} tensors"
         )
-    with tempfile.TemporaryDirectory(prefix="bnfx-") as folder:
-        request = Request(str(path), provider, folder, names, 1)
+    with workspace() as folder:
+        request = Request(str(path), provider, str(folder), names, 1)
         feed = [tensor.detach().cpu().numpy() for tensor in tensors]
         answer = execute_apart(request, [feed], timeout=_PATIENCE)
     if answer.failures:

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from bnfx.verification.samples import as_sample
 from bnfx.verification.verdicts import VerifyReport
 from bnfx.verify import verify_onnx
 from bnfx.version import versions
+from bnfx.workspace import workspace
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ def deploy(
         "precision": precision,
         "max_ratio": max_ratio,
     }
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        written = Path(folder) / target.name
+    with workspace(target) as folder:
+        written = folder / target.name
         with timed("export"):
             given = as_sample(args, kwargs)
             numbers, taken, own = _taken(model, given, dynamic_shapes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from bnfx.operators.layers import BATCH_NORM
 from bnfx.reports.document import Headline
 from bnfx.reports.report import FoldReport, Report, table
 from bnfx.version import __version__
+from bnfx.workspace import workspace
 
 _OLDEST_OPSET, _NEWEST_OPSET = 18, 25  # of torch's exporter; a test asks it
 _BFLOAT16_OPSET = 22  # the first with convolutions and pooling in bfloat16
@@ -132,8 +132,8 @@ def export_onnx(
 def _write(
     program: torch.onnx.ONNXProgram, target: Path, opset: int | None, *, external: bool
 ) -> ExportReport:
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        written = Path(folder) / target.name
+    with workspace(target) as folder:
+        written = folder / target.name
         program.save(written, external_data=external)
         name_by_content(written)
         report = _check(written, target)

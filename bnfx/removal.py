@@ -8,7 +8,6 @@ proves nothing: the evaluations are counted at every stage.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from bnfx.reports.report import FoldRecord, FoldReport, Report, table, tally
 from bnfx.runtime.isolated import load_apart
 from bnfx.runtime.sessions import load_onnxruntime, runtime_errors
 from bnfx.verification.staging import stage
+from bnfx.workspace import workspace
 
 BNFX, EXPORTER = "bnfx", "exporter"
 #: onnxruntime's levels of optimisation, in the order in which it applies them.
@@ -123,8 +123,8 @@ def removal_ledger(
     assert isinstance(plan, FoldReport)
     if f is not None:
         return ledger_of(plan, Path(f))
-    with tempfile.TemporaryDirectory(prefix="bnfx-") as folder:
-        written = Path(folder) / "model.onnx"
+    with workspace() as folder:
+        written = folder / "model.onnx"
         export_onnx(folded, args, written, kwargs=kwargs)
         return ledger_of(plan, written)
 
@@ -191,12 +191,12 @@ def runtime_batch_norms(f: Path) -> dict[str, frozenset[str]]:
     """
     ort = load_onnxruntime()
     found = {}
-    with tempfile.TemporaryDirectory(prefix="bnfx-") as folder:
+    with workspace() as folder:
         # A copy in float32 stands for a file in bfloat16, which the CPU cannot load.
-        model = stage(read_onnx(f), f, Path(folder), provider="cpu", values=False).model
+        model = stage(read_onnx(f), f, folder, provider="cpu", values=False).model
         load_apart(Path(model))
         for name, level in LEVELS.items():
-            written = Path(folder) / f"{level}.onnx"
+            written = folder / f"{level}.onnx"
             options = ort.SessionOptions()
             options.log_severity_level = 4
             options.intra_op_num_threads = 1

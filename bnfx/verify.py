@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -49,6 +48,7 @@ from bnfx.verification.staging import Staged, stage
 from bnfx.verification.tiers import Findings, check_layers
 from bnfx.verification.verdicts import Divergence, TierCheck, VerifyReport
 from bnfx.verification.weight_checks import MAX_WEIGHT_RATIO, Rounding
+from bnfx.workspace import workspace
 
 Reference = TorchReference | OnnxReference
 
@@ -202,13 +202,12 @@ def _declared(proto: onnx.ModelProto) -> tuple[list[str], list[onnx.ValueInfoPro
 
 
 def _run(plan: _Plan, *, localize: bool, timeout: float, isolate: bool) -> tuple[Staged, Answer]:
-    with tempfile.TemporaryDirectory(prefix="bnfx-") as name:
-        folder = Path(name)
+    with workspace() as folder:
         staged = stage(plan.proto, plan.path, folder, provider=plan.provider, values=localize)
         request = Request(
             model=staged.model,
             provider=plan.provider,
-            folder=name,
+            folder=str(folder),
             names=tuple(plan.names),
             runs=len(plan.samples),
             tf32=plan.reference.precision == "tf32",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from bnfx.cli.parser import FOLDING
 from bnfx.cli.results import DONE, FAILED, Outcome
 from bnfx.errors import ProviderError, UsageError, VerificationError
 from bnfx.reports.report import FoldReport, InsertReport, Report
+from bnfx.workspace import workspace
 
 
 @dataclass(frozen=True)
@@ -282,8 +282,8 @@ def _bench_model(options: argparse.Namespace, measured: Mapping[str, Any]) -> Ou
         raise UsageError("a model is measured against itself unfolded: leave --baseline out")
     given = _given(options)
     inputs = given.required()
-    with tempfile.TemporaryDirectory(prefix="bnfx-") as folder:
-        files = [Path(folder) / name for name in ("folded.onnx", "unfolded.onnx")]
+    with workspace() as folder:
+        files = [folder / name for name in ("folded.onnx", "unfolded.onnx")]
         with step("exporting"):
             folded = bnfx.fold_bn(
                 given.model, inputs.args, example_kwargs=inputs.kwargs, **_folding(options)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from bnfx.errors import UsageError
+from bnfx.workspace import workspace
 
 
 def check_target(path: Path, suffixes: Sequence[str]) -> None:
@@ -34,8 +34,8 @@ def replacing(target: Path) -> Iterator[Path]:
     Where `target` is a symbolic link, it is the file behind it that is replaced.
     """
     target = target.resolve()
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        written = Path(folder) / target.name
+    with workspace(target) as folder:
+        written = folder / target.name
         yield written
         if target.exists():
             written.chmod(target.stat().st_mode & 0o777)

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from bnfx import errors
 from bnfx.errors import ProviderError, VerificationError
 from bnfx.numbers import Array
 from bnfx.runtime.runner import ANSWER, INPUTS, OUTPUTS, REQUEST, Answer, Request
+from bnfx.workspace import workspace
 
 #: Least memory that onnxruntime is left, in bytes.
 _LEAST = 2**31
@@ -73,8 +73,8 @@ def load_apart(model: Path, *, provider: str = "cpu", timeout: float = 120.0) ->
         VerificationError: It is not valid, cannot be loaded, or crashes onnxruntime.
         ProviderError: The provider cannot take it.
     """
-    with tempfile.TemporaryDirectory(prefix="bnfx-") as folder:
-        request = Request(str(model), provider, folder, (), 0)
+    with workspace() as folder:
+        request = Request(str(model), provider, str(folder), (), 0)
         execute_apart(request, [], timeout=timeout)
 
 

@@ -7,7 +7,6 @@ and pooling, which are slow there, by torch.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from bnfx.verification.references import COMPOSED, Form, Precision, arrays, requ
 from bnfx.verification.samples import RowTruths, Runs
 from bnfx.verification.staging import stage
 from bnfx.verification.torch_layers import Constant, Traced
+from bnfx.workspace import workspace
 
 _NAMES: Mapping[int, Precision] = {BFLOAT16: "bf16", HALF: "fp16"}
 _ORDER: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16")
@@ -142,12 +142,12 @@ class OnnxReference:
             return [np.asarray(out) for out in evaluator.run(None, feed)]
 
     def _answer(self, given: Sequence[Example], *, values: bool) -> Answer:
-        with tempfile.TemporaryDirectory(prefix="bnfx-") as name:
-            staged = stage(self.proto, self.path, Path(name), provider="cpu", values=values)
+        with workspace() as folder:
+            staged = stage(self.proto, self.path, folder, provider="cpu", values=values)
             request = Request(
                 model=staged.model,
                 provider="cpu",
-                folder=name,
+                folder=str(folder),
                 names=tuple(value.name for value in self.inputs),
                 runs=len(given),
                 values_model=staged.values_model,
@@ -167,8 +167,8 @@ class OnnxReference:
     def forms(self, sample: Example) -> Iterator[Form]:
         """The file's layers, with each BatchNorm in the layer before it, and as they are."""
         answer = self._answer([sample], values=True)
-        with tempfile.TemporaryDirectory(prefix="bnfx-") as name:
-            graph = stage(self.proto, self.path, Path(name), provider="cpu", values=False).graph
+        with workspace() as folder:
+            graph = stage(self.proto, self.path, folder, provider="cpu", values=False).graph
         values = dict(answer.values)
         values |= {v.name: a for v, a in zip(self.inputs, self._feed(sample), strict=True)}
         layers = tuple(file_layers(graph, values))
