@@ -20,7 +20,7 @@ from bnfx.errors import ExportError
 from bnfx.onnx_files.placing import data_files, move_into_place, name_by_content, real_target
 from bnfx.onnx_files.reading import FOLDED, VERSION, all_nodes, describe_type, opset_of
 from bnfx.operators.calls import arguments
-from bnfx.operators.layers import BATCH_NORM
+from bnfx.operators.table import is_batch_norm
 from bnfx.reports.document import Headline
 from bnfx.reports.report import FoldReport, Report, table
 from bnfx.version import __version__
@@ -154,8 +154,8 @@ def training_modules(model: nn.Module) -> list[str]:
             node.name
             for node in model.graph.nodes
             if node.op == "call_function"
-            and node.target in BATCH_NORM
-            and arguments(node, BATCH_NORM[node.target])["training"] is True
+            and is_batch_norm(node)
+            and arguments(node)["training"] is True
         ]
     return found
 

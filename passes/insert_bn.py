@@ -44,7 +44,7 @@ from bnfx.errors import InsertError
 from bnfx.graphs.parameters import attribute, free_name
 from bnfx.graphs.training import ModuleGraph
 from bnfx.operators.calls import arguments
-from bnfx.operators.roles import Role, role_of
+from bnfx.operators.table import Role, role_of
 from bnfx.reports.report import InsertRecord
 
 Init = Literal["fresh", "identity"]

@@ -29,8 +29,7 @@ from bnfx.graphs.parameters import erase_dead
 from bnfx.graphs.shapes import is_tensor
 from bnfx.operators.calls import argument, arguments
 from bnfx.operators.convolution import Branch, absorbed, joined
-from bnfx.operators.layers import affine_of
-from bnfx.operators.passages import Passage, passage_of
+from bnfx.operators.table import Passage, affine_of, passage_of
 from bnfx.reports.report import Change
 
 

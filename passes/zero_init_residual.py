@@ -25,8 +25,7 @@ from bnfx.editing.draft import Draft, Region
 from bnfx.editing.driver import chosen
 from bnfx.graphs.naming import norm_path
 from bnfx.operators.calls import function_name
-from bnfx.operators.layers import BATCH_NORM, affine_of
-from bnfx.operators.roles import Role, role_of
+from bnfx.operators.table import Role, affine_of, is_batch_norm, role_of
 from bnfx.reports.report import Change
 
 #: Stochastic depth in torchvision and timm: it drops the branch of some examples, or nothing.
@@ -79,7 +78,7 @@ class ZeroInitResidual:
         def kept(reason: str) -> Change:
             return Change(self.name, path, kind, "kept", reason)
 
-        if end.target in BATCH_NORM:
+        if is_batch_norm(end):
             path = norm_path(end)
         elif end.op != "call_module":
             path = region.caller(end)
@@ -163,7 +162,7 @@ def _calls(region: Region, node: fx.Node) -> int:
     if node.op == "call_module":
         return sum(n.op == "call_module" and n.target == node.target for n in region.graph.nodes)
     path = norm_path(node)
-    return sum(n.target in BATCH_NORM and norm_path(n) == path for n in region.graph.nodes)
+    return sum(is_batch_norm(n) and norm_path(n) == path for n in region.graph.nodes)
 
 
 def _holders(draft: Draft, norm: _BatchNorm) -> int:

@@ -17,7 +17,7 @@ from bnfx.graphs.observed import SCOPES, SHAPE, Observation
 from bnfx.graphs.parameters import attribute
 from bnfx.graphs.training import ModuleGraph
 from bnfx.operators.calls import arguments
-from bnfx.operators.layers import Affine, affine_module, affine_of, product_of
+from bnfx.operators.table import Operator, affine_module, affine_of, product_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class AffineCall:
     """
 
     node: fx.Node
-    row: Affine
+    row: Operator
     path: str
     index: int
     channels: int | None
@@ -151,7 +151,7 @@ def _ancestors(path: str) -> tuple[str, ...]:
     return tuple(".".join(parts[: i + 1]) for i in range(len(parts)))
 
 
-def _product(root: nn.Module, node: fx.Node) -> Affine | None:
+def _product(root: nn.Module, node: fx.Node) -> Operator | None:
     """A matrix product whose second factor is a parameter of rank 2 is a linear layer."""
     row = product_of(node)
     if row is None:
@@ -162,7 +162,7 @@ def _product(root: nn.Module, node: fx.Node) -> Affine | None:
 
 
 def _module_call(
-    modules: Mapping[str, nn.Module], node: fx.Node, row: Affine, scopes: tuple[str, ...]
+    modules: Mapping[str, nn.Module], node: fx.Node, row: Operator, scopes: tuple[str, ...]
 ) -> AffineCall:
     path = str(node.target)
     module = modules[path]
@@ -185,7 +185,7 @@ def _function_call(
     root: nn.Module,
     modules: Mapping[str, nn.Module],
     node: fx.Node,
-    row: Affine,
+    row: Operator,
     scopes: tuple[str, ...],
 ) -> AffineCall:
     given = arguments(node, row.signature)
@@ -210,7 +210,7 @@ def _channels(
     root: nn.Module,
     modules: Mapping[str, nn.Module],
     node: fx.Node,
-    row: Affine,
+    row: Operator,
     parameter: str | None,
     inner: str,
 ) -> int | None:
@@ -252,12 +252,12 @@ def _path(root: nn.Module, weight: str | None, inner: str) -> str:
     return weight.rpartition(".")[0]
 
 
-def channels_of(row: Affine, weight: Tensor, groups: int) -> int:
+def channels_of(row: Operator, weight: Tensor, groups: int) -> int:
     """Output channels of an affine layer: axis 0 of its weight, axis 1 where `row.transposed`."""
     return weight.shape[1] * groups if row.transposed else weight.shape[0]
 
 
-def groups_of(node: fx.Node, row: Affine, modules: Mapping[str, nn.Module]) -> int:
+def groups_of(node: fx.Node, row: Operator, modules: Mapping[str, nn.Module]) -> int:
     """Groups of a convolution; 1 for every other affine call."""
     if row.spatial is None:
         return 1
@@ -278,7 +278,7 @@ def _traced_scopes(node: fx.Node) -> tuple[str, ...]:
     return tuple(filter(None, (str(path) for path, _ in stack.values())))
 
 
-def affine_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module, Affine]]:
+def affine_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module, Operator]]:
     """Every affine module of `root` once, whether it is called or not."""
     for path, module in root.named_modules():
         row = affine_module(module)

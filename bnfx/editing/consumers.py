@@ -7,13 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from bnfx.operators.calls import call_name, reads_shape_only
-from bnfx.operators.roles import Role, role_of
-
-_MOMENTS = ("pow", "square", "abs")
-_REDUCTIONS = ("mean", "sum", "nanmean")
-#: Besides dropout and pooling, the data movement that leaves the channels on their axis.
-_KEEP_CHANNELS = ("Identity", "clone", "contiguous", "to", "detach", "float", "interpolate")
+from bnfx.operators.table import Passage, Role, operator_of, passage_of, reads_elements, role_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ def ends_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Ends:
     queue = [(node, user, False, False) for user in node.users]
     while queue:
         value, user, past_add, past_move = queue.pop(0)
-        if user in seen or reads_shape_only(user, value):
+        if user in seen or not reads_elements(user, value):
             continue
         seen.add(user)
         role = _role(user, modules)
@@ -109,21 +103,19 @@ def describe(node: fx.Node) -> str:
 def _role(node: fx.Node, modules: Mapping[str, nn.Module]) -> Role:
     """The operator's role; a square that is averaged belongs to a normalisation."""
     role = role_of(node, modules)
-    name = call_name(node)
-    if role is Role.NONLINEARITY and name in _MOMENTS and node.users:
-        averaged = all(call_name(user) in _REDUCTIONS for user in node.users)
-        return Role.NORM if averaged else role
-    return role
+    if role is not Role.MOMENT:
+        return role
+    averaged = all(passage_of(user) in (Passage.MEAN, Passage.SUM) for user in node.users)
+    return Role.NORM if averaged and node.users else Role.NONLINEARITY
 
 
 def _scales_by_constant(node: fx.Node, value: fx.Node) -> bool:
     """Whether `value` is multiplied with (or divided by) a number or a parameter."""
     others = [arg for arg in node.all_input_nodes if arg is not value]
-    divided = node.args[:1] == (value,) or "mul" in call_name(node)
+    divided = node.args[:1] == (value,) or passage_of(node) is Passage.MULTIPLY
     return divided and all(other.op == "get_attr" for other in others)
 
 
 def _keeps_channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    called = node.op == "call_module"
-    name = type(modules[str(node.target)]).__name__ if called else call_name(node)
-    return name in _KEEP_CHANNELS or "dropout" in name.lower() or "pool" in name.lower()
+    row = operator_of(node, modules)
+    return row is not None and row.keeps_channels

@@ -21,7 +21,7 @@ from bnfx.errors import CaptureError
 from bnfx.graphs.examples import clone
 from bnfx.graphs.observed import SCOPES
 from bnfx.graphs.training import ModuleGraph, module_graph
-from bnfx.operators.layers import affine_module
+from bnfx.operators.table import affine_module
 from bnfx.passes import InsertSite
 
 

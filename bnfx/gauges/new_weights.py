@@ -27,7 +27,7 @@ from bnfx.graphs.constants import Values
 from bnfx.graphs.norms import STATE, norm_call
 from bnfx.numbers import Floats
 from bnfx.operators.calls import argument, arguments
-from bnfx.operators.layers import Affine, affine_of
+from bnfx.operators.table import Operator, affine_of
 
 #: Gauges closer to trivial than this leave their weights untouched.
 _TRIVIAL = 1e-13
@@ -125,7 +125,7 @@ def change_of(
 class _Layout:
     """A weight as (groups, outputs of a group, inputs of a group, *kernel), without a copy."""
 
-    row: Affine
+    row: Operator
     groups: int
 
     def of(self, weight: Tensor) -> Tensor:

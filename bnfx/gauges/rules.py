@@ -23,16 +23,17 @@ from bnfx.gauges import (
 from bnfx.gauges.constraints import Cause
 from bnfx.gauges.labels import array
 from bnfx.gauges.walk import Opaque, Walk
-from bnfx.graphs.constants import reads_elements
 from bnfx.graphs.naming import describe
 from bnfx.graphs.shapes import UNKNOWN
-from bnfx.operators.layers import BATCH_NORM, INSTANCE_NORM, affine_of
-from bnfx.operators.passages import Passage, passage_of
+from bnfx.operators.table import Passage, passage_of, reads_elements
 
 #: A rule gives the labels of what a call returns and writes its demands, or raises `Opaque`.
 Rule = Callable[[Walk, fx.Node], Any]
 
 RULES: dict[Passage, Rule] = {
+    Passage.AFFINE: rules_layers.affine,
+    Passage.BATCH_NORM: rules_layers.batch_norm,
+    Passage.NORM: rules_layers.norm,
     Passage.MOVE: rules_moves.move,
     Passage.IDENTITY: rules_elements.identity,
     Passage.SHAPE: rules_moves.shape,
@@ -52,9 +53,11 @@ RULES: dict[Passage, Rule] = {
     Passage.MATMUL: rules_contractions.matmul,
     Passage.ATTENTION: rules_contractions.attention,
     Passage.EXTREMUM: rules_sums.extremum,
-    Passage.NORM: rules_layers.norm,
     Passage.CLAMP: rules_elements.clamp,
 }
+
+#: What may be read of these although the shapes of their inputs are unknown.
+_BY_PARAMETERS = (Passage.SHAPE, Passage.AFFINE, Passage.BATCH_NORM)
 
 
 def propagate(walk: Walk) -> None:
@@ -91,16 +94,10 @@ def _visit(walk: Walk, node: fx.Node) -> Any:
 
 
 def _rule(walk: Walk, node: fx.Node) -> Rule:
-    if affine_of(node, {}) is not None:
-        return rules_layers.affine
-    if node.target in BATCH_NORM or node.target in INSTANCE_NORM:
-        return rules_layers.batch_norm
-    if node.target is getattr:
-        return rules_moves.transpose if node.args[1] in ("T", "mT") else rules_moves.shape
     passage = passage_of(node)
     if passage not in RULES:
         raise Opaque
-    if passage is not Passage.SHAPE and any(
+    if passage not in _BY_PARAMETERS and any(
         walk.shapes.values.get(n) is UNKNOWN for n in node.all_input_nodes
     ):
         raise Opaque

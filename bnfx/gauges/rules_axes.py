@@ -12,7 +12,7 @@ from bnfx.gauges.labels import along, array, compact, ground_map, settled
 from bnfx.gauges.walk import Opaque, Walk
 from bnfx.graphs.naming import describe
 from bnfx.operators.calls import all_equal, argument, base_name, function_name
-from bnfx.operators.passages import Passage, passage_of
+from bnfx.operators.table import Passage, passage_of
 
 
 def pool(walk: Walk, node: fx.Node) -> Any:

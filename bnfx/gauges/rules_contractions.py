@@ -10,7 +10,7 @@ from bnfx.gauges.labels import array, compact
 from bnfx.gauges.walk import Opaque, Walk
 from bnfx.graphs.naming import describe
 from bnfx.operators.calls import argument
-from bnfx.operators.passages import Passage, passage_of
+from bnfx.operators.table import Passage, passage_of
 
 
 def matmul(walk: Walk, node: fx.Node) -> Tensor:

@@ -14,7 +14,7 @@ from bnfx.gauges.walk import Opaque, Walk
 from bnfx.graphs.naming import describe
 from bnfx.graphs.norms import affine_map_of, norm_call
 from bnfx.operators.calls import all_equal, argument, arguments, base_name, function_name
-from bnfx.operators.layers import Affine, affine_of
+from bnfx.operators.table import Operator, affine_of
 
 
 def affine(walk: Walk, node: fx.Node) -> Tensor:
@@ -99,7 +99,7 @@ def norm(walk: Walk, node: fx.Node) -> Tensor:
     return torch.from_numpy(y).reshape(weight.shape).expand(shape)
 
 
-def pads_with_zeros(row: Affine, call: dict[str, Any], weight: Tensor) -> bool:
+def pads_with_zeros(row: Operator, call: dict[str, Any], weight: Tensor) -> bool:
     """Whether the layer maps a constant image to something that is not constant."""
     if row.spatial is None:
         return False

@@ -41,12 +41,6 @@ def move(walk: Walk, node: fx.Node) -> Any:
     return pytree.tree_map(lambda m: settled(m) if isinstance(m, Tensor) else m, moved)
 
 
-def transpose(walk: Walk, node: fx.Node) -> Tensor:
-    """`x.T` and `x.mT`."""
-    labels = walk.labels_of(node.args[0])
-    return labels.T if node.args[1] == "T" else labels.mT
-
-
 def concatenate(walk: Walk, node: fx.Node) -> Tensor:
     """Labels side by side."""
     axis = argument(node, 1, "dim", 0)

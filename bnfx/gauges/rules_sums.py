@@ -12,7 +12,7 @@ from bnfx.gauges.walk import Opaque, Walk
 from bnfx.graphs.naming import describe
 from bnfx.numbers import Ints
 from bnfx.operators.calls import argument
-from bnfx.operators.passages import Passage, passage_of
+from bnfx.operators.table import Passage, passage_of
 
 
 def add(walk: Walk, node: fx.Node) -> Tensor:

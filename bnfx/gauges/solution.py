@@ -24,9 +24,7 @@ from bnfx.graphs.constants import Values, readers
 from bnfx.graphs.in_place import Aliases, aliases
 from bnfx.graphs.shapes import Shapes, at_other_ranks, is_tensor
 from bnfx.graphs.tracing import RANKS
-from bnfx.operators.layers import BATCH_NORM, affine_of
-from bnfx.operators.passages import Passage, passage_of
-from bnfx.operators.roles import Role, role_of
+from bnfx.operators.table import Passage, Role, affine_of, is_batch_norm, passage_of, role_of
 
 _SAME_RANK = (
     Passage.IDENTITY,
@@ -180,7 +178,7 @@ def _demanded(start: fx.Node, rank: int) -> bool:
 
 
 def _keeps_rank(node: fx.Node) -> bool:
-    if affine_of(node, {}) is not None or node.target in BATCH_NORM:
+    if affine_of(node, {}) is not None or is_batch_norm(node):
         return True
     return passage_of(node) in _SAME_RANK or (
         node.op != "call_module"

@@ -21,9 +21,8 @@ from bnfx.graphs.parameters import (
     free_name,
     set_tensor,
 )
-from bnfx.operators.calls import argument, arguments
-from bnfx.operators.layers import BATCH_NORM, INSTANCE_NORM, affine_of
-from bnfx.operators.passages import Passage, passage_of
+from bnfx.operators.calls import argument, arguments, signature_of
+from bnfx.operators.table import Passage, affine_of, passage_of
 
 
 @dataclass(frozen=True)
@@ -239,11 +238,8 @@ def _rename(site: Site, new: dict[str, fx.Node]) -> None:
 
 
 def _signature(site: Site) -> tuple[str, ...]:
-    row = affine_of(site.node, {})
-    if row is not None:
-        return row.signature
-    target: Any = site.node.target
-    return BATCH_NORM[target] if target in BATCH_NORM else INSTANCE_NORM[target]
+    row = affine_of(site.node)
+    return signature_of(site.node.target) if row is None else row.signature
 
 
 def _add_border(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:

@@ -22,8 +22,7 @@ from bnfx.graphs.constants import Values
 from bnfx.graphs.naming import describe, owner_of
 from bnfx.graphs.norms import is_norm
 from bnfx.graphs.parameters import constants
-from bnfx.operators.layers import affine_of
-from bnfx.operators.passages import Passage, passage_of
+from bnfx.operators.table import Passage, affine_of, passage_of
 from bnfx.reports.report import Change
 
 #: node.meta key: the evaluation that an operator is a part of.

@@ -6,7 +6,7 @@ from torch import fx
 
 from bnfx.graphs.naming import norm_path, owner_of
 from bnfx.operators.calls import arguments, function_name
-from bnfx.operators.layers import BATCH_NORM, affine_of
+from bnfx.operators.table import affine_of, is_batch_norm
 from bnfx.reports.graph_pictures import Box
 
 
@@ -17,7 +17,7 @@ def boxes(module: fx.GraphModule) -> tuple[Box, ...]:
             node.name,
             *_kind_and_layer(node, module),
             inputs=tuple(n.name for n in node.all_input_nodes if n.op != "get_attr"),
-            mark="norm" if node.target in BATCH_NORM else "",
+            mark="norm" if is_batch_norm(node) else "",
         )
         for node in module.graph.nodes
         if node.op not in ("get_attr", "output")
@@ -29,7 +29,7 @@ def _kind_and_layer(node: fx.Node, module: fx.GraphModule) -> tuple[str, str]:
         return "input", str(node.target)
     if node.op == "call_module":
         return type(module.get_submodule(str(node.target))).__name__, str(node.target)
-    if node.target in BATCH_NORM:
+    if is_batch_norm(node):
         return "BatchNorm", norm_path(node)
     row = affine_of(node, {})
     if row is not None:

@@ -8,17 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from bnfx.graphs.parameters import Constants
-from bnfx.operators.calls import call_name, function_name, reads_shape_only, words
+from bnfx.operators.calls import function_name
 from bnfx.operators.effects import writes
-from bnfx.operators.passages import Passage, passage_of
-
-#: Operators that give another result each time, or none.
-_IMPURE = words(
-    "rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal "
-    "poisson dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout "
-    "feature_alpha_dropout rrelu empty empty_like new_empty _assert _check "
-    "_assert_tensor_metadata scaled_dot_product_attention setattr"
-)
+from bnfx.operators.table import operator_of, reads_elements
 
 
 class Values:
@@ -91,9 +83,10 @@ def is_pure(node: fx.Node) -> bool:
     """Whether a call gives the same result each time and does nothing else."""
     if node.op not in ("call_function", "call_method") or writes(node):
         return False
-    name = call_name(node)
-    ours = node.op == "call_method" or passage_of(node) is not None or is_torch(node.target)
-    return ours and name not in _IMPURE
+    row = operator_of(node)
+    if row is not None:
+        return row.pure
+    return node.op == "call_method" or is_torch(node.target)
 
 
 def is_torch(target: Any) -> bool:
@@ -109,8 +102,3 @@ def is_torch(target: Any) -> bool:
 def readers(value: fx.Node) -> list[fx.Node]:
     """The users of `value` that depend on its elements."""
     return [user for user in value.users if reads_elements(user, value)]
-
-
-def reads_elements(user: fx.Node, value: fx.Node) -> bool:
-    """Whether `user` depends on the elements of `value`, not on its shape alone."""
-    return passage_of(user) is not Passage.SHAPE and not reads_shape_only(user, value)

@@ -7,7 +7,7 @@ Where that is not proved, everything that may share the memory keeps its values.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,25 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from bnfx.graphs.constants import reads_elements
-from bnfx.operators.calls import argument, base_name, call_name, function_name, words
+from bnfx.operators.calls import argument, base_name, call_name, function_name
 from bnfx.operators.effects import writes
-from bnfx.operators.layers import BATCH_NORM, INSTANCE_NORM, affine_of
-from bnfx.operators.passages import Passage, passage_of
-
-_MAY_ALIAS = (Passage.MOVE, Passage.IDENTITY, Passage.PAD, Passage.INTERPOLATE, None)
-_FRESH_NAMES = words(
-    "gelu silu sigmoid tanh hardswish hardsigmoid hardtanh relu6 elu selu celu mish softplus "
-    "softmax exp log sqrt rsqrt pow square abs neg sin cos erf clamp clone log_softmax "
-    "logsigmoid softsign bmm matmul linalg_vector_norm norm"
+from bnfx.operators.table import (
+    is_batch_norm,
+    is_instance_norm,
+    operator_of,
+    reads_elements,
 )
-
-_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
 
 
 @dataclass(frozen=True)
@@ -100,19 +89,14 @@ def _viewed(node: fx.Node) -> Iterator[fx.Node]:
 def _may_alias(node: fx.Node) -> bool:
     if node.op == "call_module" or writes(node):
         return True
+    row = operator_of(node)
     if isinstance(node.target, torch._ops.OpOverload):
         if node.target.namespace != "aten":
             return True
         returned = node.target._schema.returns
-        name = base_name(function_name(node.target))
-        moves = passage_of(node) in (Passage.MOVE, Passage.IDENTITY)
-        return moves or name == "getitem" or any(r.alias_info is not None for r in returned)
-    if affine_of(node, {}) or node.target in BATCH_NORM or node.target in INSTANCE_NORM:
-        return False
-    name = call_name(node)
-    if passage_of(node) not in _MAY_ALIAS:
-        return False
-    return not (passage_of(node) is None and name in _FRESH_NAMES)
+        viewing = row is not None and not row.fresh
+        return viewing or any(r.alias_info is not None for r in returned)
+    return row is None or not row.fresh
 
 
 def barred(graph: fx.Graph) -> frozenset[fx.Node]:
@@ -121,7 +105,7 @@ def barred(graph: fx.Graph) -> frozenset[fx.Node]:
     kept: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and writes(node):
-            if node.target in BATCH_NORM or node.target in INSTANCE_NORM:
+            if is_batch_norm(node) or is_instance_norm(node):
                 continue
             if not (fresh_form(node) is not None and found.replaceable(node)):
                 kept.update(found.groups[node])
@@ -135,15 +119,16 @@ def fresh_form(node: fx.Node) -> tuple[Any, dict[str, Any]] | None:
     kwargs = dict(node.kwargs)
     if kwargs.pop("inplace", False):
         return node.target, kwargs
-    if node.target in _OPERATORS:
-        return _OPERATORS[node.target], kwargs
+    name = call_name(node)
+    if name.startswith("i") and getattr(operator, name, None) is node.target:
+        plain = name[1:]  # iadd -> add, iand -> and_
+        return getattr(operator, plain, None) or getattr(operator, f"{plain}_"), kwargs
     if isinstance(node.target, torch._ops.OpOverload):
         packet = getattr(torch.ops.aten, base_name(function_name(node.target)), None)
         overload = node.target._overloadname
         if packet is None or overload not in packet.overloads():
             return None
         return getattr(packet, overload), kwargs
-    name = call_name(node)
     if base_name(name) == name:
         return None
     if node.op == "call_method":

@@ -31,8 +31,7 @@ from bnfx.graphs.parameters import constants, erase_dead
 from bnfx.graphs.shapes import SEEN
 from bnfx.graphs.tracing import RANKS, Tracer, assemble, attributes_kept, trace
 from bnfx.operators.calls import argument
-from bnfx.operators.layers import BATCH_NORM
-from bnfx.operators.roles import TRANSPARENT_MODULES
+from bnfx.operators.table import TRANSPARENT_MODULES, is_batch_norm
 
 _RANKS: tuple[tuple[type[nn.Module], frozenset[int]], ...] = (
     (nn.BatchNorm1d, frozenset({2, 3})),
@@ -201,7 +200,7 @@ def _restore_ranks(root: nn.Module, graph: fx.Graph) -> None:
                 name = f"{path}.{mean.target}" if path else str(mean.target)
                 known.setdefault(name, set()).add(node.meta[RANKS])
     for node in graph.nodes:
-        if node.target not in BATCH_NORM or RANKS in node.meta:
+        if not is_batch_norm(node) or RANKS in node.meta:
             continue
         mean = argument(node, 1, "running_mean")
         ranks = known.get(str(mean.target), set()) if isinstance(mean, fx.Node) else set()

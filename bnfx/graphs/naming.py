@@ -9,7 +9,7 @@ from torch import fx
 
 from bnfx.numbers import Ints
 from bnfx.operators.calls import arguments, call_name
-from bnfx.operators.layers import BATCH_NORM, INSTANCE_NORM, affine_of
+from bnfx.operators.table import affine_of, is_batch_norm, is_instance_norm
 
 #: node.meta key: module path of the BatchNorm module behind a functional call.
 OWNER = "bnfx_owner"
@@ -27,7 +27,7 @@ def describe(value: object) -> str:
         if isinstance(weight, fx.Node) and weight.op == "get_attr":
             return f"{row.kind} {owner_of(str(weight.target))!r}"
         return f"{row.kind} {path_of(value)!r}"
-    if value.target in BATCH_NORM or value.target in INSTANCE_NORM:
+    if is_batch_norm(value) or is_instance_norm(value):
         return f"BatchNorm {norm_path(value)!r}"
     if value.op == "call_module":
         return f"module {value.target!r}"
@@ -43,8 +43,8 @@ def norm_path(node: fx.Node) -> str:
     """Name of a norm's evaluation: its module, or the owner of its running mean, or the node."""
     if OWNER in node.meta:
         return str(node.meta[OWNER])
-    signature = BATCH_NORM.get(node.target) or INSTANCE_NORM.get(node.target)  # type: ignore[arg-type]  # by any key
-    mean = arguments(node, signature)["running_mean"] if signature else None
+    known = is_batch_norm(node) or is_instance_norm(node)
+    mean = arguments(node)["running_mean"] if known else None
     if isinstance(mean, fx.Node) and mean.op == "get_attr":
         return owner_of(str(mean.target))
     return path_of(node)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from bnfx.graphs.constants import Values
 from bnfx.numbers import Floats
 from bnfx.operators.calls import arguments
-from bnfx.operators.layers import BATCH_NORM, INSTANCE_NORM
+from bnfx.operators.table import is_batch_norm, is_instance_norm
 
 #: The tensors of a BatchNorm call.
 STATE = ("running_mean", "running_var", "weight", "bias")
@@ -32,22 +31,17 @@ class AffineMap:
 
 def norm_call(node: fx.Node) -> dict[str, Any]:
     """The arguments of a batch or instance norm by name; `training` tells for both."""
-    target: Callable[..., Any] = node.target  # type: ignore[assignment]  # callers pass norms
-    if target in BATCH_NORM:
-        return arguments(node, BATCH_NORM[target])
-    call = arguments(node, INSTANCE_NORM[target])
-    return call | {"training": call["use_input_stats"]}
+    call = arguments(node)
+    return call if is_batch_norm(node) else call | {"training": call["use_input_stats"]}
 
 
 def is_norm(node: fx.Node) -> bool:
     """Whether the call evaluates a BatchNorm, or an InstanceNorm with running statistics."""
-    if node.op != "call_function":
-        return False
-    if node.target in BATCH_NORM:
+    if is_batch_norm(node):
         return True
-    if node.target not in INSTANCE_NORM:
+    if not is_instance_norm(node):
         return False
-    call = arguments(node, INSTANCE_NORM[node.target])
+    call = arguments(node)
     return call["running_mean"] is not None and call["use_input_stats"] is False
 
 

@@ -29,19 +29,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from bnfx.errors import CaptureError
 from bnfx.graphs.examples import Example, clone
-from bnfx.operators.calls import function_name
-from bnfx.operators.layers import AFFINE, BATCH_NORM
+from bnfx.operators.table import is_layer_function
 
 #: node.meta key: shape of the (first) tensor that the call returned.
 SHAPE = "bnfx_shape"
 #: node.meta key: paths of the modules whose forward was running, outermost first.
 SCOPES = "bnfx_scopes"
 
-#: The functions of the operator table, by name; what torch calls may be a twin of the same name.
-_OURS: dict[str, Callable[..., Any]] = {
-    function_name(function): function
-    for function in reversed([*(row.functions[0] for row in AFFINE), next(iter(BATCH_NORM))])
-}
 _REFLECTED = ("add", "sub", "mul", "div", "truediv", "matmul", "pow", "iadd", "isub", "imul")
 
 
@@ -139,24 +133,24 @@ class _Recorder(TorchFunctionMode):
         """Call `func`, and write it down."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        name = _name(func)
-        changed = tensors_in(args[:1]) if name == "setitem" else tensors_in(result)
+        changed = tensors_in(args[:1]) if _name(func) == "setitem" else tensors_in(result)
         if changed:
-            self._write(name, args, kwargs, changed)
+            self._write(func, args, kwargs, changed)
         return result
 
     def _write(
         self,
-        name: str,
+        func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         changed: list[Tensor],
     ) -> None:
         plain_args = tuple(self._plain(arg) for arg in args)
         plain_kwargs = {key: self._plain(value) for key, value in kwargs.items()}
-        if name in _OURS:
-            node = self.graph.call_function(_OURS[name], plain_args, plain_kwargs)
+        if is_layer_function(func):
+            node = self.graph.call_function(func, plain_args, plain_kwargs)
         else:
+            name = _name(func)
             node = self.graph.create_node("call_method", name, plain_args, plain_kwargs, name)
         for tensor in reversed(changed):
             self.remember(tensor, node)

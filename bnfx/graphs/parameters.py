@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bnfx.operators.effects import writes
-from bnfx.operators.layers import AFFINE, BATCH_NORM
-
-_FRESH = {function for row in AFFINE for function in row.functions} | set(BATCH_NORM)
+from bnfx.operators.table import affine_of, is_batch_norm
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def _aliases(node: fx.Node) -> Iterator[fx.Node]:
             continue
         seen.add(user)
         yield user
-        if user.target not in _FRESH:
+        if affine_of(user) is None and not is_batch_norm(user):
             queue.extend(user.users)
 
 

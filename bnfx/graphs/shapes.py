@@ -22,8 +22,7 @@ from bnfx.graphs.examples import has_hooks
 from bnfx.graphs.parameters import attribute
 from bnfx.graphs.tracing import RANKS
 from bnfx.operators.calls import argument, arguments
-from bnfx.operators.layers import BATCH_NORM, affine_of
-from bnfx.operators.passages import Passage, passage_of
+from bnfx.operators.table import Passage, affine_of, is_batch_norm, passage_of
 
 #: Sizes to assume along spatial axes, in this order, until all of a network fits.
 _SIZES = (224, 32, 28, 64, 8, 96, 128, 256, 299, 384, 512)
@@ -276,7 +275,7 @@ class _Runner:
             found.assumed[node] = len(sizes)
             return torch.empty(sizes, dtype=weight.dtype, device=weight.device)
         ranks = node.meta.get(RANKS, frozenset())
-        if node.target in BATCH_NORM and ranks:
+        if is_batch_norm(node) and ranks:
             mean = self._weight(argument(node, 1, "running_mean"))
             if mean is None:
                 return UNKNOWN

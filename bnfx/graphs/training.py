@@ -12,7 +12,7 @@ from bnfx.errors import CaptureError
 from bnfx.graphs.examples import Example, modes_kept
 from bnfx.graphs.parameters import free_name
 from bnfx.graphs.tracing import Tracer, trace
-from bnfx.operators.layers import affine_module
+from bnfx.operators.table import affine_module
 
 
 class _ModuleTracer(Tracer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -33,9 +35,29 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.kwargs.get(name, default)
 
 
-def arguments(node: fx.Node, signature: tuple[str, ...]) -> dict[str, Any]:
-    """The call's arguments by name, whether given by position or by keyword, with defaults."""
-    return _DEFAULTS | dict(zip(signature, node.args, strict=False)) | dict(node.kwargs)
+def arguments(node: fx.Node, signature: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The call's arguments by name, whether given by position or by keyword, with defaults.
+
+    Args:
+        node: The call of a function.
+        signature: Names of the arguments in order; by default those of the function itself.
+    """
+    named = zip(signature or signature_of(node.target), node.args, strict=False)
+    return _DEFAULTS | dict(named) | dict(node.kwargs)
+
+
+@functools.cache
+def signature_of(target: Any) -> tuple[str, ...]:
+    """Names of a function's arguments in order; the same for all ways to spell it but ATen's own.
+
+    What torch writes in C++ has those of the ATen overload that it calls.
+    """
+    if inspect.isfunction(target):
+        return tuple(inspect.signature(target).parameters)
+    if not isinstance(target, torch._ops.OpOverload):
+        packet = getattr(torch.ops.aten, function_name(target))
+        target = getattr(packet, packet.overloads()[0])
+    return tuple("input" if a.name == "self" else a.name for a in target._schema.arguments)
 
 
 def function_name(target: Any) -> str:
@@ -51,8 +73,10 @@ def call_name(node: fx.Node) -> str:
 
 
 def base_name(name: str) -> str:
-    """The operator without its in-place mark: "relu_" -> "relu"."""
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    """An operator's name without marks: "relu_" -> "relu", "__getitem__" -> "getitem"."""
+    if name.startswith("__") and name.endswith("__"):
+        return name.strip("_")
+    return name[:-1] if name.endswith("_") else name
 
 
 def words(text: str) -> frozenset[str]:
@@ -63,12 +87,3 @@ def words(text: str) -> frozenset[str]:
 def all_equal(value: Any, wanted: int) -> bool:
     """Whether an argument such as `padding`, a number or one for each axis, is `wanted`."""
     return all(v == wanted for v in (value if isinstance(value, tuple | list) else (value,)))
-
-
-def reads_shape_only(user: fx.Node, value: fx.Node) -> bool:
-    """Whether `user` asks `value` for its shape alone, whatever its elements are."""
-    if user.op == "call_method" and user.target == "view_as":
-        return user.args[0] is not value
-    if user.target is getattr:
-        return user.args[1] in ("shape", "ndim", "dtype", "device")
-    return user.op == "call_method" and user.target in ("size", "dim", "numel")

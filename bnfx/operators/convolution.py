@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnfx.operators.layers import Affine
+from bnfx.operators.table import Operator
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Branch:
 
     @staticmethod
     def of_layer(
-        row: Affine, call: dict[str, Any], weight: Tensor | None, bias: Tensor | None
+        row: Operator, call: dict[str, Any], weight: Tensor | None, bias: Tensor | None
     ) -> Branch | None:
         """The map of a convolution or linear layer; None where its padding is uneven."""
         assert weight is not None

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from bnfx.errors import CalibrationError
-from bnfx.operators.layers import BATCH_NORM
+from bnfx.operators.calls import signature_of
+from bnfx.operators.table import is_batch_norm_function
 from bnfx.statistics.moments import Moments
 
 Estimator = Literal["exact", "paper"]
@@ -131,8 +132,8 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """Call `func`, and look at what it reads if it is a BatchNorm."""
         kwargs = kwargs or {}
-        if func in BATCH_NORM:
-            call = dict(zip(BATCH_NORM[func], args, strict=False)) | kwargs
+        if is_batch_norm_function(func):
+            call = dict(zip(signature_of(func), args, strict=False)) | kwargs
             place = self.place(call.get("running_mean"), call.get("running_var"))
             if place is not None and (call.get("training") or place.owner in self.norms):
                 self._see(place, call["input"], training=bool(call.get("training")))

@@ -7,22 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from bnfx.graphs.naming import norm_path, owner_of
-from bnfx.operators.calls import arguments
-from bnfx.operators.layers import BATCH_NORM, Affine, affine_of
+from bnfx.operators.calls import arguments, call_name
+from bnfx.operators.table import Operator, affine_of, is_batch_norm, operator_of
 from bnfx.verification.layers import Geometry, Kind, Layer, samples
 
 _NARROW = {torch.float32, torch.float16, torch.bfloat16}
-_LAYER_NORM = {
-    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
-    torch.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
-    torch.ops.aten.layer_norm.default: ("input", "normalized_shape", "weight", "bias", "eps"),
-}
 
 
 class Widened(TorchFunctionMode):
@@ -129,15 +123,14 @@ class _Recorder(fx.Interpreter):
         row = affine_of(n, {})
         if row is not None:
             return self._affine(n, row)
-        if n.target in BATCH_NORM:
-            call = arguments(n, BATCH_NORM[n.target])
+        if is_batch_norm(n):
+            call = arguments(n)
             return self._norm(n, call, "batch_norm", norm_path(n))
-        if n.target in _LAYER_NORM:
-            call = arguments(n, _LAYER_NORM[n.target])
-            return self._norm(n, call, "layer_norm", "")
+        if call_name(n) == "layer_norm" and operator_of(n) is not None:
+            return self._norm(n, arguments(n), "layer_norm", "")
         return None
 
-    def _affine(self, n: fx.Node, row: Affine) -> Layer | None:
+    def _affine(self, n: fx.Node, row: Operator) -> Layer | None:
         call = arguments(n, row.signature)
         parts, names = self._parts(call, {"weight": "weight", "bias": "bias"})
         if "weight" not in parts:
@@ -227,7 +220,7 @@ class _Recorder(fx.Interpreter):
         self.constants.setdefault(name, Constant(name, wide, untouched, hidden))
 
 
-def _geometry(call: dict[str, Any], row: Affine, weight: Tensor) -> Geometry:
+def _geometry(call: dict[str, Any], row: Operator, weight: Tensor) -> Geometry:
     rank = row.spatial or 0
     stride, dilation = (_each(call.get(name, 1), rank) for name in ("stride", "dilation"))
     padding = call.get("padding", 0)
