@@ -17,7 +17,7 @@ from bnfx.graphs.observed import SCOPES, SHAPE, Observation
 from bnfx.graphs.parameters import attribute
 from bnfx.graphs.training import ModuleGraph
 from bnfx.operators.calls import arguments
-from bnfx.operators.table import Operator, affine_module, affine_of, product_of
+from bnfx.operators.table import Operator, affine_module, affine_of, operator_of_module, product_of
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _channels(
     groups = groups_of(node, row, modules)
     module = modules.get(inner)
     stored = attribute(root, parameter) if parameter is not None else None
-    if stored is None and module is not None and isinstance(module, row.module):
+    if stored is None and module is not None and operator_of_module(module) is row:
         stored = _weight(module)  # a subclass that standardises its weight keeps the shape
     if not isinstance(stored, Tensor):
         return None

@@ -131,7 +131,7 @@ TABLE: tuple[Operator, ...] = (
     _conv_t("conv_transpose3d", "ConvTranspose3d", "ConvTranspose", spatial=3),
     _affine("linear", "Linear", "Gemm", signature=("input", "weight", "bias")),
     _product("addmm", "", "Gemm", signature=("bias", "input", "weight")),
-    _product("matmul mm bmm", "", "MatMul", Passage.MATMUL, signature=("input", "weight")),
+    _product("matmul mm bmm imatmul", "", "MatMul", Passage.MATMUL, signature=("input", "weight")),
     # Normalisations, and the statistics that one written by hand is made of. With running
     # statistics in eval mode, instance normalisation is batch normalisation.
     _norm(
@@ -176,7 +176,7 @@ TABLE: tuple[Operator, ...] = (
     _nonlinear("cos", "", "Cos"),
     _moment("abs absolute", "", "Abs"),
     _moment("square"),
-    _moment("pow", "", "Pow"),
+    _moment("pow ipow", "", "Pow"),
     _squash("sigmoid expit", "Sigmoid", "Sigmoid"),
     _squash("logsigmoid log_sigmoid", "LogSigmoid"),
     _squash("tanh", "Tanh", "Tanh"),
@@ -199,7 +199,11 @@ TABLE: tuple[Operator, ...] = (
     _scale("div divide truediv itruediv true_divide", "", "Div", Passage.DIVIDE),
     _scale("neg negative", "", "Neg"),
     Operator(
-        "scaled_dot_product_attention", "", "Attention", Passage.ATTENTION, pure=False
+        "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu",
+        "",
+        "Attention",
+        Passage.ATTENTION,
+        pure=False,
     ),  # it may drop
     # Pooling and what else works over space.
     _pool(
@@ -325,7 +329,7 @@ _NAMESPACES: tuple[Any, ...] = (
 _FOREIGN = (operator.concat, operator.index)
 
 _BY_NAME = {name: row for row in TABLE for name in row.names.split()}
-_BY_CLASS = {
+_BY_CLASS: dict[type[nn.Module], Operator] = {
     getattr(nn, name, None) or getattr(batchnorm, name, None) or getattr(instancenorm, name): row
     for row in TABLE
     for name in row.modules.split()
@@ -356,7 +360,7 @@ def operator_of(node: fx.Node, modules: Mapping[str, nn.Module] | None = None) -
     elif node.op != "call_function":
         return None
     elif node.target is getattr:
-        return _BY_NAME.get(node.args[1])
+        return _BY_NAME.get(str(node.args[1]))
     elif isinstance(node.target, torch._ops.OpOverload):
         known = node.target.namespace == "aten"
         row = _BY_NAME.get(base_name(function_name(node.target))) if known else None
@@ -394,11 +398,11 @@ def affine_of(node: fx.Node, modules: Mapping[str, nn.Module] | None = None) -> 
 
 def affine_module(module: nn.Module) -> Operator | None:
     """The row of an affine module. A subclass with a forward of its own is something else."""
-    for kind in type(module).__mro__:
-        row = _BY_CLASS.get(kind)
-        if row is not None and row.role is Role.AFFINE:
-            return row if type(module).forward is kind.forward else None
-    return None
+    row = operator_of_module(module)
+    if row is None or row.role is not Role.AFFINE:
+        return None
+    kind: Any = next(kind for kind in type(module).__mro__ if kind in _BY_CLASS)
+    return row if type(module).forward is kind.forward else None
 
 
 def product_of(node: fx.Node) -> Operator | None:
