@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from bnfx.text import printable
+
 
 class BnfxError(Exception):
     """Base of all errors raised by bnfx on purpose."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class CaptureError(BnfxError):

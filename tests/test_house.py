@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent
 
 #: From the ground up. A room imports rooms of lower floors and of its own.
 FLOORS = (
-    "errors numbers version workspace",
+    "numbers text version workspace",
+    "errors",
     "operators reports",
     "graphs onnx_files optimizers",
     "gauges editing statistics runtime export inspection",

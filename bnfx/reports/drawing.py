@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
+from bnfx.text import printable
+
 #: Width of a character of the pictures' monospaced font at 11 px.
 CHARACTER = 6.7
 _WIDTH = 760
@@ -54,8 +56,8 @@ def picture(
             "class": kind,
         },
     )
-    ET.SubElement(root, "title").text = clean(title)
-    ET.SubElement(root, "desc").text = clean(description)
+    ET.SubElement(root, "title").text = printable(title)
+    ET.SubElement(root, "desc").text = printable(description)
     return root
 
 
@@ -64,16 +66,13 @@ def add(parent: ET.Element, tag: str, text: str = "", **attributes: object) -> E
     named = {k.replace("_", "-"): v for k, v in attributes.items()}
     if "kind" in named:
         named["class"] = named.pop("kind")
-    values = {k: f"{v:.1f}" if isinstance(v, float) else clean(str(v)) for k, v in named.items()}
+    values = {
+        k: f"{v:.1f}" if isinstance(v, float) else printable(str(v)) for k, v in named.items()
+    }
     element = ET.SubElement(parent, tag, values)
     if text:
-        element.text = clean(text)
+        element.text = printable(text)
     return element
-
-
-def clean(text: str) -> str:
-    """Without characters that no XML may hold."""
-    return "".join(c if c >= " " or c in "\n\t" else "\ufffd" for c in text)
 
 
 def markup(root: ET.Element) -> str:

@@ -32,6 +32,7 @@ from bnfx.reports.document import (
     blocks,
 )
 from bnfx.reports.graph_pictures import Box, around
+from bnfx.text import printable
 from bnfx.version import versions
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Report(ABC):
     def __str__(self) -> str:
         out = io.StringIO()
         Console(file=out, width=_WIDTH, no_color=True, highlight=False).print(self)
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        return "\n".join(line.rstrip() for line in printable(out.getvalue()).split("\n")).rstrip()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, numbers and strings, ready for `json.dumps`."""
@@ -145,8 +146,9 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:
-        drawn.add_row(*(Text(str(cell)) for cell in row))
-    return Group(Text(title), drawn)  # a title of the table itself would wrap at its width
+        drawn.add_row(*(Text(printable(str(cell))) for cell in row))
+    # A title of the table itself would wrap at its width.
+    return Group(Text(printable(title)), drawn)
 
 
 def tally(words: Iterable[str]) -> str:

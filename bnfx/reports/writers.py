@@ -11,6 +11,7 @@ from importlib import resources
 from typing import Any
 
 from bnfx.reports.document import Block, Document, Paragraph, Picture
+from bnfx.text import harmless, printable
 from bnfx.version import __version__
 
 _WORDS = {"good": "Passed.", "bad": "Failed.", "warning": "Attention.", "neutral": ""}
@@ -50,7 +51,7 @@ def _row(cells: tuple[str, ...]) -> str:
 
 def _escape(text: str) -> str:
     """As Markdown that reads as `text`, on one line; HTML in it is text too."""
-    flat = " ".join(text.split())
+    flat = printable(" ".join(text.split()))
     flat = flat.replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", flat)
 
@@ -61,7 +62,11 @@ def to_html(document: Document) -> str:
     from markupsafe import Markup
 
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     # Built by `bnfx.reports.drawing`, where every text is escaped.
     environment.filters["svg"] = Markup
@@ -77,7 +82,8 @@ def to_html(document: Document) -> str:
 
 def to_json(content: Mapping[str, Any]) -> str:
     """JSON by the standard, which knows no NaN: numbers that are not finite become strings."""
-    return json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
+    return "".join(c if harmless(c) else json.dumps(c)[1:-1] for c in text)
 
 
 def _finite(value: Any) -> Any:
