@@ -20,6 +20,8 @@ from bnfx.numbers import Array
 from bnfx.runtime.runner import ANSWER, INPUTS, OUTPUTS, REQUEST, Answer, Request
 from bnfx.workspace import workspace
 
+#: What onnxruntime, numpy and Python say where memory is short.
+_STARVED = ("bad_alloc", "bad allocation", "memoryerror", "allocate", "out of memory")
 #: Least memory that onnxruntime is left, in bytes.
 _LEAST = 2**31
 
@@ -54,6 +56,7 @@ def execute_apart(request: Request, runs: Sequence[Sequence[Array]], *, timeout:
     _run(folder, request, timeout)
     told = json.loads((folder / ANSWER).read_text())
     if "error" in told:
+        _require_memory(request, told["message"])
         raise getattr(errors, told["error"])(told["message"])
     with np.load(folder / OUTPUTS) as stored:
         told["results"] = [
@@ -62,6 +65,8 @@ def execute_apart(request: Request, runs: Sequence[Sequence[Array]], *, timeout:
         ]
         told["values"] = {name: stored[f"value.{name}"] for name in told["values"]}
     told["failures"] = {int(i): message for i, message in told["failures"].items()}
+    for message in told["failures"].values():
+        _require_memory(request, message)
     told["outputs"] = tuple(told["outputs"])
     return Answer(**told)
 
@@ -89,6 +94,7 @@ def _run(folder: Path, request: Request, timeout: float) -> None:
         filter(None, (root, environment.get("PYTHONPATH", "")))
     )
     command = [sys.executable, "-m", "bnfx.runtime.runner", str(folder)]
+    theirs, ours = os.pipe()  # ours closes when this process ends, however it does
     try:
         done = subprocess.run(
             command,
@@ -97,20 +103,49 @@ def _run(folder: Path, request: Request, timeout: float) -> None:
             text=True,
             timeout=timeout,
             check=False,
-            stdin=subprocess.DEVNULL,
+            stdin=theirs,
         )
     except subprocess.TimeoutExpired as error:
         raise VerificationError(
             f"onnxruntime had not finished {request.model} after {timeout:.0f} s and was stopped"
         ) from error
+    finally:
+        os.close(theirs)
+        os.close(ours)
     if (folder / ANSWER).is_file():
         return
     last = (done.stderr.strip().splitlines() or [""])[-1]
+    _require_memory(request, last, crashed=done.returncode < 0)
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         kind = ProviderError if request.provider.startswith("cuda") else VerificationError
         raise kind(f"onnxruntime crashed on {request.model} ({name}) {last}".rstrip())
     raise VerificationError(f"onnxruntime gave up on {request.model}: {last}")
+
+
+def _require_memory(request: Request, said: str, *, crashed: bool = False) -> None:
+    """A file that `ulimit -v` leaves too little memory for has not failed: it has not run.
+
+    Raises:
+        ProviderError: Such a limit holds here, and onnxruntime ran out of memory or crashed.
+    """
+    least, allowed = request.memory, _allowed_memory()
+    starved = crashed or any(word in said.lower() for word in _STARVED)
+    if starved and allowed is not None and (least is None or allowed < least):
+        raise ProviderError(
+            f"onnxruntime ran out of memory on {request.model}: 'ulimit -v' leaves a process "
+            f"{allowed / 2**30:.1f} GiB here; raise it ({said})"
+        )
+
+
+def _allowed_memory() -> int | None:
+    """Bytes that `ulimit -v` leaves a process; None where it sets no limit."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if allowed == resource.RLIM_INFINITY else allowed
 
 
 def _free_memory() -> int | None:

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -251,6 +254,7 @@ def _showing(path: str, values: Iterable[str]) -> bytes:
 
 def main(folder: Path) -> None:
     """Answer the request in `folder`."""
+    _end_with_the_caller(folder)
     request = Request(**json.loads((folder / REQUEST).read_text()))
     if request.memory is not None:
         _limit(request.memory)
@@ -279,7 +283,21 @@ def _limit(memory: int) -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)  # `ulimit -v`, which is the user's word
+    if allowed != resource.RLIM_INFINITY:
+        memory = min(memory, allowed)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+
+def _end_with_the_caller(folder: Path) -> None:
+    """Whoever asked holds the other end of standard input: where that closes, nobody waits."""
+
+    def wait() -> None:
+        os.read(0, 1)
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":
