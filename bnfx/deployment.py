@@ -24,9 +24,9 @@ from torch.utils import _pytree as pytree
 
 from bnfx.benchmark import BenchReport, benchmark_onnx
 from bnfx.errors import CaptureError, VerificationError
-from bnfx.export import ExportReport, export_onnx, training_modules
+from bnfx.export import ExportReport, export_onnx
 from bnfx.folding import fold_exactly
-from bnfx.graphs.examples import Example, clone
+from bnfx.graphs.examples import Example, clone, training_modules
 from bnfx.graphs.tracing import NO_PROXY, assemble
 from bnfx.onnx_files.placing import move_into_place, real_target
 from bnfx.removal import StageReport, ledger_of

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,15 @@ import onnx
 import torch
 from rich.console import RenderableType
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from bnfx.errors import ExportError
+from bnfx.graphs.agreement import outputs
+from bnfx.graphs.examples import Example, clone, lazy_parts, training_modules
+from bnfx.graphs.tracing import attributes_kept
 from bnfx.onnx_files.placing import data_files, move_into_place, name_by_content, real_target
 from bnfx.onnx_files.reading import FOLDED, VERSION, all_nodes, describe_type, opset_of
-from bnfx.operators.calls import arguments
-from bnfx.operators.table import is_batch_norm
+from bnfx.onnx_files.signature import name_outputs, require_open
 from bnfx.reports.document import Headline
 from bnfx.reports.report import FoldReport, Report, table
 from bnfx.version import __version__
@@ -89,18 +94,24 @@ def export_onnx(
         f: Where to write. An older file stays until the new one is complete.
         kwargs: Example keyword arguments.
         input_names: Names for the inputs, in order.
-        output_names: Names for the outputs, in order.
+        output_names: Names for the outputs, in order; those left out are named after the keys or
+            fields of what the model returns, `output` or `output_0`, ... where it has none.
         dynamic_shapes: As for `torch.onnx.export`, such as `({0: "batch"},)`.
         opset_version: 18 to 25; None takes the exporter's default, and 22 for bfloat16.
         external_data: Whether weights go to a file `<f>.<hash>.data`; None decides by size.
 
     Raises:
-        ExportError: A module is in train mode; an opset that would be changed silently; the
-            exporter failed; the file is not valid ONNX.
+        ExportError: A module is in train mode, or lazy and never ran; an opset that would be
+            changed silently; an axis that shall be open and the model fixes; the exporter failed;
+            the file is not valid ONNX.
     """
     if not isinstance(model, nn.Module):
         raise ExportError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
     _require_eval(model)
+    if lazy := lazy_parts(model):
+        raise ExportError(
+            f"{lazy[0]!r} has no shape yet; run the model once, so that its lazy modules get theirs"
+        )
     _require_opset(opset_version)
     target = real_target(f)
     opset = opset_version if opset_version is not None else _least_opset(model)
@@ -119,6 +130,8 @@ def export_onnx(
         opset_version=opset,
     )
     _require_names(program, input_names, output_names)
+    require_open(program, model, dynamic_shapes)
+    name_outputs(program, output_names or ())
     _annotate(program.model.metadata_props, model)
     size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
     external = size > _INLINE_BYTES if external_data is None else external_data
@@ -144,20 +157,6 @@ def _write(
             )
         move_into_place(written, target)
     return report
-
-
-def training_modules(model: nn.Module) -> list[str]:
-    """Paths of the modules in train mode ("" is the root), and of operators that act like it."""
-    found = [path for path, module in model.named_modules() if module.training]
-    if isinstance(model, fx.GraphModule):
-        found += [
-            node.name
-            for node in model.graph.nodes
-            if node.op == "call_function"
-            and is_batch_norm(node)
-            and arguments(node)["training"] is True
-        ]
-    return found
 
 
 def _require_eval(model: nn.Module) -> None:
@@ -219,9 +218,11 @@ def _program(model: nn.Module, args: tuple[Any, ...], **options: Any) -> torch.o
     if args and isinstance(args[-1], dict) and not options["kwargs"]:
         args = (*args, {})  # torch.onnx.export takes a last dict for keyword arguments
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), attributes_kept(model):
             # torch.export of torch 2.13 calls its own deprecated pytree test
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+            # modes were looked at, and the module of an exported program cannot tell its own
+            warnings.filterwarnings("ignore", message=".*while it is in training mode.*")
             # one name for the batch of several inputs is what is wanted
             warnings.filterwarnings("ignore", message=".*axis name.*will not be used.*")
             program = torch.onnx.export(model, args, None, dynamo=True, verbose=False, **options)
@@ -230,12 +231,44 @@ def _program(model: nn.Module, args: tuple[Any, ...], **options: Any) -> torch.o
         while cause.__cause__ is not None:  # the exporter wraps it in advice
             cause = cause.__cause__
         first = str(cause).strip().partition("\n")[0]
+        if "in output, which is not a known type" in first:
+            kinds = _unknown_results(model, Example(args, options["kwargs"]))
+            if kinds:
+                with _registered(kinds):
+                    return _program(model, args, **options)
         raise ExportError(
             f"torch.onnx.export failed on {type(model).__name__}: {first}. Check that "
             "torch.export.export(model, args, strict=False) works with these inputs"
         ) from error
     assert isinstance(program, torch.onnx.ONNXProgram)
     return program
+
+
+def _unknown_results(model: nn.Module, given: Example) -> list[type[Any]]:
+    """The dataclasses in what the model returns that the exporter would not look into."""
+    found: list[Any] = []
+    queue = [outputs(clone(model), given)]
+    while queue:
+        value = queue.pop()
+        kind: Any = type(value)
+        if dataclasses.is_dataclass(kind) and kind not in pytree.SUPPORTED_NODES:
+            found.append(kind)
+            queue += [getattr(value, field.name) for field in dataclasses.fields(kind)]
+        elif isinstance(value, Mapping | list | tuple):
+            queue += value.values() if isinstance(value, Mapping) else value
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def _registered(kinds: list[type[Any]]) -> Iterator[None]:
+    """Let the exporter look into these dataclasses while this is open."""
+    try:
+        for kind in kinds:
+            pytree.register_dataclass(kind)
+        yield
+    finally:
+        for kind in kinds:
+            pytree._deregister_pytree_node(kind)
 
 
 def _annotate(metadata: dict[str, str], model: nn.Module) -> None:

@@ -21,8 +21,7 @@ import onnx
 from torch import fx, nn
 
 from bnfx.errors import VerificationError
-from bnfx.export import training_modules
-from bnfx.graphs.examples import Example
+from bnfx.graphs.examples import Example, training_modules
 from bnfx.numbers import UNIT, Array
 from bnfx.onnx_files.reading import FOLDED, all_nodes, metadata_of, read_onnx, type_name
 from bnfx.runtime.isolated import execute_apart

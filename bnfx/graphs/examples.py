@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from bnfx.errors import CaptureError
+from bnfx.operators.calls import arguments
+from bnfx.operators.table import is_batch_norm
 
 HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -68,6 +70,16 @@ def skeleton(model: nn.Module, shared: Iterable[Tensor] | None = None) -> nn.Mod
     return _copied(model, {id(tensor): _sharing(tensor) for tensor in shared})
 
 
+def in_float64(model: nn.Module) -> nn.Module:
+    """A copy in float64, with the tensors that modules keep as plain attributes too."""
+    copied = clone(model).double()
+    for module in copied.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(module, name, value.double())
+    return copied
+
+
 def _sharing(tensor: Tensor) -> Tensor:
     if type(tensor) is not nn.Parameter:
         return tensor
@@ -114,3 +126,36 @@ def lazy_parts(model: nn.Module) -> list[str]:
     """Names of the parameters and buffers that get their shape when the model first runs."""
     state = (*model.named_parameters(), *model.named_buffers())
     return [name for name, tensor in state if is_lazy(tensor)]
+
+
+def training_modules(model: nn.Module) -> list[str]:
+    """Paths of the modules in train mode ("" is the root), and of operators that act like it."""
+    found = []
+    for path, module in _running(model, ""):
+        if not isinstance(module, fx.GraphModule):
+            ours = not type(module).__module__.startswith("torch.export")  # checks of inputs
+            found += [path] if module.training and ours else []
+            continue
+        found += [
+            f"{path}.{node.name}".lstrip(".")
+            for node in module.graph.nodes
+            if node.op == "call_function"
+            and is_batch_norm(node)
+            and arguments(node)["training"] is True
+        ]
+    return list(dict.fromkeys(found))
+
+
+def _running(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules with code of their own; in a graph those that it calls, which alone have a mode.
+
+    The module of an exported program is such a graph: it says that it trains, and cannot be told
+    otherwise.
+    """
+    yield path, module
+    children: Iterable[tuple[str, nn.Module]] = module.named_children()
+    if isinstance(module, fx.GraphModule):
+        called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+        children = [(name, module.get_submodule(name)) for name in sorted(called)]
+    for name, child in children:
+        yield from _running(child, f"{path}.{name}".lstrip("."))

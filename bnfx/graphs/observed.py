@@ -213,13 +213,16 @@ def _name(func: Callable[..., Any]) -> str:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in a result, whatever containers or dataclasses hold them."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in tensors_in(item)]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in tensors_in(item)]
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return []
-    names = [field.name for field in dataclasses.fields(value)]
-    return [tensor for name in names for tensor in tensors_in(getattr(value, name))]
+    return [leaf for leaf in leaves_in(value) if isinstance(leaf, Tensor)]
+
+
+def leaves_in(value: Any) -> Iterator[Any]:
+    """What is in a result, whatever containers or dataclasses hold it."""
+    for leaf in pytree.tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                yield from leaves_in(getattr(leaf, field.name))
+        elif isinstance(leaf, Mapping):
+            yield from leaves_in(list(leaf.values()))
+        else:
+            yield leaf

@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from bnfx.errors import BnfxError, VerificationError
 from bnfx.folding import exact_graph, fold_bn
-from bnfx.graphs.examples import Example, clone
+from bnfx.graphs.examples import Example, clone, in_float64
 from bnfx.graphs.inference import inference_graph
+from bnfx.graphs.observed import leaves_in
 from bnfx.numbers import UNIT, Array, relative_error
 from bnfx.reports.report import FoldReport, report
 from bnfx.verification.layers import composed, neighbours
@@ -144,7 +145,7 @@ class TorchReference:
     def _exact(self) -> nn.Module:
         """The copy in float64, twice the size of the model: it is there between use and release."""
         if self._wide is None:
-            self._wide = clone(self._own).double()
+            self._wide = in_float64(self._own)
         return self._wide
 
     def release(self) -> None:
@@ -157,7 +158,7 @@ class TorchReference:
         )
         try:
             with torch.no_grad():
-                leaves = pytree.tree_leaves(module(*args, **kwargs))
+                leaves = list(leaves_in(module(*args, **kwargs)))
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
             raise VerificationError(
                 f"the reference {self.name} fails on an input: {error}"
