@@ -361,14 +361,18 @@ def operator_of(node: fx.Node, modules: Mapping[str, nn.Module] | None = None) -
         return None
     elif node.target is getattr:
         return _BY_NAME.get(str(node.args[1]))
-    elif isinstance(node.target, torch._ops.OpOverload):
-        known = node.target.namespace == "aten"
-        row = _BY_NAME.get(base_name(function_name(node.target))) if known else None
     else:
-        row = _BY_FUNCTION.get(node.target)
+        row = _row_of_function(node.target)
     if row is _HARDTANH and _bounds(node) == (0, 6):
         return _RELU6  # it is written so by nn.ReLU6 and by ATen
     return row
+
+
+def _row_of_function(function: Any) -> Operator | None:
+    if isinstance(function, torch._ops.OpOverload):
+        known = function.namespace == "aten"
+        return _BY_NAME.get(base_name(function_name(function))) if known else None
+    return _BY_FUNCTION.get(function)
 
 
 def operator_of_module(module: nn.Module) -> Operator | None:
@@ -378,13 +382,13 @@ def operator_of_module(module: nn.Module) -> Operator | None:
 
 def is_layer_function(function: Callable[..., Any]) -> bool:
     """Whether a function is an affine layer or a norm over the batch."""
-    row = _BY_FUNCTION.get(function)
+    row = _row_of_function(function)
     return row is _BATCH_NORM or (row is not None and row.role is Role.AFFINE)
 
 
 def is_batch_norm_function(function: Callable[..., Any]) -> bool:
     """Whether a function normalises over the batch, in eval mode or not."""
-    return _BY_FUNCTION.get(function) is _BATCH_NORM
+    return _row_of_function(function) is _BATCH_NORM
 
 
 def affine_of(node: fx.Node, modules: Mapping[str, nn.Module] | None = None) -> Operator | None:
