@@ -8,16 +8,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
-from bnfx.editing.insert_plan import InsertPlan, carry_out, make_plan, report_of
+from bnfx.editing.affine_calls import Evidence
+from bnfx.editing.draft import Draft
+from bnfx.editing.driver import run
 from bnfx.editing.inserted import Origin
 from bnfx.editing.preservation import require_reached, require_same_outputs
 from bnfx.errors import InsertError
 from bnfx.graphs.examples import Example, example, modes_kept
 from bnfx.graphs.parameters import attribute
 from bnfx.optimizers import patch_optimizer, require_patchable
-from bnfx.passes import InsertBatchNorm, InsertFilter, InsertPlacement, InsertSite
-from bnfx.reports.report import InsertReport, remember
+from bnfx.passes import InsertBatchNorm, InsertFilter, InsertPlacement
+from bnfx.reports.report import Change, InsertRecord, InsertReport, remember
 from bnfx.statistics.calibration import calibrate
 
 Init = Literal["fresh", "identity", "calibrate"]
@@ -79,25 +82,25 @@ def insert_bn(
             outputs moved with init="identity" or "calibrate".
     """
     _require_options(init, calibration_data, placement)
+    _require_model(model)
     if optimizer is not None:
         require_patchable(optimizer, model)
     given = example(example_inputs, example_kwargs)
     kind: Literal["fresh", "identity"] = "fresh" if init == "fresh" else "identity"
-    insertion = InsertBatchNorm(kind, placement, include, exclude)
-    plan = make_plan(model, given, insertion)
-    inserted, origins = carry_out(plan, insertion)
+    draft = Draft(model, given)
+    must_run = insert_into(draft, InsertBatchNorm(kind, placement, include, exclude))
     first = given
-    if calibration_data is not None and origins:
-        first = _calibrate(inserted, origins, calibration_data, given)
-    if first is not None and origins:
-        biases = {origin.norm: _bias(model, origin) for origin in origins.values()}
-        require_reached(inserted, _called_in_eval(plan, origins, given), first)
+    if calibration_data is not None and draft.origins:
+        first = _calibrate(draft, calibration_data)
+    if first is not None and draft.origins:
+        require_reached(draft.root, must_run, first)
         if init != "fresh":
-            require_same_outputs(model, inserted, biases, first)
+            biases = {norm: _bias(model, origin) for norm, origin in draft.origins.items()}
+            require_same_outputs(model, draft.root, biases, first)
     if optimizer is not None:
-        norms = {origin.norm: origin.layer for origin in origins.values()}
-        patch_optimizer(optimizer, model, inserted, norms)
-    return remember(inserted, report_of(plan, origins))
+        norms = {norm: origin.layer for norm, origin in draft.origins.items()}
+        patch_optimizer(optimizer, model, draft.root, norms)
+    return remember(draft.root, insert_report(draft.changes))
 
 
 def plan_insert(
@@ -114,36 +117,49 @@ def plan_insert(
 ) -> InsertReport:
     """What `insert_bn` would do with the same arguments; nothing is changed, no data is read."""
     _require_options(init, calibration_data, placement)
+    _require_model(model)
     if optimizer is not None:
         require_patchable(optimizer, model)
-    given = example(example_inputs, example_kwargs)
-    insertion = InsertBatchNorm("identity", placement, include, exclude)
-    plan = make_plan(model, given, insertion)
-    return report_of(plan, carry_out(plan, insertion)[1])
+    draft = Draft(model, example(example_inputs, example_kwargs))
+    insert_into(draft, InsertBatchNorm("identity", placement, include, exclude))
+    return insert_report(draft.changes)
 
 
-def _called_in_eval(
-    plan: InsertPlan, origins: Mapping[InsertSite, Origin], given: Example | None
-) -> list[str]:
-    """The BatchNorms that must run when the model runs on the example in eval mode."""
-    if given is None:
-        return []
-    return [o.norm for site, o in origins.items() if site.call.path in plan.called_in_eval]
+def insert_into(draft: Draft, insertion: InsertBatchNorm) -> list[str]:
+    """Insert into a draft. The BatchNorms that its example must reach in eval mode."""
+    seen = Evidence(draft.seen).calls if draft.seen is not None else ()
+    called = {call.path for call in seen}
+    run(draft, insertion)
+    mine = (change for change in draft.changes if change.by == insertion.name)
+    return [norm for change in mine if change.path in called for norm in change.into]
 
 
-def _calibrate(
-    inserted: nn.Module,
-    origins: Mapping[InsertSite, Origin],
-    batches: Iterable[Any],
-    given: Example | None,
-) -> Example:
+def insert_report(changes: Iterable[Change]) -> InsertReport:
+    """The records of an insertion as its report."""
+    return InsertReport(
+        tuple(
+            InsertRecord(
+                path=change.path,
+                kind=change.kind,
+                channels=change.channels,
+                action="inserted" if change.action == "changed" else "skipped",
+                bn_path=next(iter(change.into), None),
+                reason=change.reason,
+            )
+            for change in changes
+            if change.by == InsertBatchNorm.name
+        )
+    )
+
+
+def _calibrate(draft: Draft, batches: Iterable[Any]) -> Example:
     norms: dict[str, _BatchNorm] = {}
-    for origin in origins.values():
-        norm = inserted.get_submodule(origin.norm)
+    for path in draft.origins:
+        norm = draft.root.get_submodule(path)
         assert isinstance(norm, _BatchNorm)
-        norms[origin.norm] = norm
-    with modes_kept(inserted):
-        return calibrate(inserted.eval(), norms, batches, given)
+        norms[path] = norm
+    with modes_kept(draft.root):
+        return calibrate(draft.root.eval(), norms, batches, draft.given)
 
 
 def _bias(model: nn.Module, origin: Origin) -> Tensor | None:
@@ -172,3 +188,20 @@ def _require_options(init: str, data: object, placement: str) -> None:
         raise InsertError(
             f"calibration_data is not read with init={init!r}; use init='calibrate' or leave it out"
         )
+
+
+def _require_model(model: nn.Module) -> None:
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise InsertError(f"the model is a {kind}, not a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InsertError(
+            f"{kind} is TorchScript, which cannot be changed; give the original model"
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise InsertError(f"{kind} is a wrapper; give model.module, and wrap the result")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise InsertError(
+                f"{name!r} has no shape yet (a lazy module); run the model once first"
+            )

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import nn
 
-from bnfx.editing.driver import apply_pass
+from bnfx.editing.draft import Draft
+from bnfx.editing.driver import run
+from bnfx.editing.preservation import require_reached
 from bnfx.errors import RecipeError
-from bnfx.insertion import insert_bn
-from bnfx.passes import InsertFilter, RemoveDropout, RemoveLocalResponseNorm, ZeroInitResidual
+from bnfx.graphs.examples import example
+from bnfx.insertion import insert_into, insert_report
+from bnfx.passes import (
+    InsertBatchNorm,
+    InsertFilter,
+    RemoveDropout,
+    RemoveLocalResponseNorm,
+    ZeroInitResidual,
+)
 from bnfx.reports.document import Headline
-from bnfx.reports.report import Change, InsertReport, Report, report, table, tally
+from bnfx.reports.report import Change, Report, remember, table, tally
 
 #: What the section says beyond the model and the numbers: it is up to the data pipeline.
 _ADVICE = (
@@ -149,44 +158,26 @@ def recipe(
         weight_decay_divisor=weight_decay_divisor,
         decay_speedup=decay_speedup,
     )
-    changes: list[Change] = []
-    edited = model
-    for edit in (
-        RemoveLocalResponseNorm(keep),
-        RemoveDropout(rate=dropout, attention=attention_dropout, exclude=keep),
-    ):
-        done = apply_pass(edit, edited, example_inputs, example_kwargs=example_kwargs)
-        edited = done.model
-        changes += done.changes
-    edited = insert_bn(
-        edited, example_inputs, example_kwargs=example_kwargs, include=include, exclude=exclude
-    )
-    changes += _insertions(edited)
+    draft = Draft(model, example(example_inputs, example_kwargs))
+    lrn = RemoveLocalResponseNorm(keep)
+    run(draft, lrn, RemoveDropout(rate=dropout, attention=attention_dropout, exclude=keep))
+    must_run = insert_into(draft, InsertBatchNorm("fresh", include=include, exclude=exclude))
+    if draft.given is not None and draft.origins:
+        require_reached(draft.root, must_run, draft.given)
     if zero_init_residual:
-        zeroed = apply_pass(
-            ZeroInitResidual(), edited, example_inputs, example_kwargs=example_kwargs
-        )
-        edited = zeroed.model
-        changes += zeroed.changes
+        run(draft, ZeroInitResidual())
+    edited = remember(draft.root, insert_report(draft.changes))
+    changes = tuple(_as_edit(change) for change in draft.changes)
     given = Hparams(lr, weight_decay, 1.0)
     hparams = Hparams(lr * lr_factor, weight_decay / weight_decay_divisor, decay_speedup)
-    return Recipe(edited, tuple(changes), hparams, given)
+    return Recipe(edited, changes, hparams, given)
 
 
-def _insertions(model: nn.Module) -> Sequence[Change]:
-    """The report of `insert_bn` as changes of the recipe."""
-    done = report(model)
-    assert isinstance(done, InsertReport)
-    return [
-        Change(
-            "insert_bn",
-            site.path,
-            site.kind,
-            "changed" if site.action == "inserted" else "kept",
-            f"{site.bn_path} inserted: it {site.reason}" if site.bn_path else site.reason,
-        )
-        for site in done.sites
-    ]
+def _as_edit(change: Change) -> Change:
+    """A record with words that stand alone beside those of the other passes."""
+    if not change.into:
+        return change
+    return replace(change, reason=f"{change.into[0]} inserted: it {change.reason}")
 
 
 def _check_numbers(**numbers: float) -> None:

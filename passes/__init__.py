@@ -10,7 +10,7 @@ if __name__ != "bnfx.passes":
 from .erase_unread import EraseUnread
 from .fold_bn import FoldBatchNorm
 from .insert_bn import Filter as InsertFilter
-from .insert_bn import InsertBatchNorm, never_called
+from .insert_bn import InsertBatchNorm
 from .insert_bn import Placement as InsertPlacement
 from .insert_bn import Site as InsertSite
 from .merge_branches import MergeBranches
@@ -29,5 +29,4 @@ __all__ = [
     "RemoveDropout",
     "RemoveLocalResponseNorm",
     "ZeroInitResidual",
-    "never_called",
 ]

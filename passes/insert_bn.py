@@ -21,31 +21,26 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfx.editing.affine_calls import (
-    AffineCall,
-    Evidence,
-    Readers,
-    affine_modules,
-    channels_of,
-    join,
-    traced,
-)
+from bnfx.editing.affine_calls import AffineCall, Evidence, evidences, never_called
 from bnfx.editing.consumers import Ends, depends_on_input, describe, ends_of, reaches
+from bnfx.editing.declarations import Preserved
+from bnfx.editing.draft import Draft, Region, join
 from bnfx.editing.inserted import Origin
+from bnfx.editing.regions import share_out
 from bnfx.errors import InsertError
-from bnfx.graphs.parameters import attribute, free_name
-from bnfx.graphs.training import ModuleGraph
+from bnfx.graphs.parameters import free_name
 from bnfx.operators.calls import arguments
 from bnfx.operators.table import Role, role_of
-from bnfx.reports.report import InsertRecord
+from bnfx.reports.report import Change, InsertRecord
 
 Init = Literal["fresh", "identity"]
 Placement = Literal["pre_activation", "post_activation"]
@@ -56,52 +51,95 @@ _BATCH_NORMS = {None: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: n
 
 @dataclass(frozen=True)
 class Site:
-    """An affine call that gets a BatchNorm.
-
-    Attributes:
-        call: The call.
-        channels: Number of channels to normalise.
-        nonlinearity: The call that its output reaches.
-        drops_bias: Whether beta takes the place of the layer's bias.
-    """
+    """An affine call that gets a BatchNorm."""
 
     call: AffineCall
+    #: Number of channels to normalise.
     channels: int
+    #: The call that its output reaches.
     nonlinearity: fx.Node
+    #: Whether beta takes the place of the layer's bias.
     drops_bias: bool
+    #: Path of the part of the model whose graph is edited.
+    region: str = ""
 
 
 @dataclass(frozen=True)
 class InsertBatchNorm:
-    """Put a BatchNorm behind every affine call that feeds a nonlinearity.
+    """Put a BatchNorm behind every affine call that feeds a nonlinearity."""
 
-    Attributes:
-        init: "fresh" (gamma 1) or "identity" (gamma sqrt(1 + eps), so that eval outputs stay).
-        placement: "pre_activation" or "post_activation".
-        include: Glob or globs over module paths, or a predicate on the record; None for all.
-        exclude: Likewise, for layers to leave alone.
-        eps: Added to the variance.
-        momentum: Of the running statistics.
-    """
+    name: ClassVar[str] = "insert_bn"
+    preserves: ClassVar[Preserved] = Preserved.STATE_KEYS | Preserved.STATE_VALUES
 
+    #: "fresh" (gamma 1) or "identity" (gamma sqrt(1 + eps), so that eval outputs stay).
     init: Init = "fresh"
     placement: Placement = "pre_activation"
+    #: Glob or globs over module paths, or a predicate on the record; None for all.
     include: Filter = None
+    #: Likewise, for layers to leave alone.
     exclude: Filter = None
+    #: Added to the variance.
     eps: float = 1e-5
+    #: Of the running statistics.
     momentum: float = 0.1
 
-    def match(self, evidence: Evidence) -> list[Site | InsertRecord]:
-        """One entry for each affine call, in execution order. Changes nothing.
+    def match(self, draft: Draft) -> list[Site | Change]:
+        """One entry for each affine call, in execution order, then for what is never called.
 
         Raises:
-            InsertError: A layer that is to be normalised was given unbatched input.
+            InsertError: A layer that is to be normalised was given unbatched input; no affine
+                layer at all.
         """
-        readers = Readers.of(evidence)
+        found = evidences(draft)
+        entries: list[Site | Change] = []
+        calls: Counter[str] = Counter()
+        runs: dict[str, int] = {}
+        for evidence in found:
+            news = [call.path for call in evidence.calls if call.path not in calls]
+            entries += [e for e in self._look_through(evidence) if _path(e) in news]
+            calls.update(news)
+            runs = {**evidence.region.runs, **runs}
+        entries += [
+            Change(self.name, path, row.kind, "kept", why, channels=channels)
+            for path, row, channels, why in never_called(draft, found)
+        ]
+        if not entries:
+            raise InsertError(
+                f"{type(draft.source).__name__} has no affine layer (linear, convolution or "
+                "transposed convolution), so there is nothing to normalise"
+            )
+        sites = [entry for entry in entries if isinstance(entry, Site)]
+        wanted = [(site.call, site.nonlinearity) for site in sites]
+        behind = self.placement == "post_activation"
+        places = dict(
+            zip(sites, share_out(draft, wanted, calls=calls, runs=runs, behind=behind), strict=True)
+        )
+        return [
+            self._placed(entry, *places[entry]) if isinstance(entry, Site) else entry
+            for entry in entries
+        ]
+
+    def _placed(self, site: Site, region: str, why: str) -> Site | Change:
+        return self._kept(site.call, why) if why else replace(site, region=region)
+
+    def rewrite(self, draft: Draft, found: Sequence[Site | Change]) -> tuple[Change, ...]:
+        """Put the BatchNorms into the graphs of their regions; the whole model's comes last."""
+        sites: dict[str, list[Site]] = {}
+        for entry in found:
+            if isinstance(entry, Site):
+                sites.setdefault(entry.region, []).append(entry)
+        if draft.whole is not None:
+            sites.setdefault("", [])
+        done: dict[Site, Change] = {}
+        for region in sorted(sites, key=lambda path: not path):
+            done |= self._rewrite(draft.root, draft.open(region), sites[region])
+        return tuple(done[entry] if isinstance(entry, Site) else entry for entry in found)
+
+    def _look_through(self, evidence: Evidence) -> list[Site | Change]:
         taken: dict[fx.Node, AffineCall] = {}
         chosen: list[tuple[AffineCall, fx.Node | str]] = []
         for call in evidence.calls:
-            found = self._look(evidence, readers, call)
+            found = self._look(evidence, call)
             if isinstance(found, fx.Node) and self.placement == "post_activation":
                 first = taken.setdefault(found, call)
                 if first is not call:
@@ -110,30 +148,19 @@ class InsertBatchNorm:
         served = {call.node for call, found in chosen if isinstance(found, fx.Node)}
         subsumed = served if self.placement == "pre_activation" else set()
         return [
-            Site(call, call.channels, found, _may_drop(evidence, readers, call, subsumed))
+            Site(call, call.channels, found, _may_drop(evidence, call, subsumed))
             if isinstance(found, fx.Node) and call.channels is not None
-            else skipped(call, str(found))
+            else self._kept(call, str(found))
             for call, found in chosen
         ]
 
-    def rewrite(
-        self, captured: ModuleGraph, sites: Iterable[Site], prefix: str
-    ) -> dict[Site, Origin]:
-        """Put the BatchNorms of `sites` into the graph of the module at `prefix`.
+    def _kept(self, call: AffineCall, why: str) -> Change:
+        channels = call.channels or 0
+        return Change(self.name, call.path, call.row.kind, "kept", why, channels=channels)
 
-        The names in the result start from that module.
-        """
-        here = {(call.path, call.index): call for call in traced(captured, prefix).calls}
-        wanted = [(site, here[site.call.path, site.call.index]) for site in sites]
-        made = {site: self._insert(captured, site, call, prefix) for site, call in wanted}
-        for bias in {origin.bias: None for origin in made.values() if origin.bias is not None}:
-            readers = [call for site, call in wanted if made[site].bias == bias]
-            _drop_bias(captured, bias, readers)
-        return made
-
-    def _look(self, evidence: Evidence, readers: Readers, call: AffineCall) -> fx.Node | str:
+    def _look(self, evidence: Evidence, call: AffineCall) -> fx.Node | str:
         """The nonlinearity that gives `call` a BatchNorm, or why it gets none."""
-        record = skipped(call, "")
+        record = InsertRecord(call.path, call.row.kind, call.channels or 0, "skipped", None, "")
         if self.include is not None and not _chosen(self.include, record):
             return "not chosen by include"
         if self.exclude is not None and _chosen(self.exclude, record):
@@ -141,43 +168,66 @@ class InsertBatchNorm:
         if call.channels is None:
             return "its weight is computed in the forward; pass example_inputs to tell its channels"
         if call.weight is not None:
-            dtype = evidence.root.get_parameter(call.weight).dtype
+            dtype = evidence.parameter(call.weight).dtype
             if not dtype.is_floating_point:
                 return f"its weight is {dtype}, and BatchNorm is for real numbers"
-            tied = _other_readers(evidence, readers, call)
+            tied = _other_readers(evidence, call)
             if tied:
                 return f"its weight is tied: {tied} reads it too"
-        modules = readers.modules
-        ends = ends_of(call.node, modules)
-        reason = _why_not(evidence, ends, call, modules)
+        ends = ends_of(call.node, evidence.modules)
+        reason = _why_not(evidence, ends, call)
         if not reason and self.placement == "post_activation":
-            reason = _why_not_behind(ends, modules)
+            reason = _why_not_behind(ends, evidence.modules)
         if reason:
             return reason
         _require_batch(call)
         return ends.nonlinearities[0]
 
-    def _insert(self, captured: ModuleGraph, site: Site, call: AffineCall, prefix: str) -> Origin:
-        root = captured.root
-        layer = call.path[len(prefix) :].removeprefix(".")
-        norm = self._norm(root, site, call)
+    def _rewrite(
+        self, root: nn.Module, region: Region, sites: Sequence[Site]
+    ) -> dict[Site, Change]:
+        """Put the BatchNorms of `sites` into one region of `root`."""
+        here = {(call.path, call.index): call for call in Evidence(region).calls}
+        wanted = [(site, here[site.call.path, site.call.index]) for site in sites]
+        made = {site: self._insert(region, site, call) for site, call in wanted}
+        region.origins += made.values()
+        dropped = {}
+        for bias in {origin.bias: None for origin in made.values() if origin.bias is not None}:
+            dropped[bias] = _names_of(root, region.value(bias))
+            readers = [call for site, call in wanted if made[site].bias == bias]
+            _drop_bias(region, bias, readers)
+        return {
+            site: Change(
+                self.name,
+                site.call.path,
+                site.call.row.kind,
+                "changed",
+                f"feeds {describe(site.nonlinearity)!r}",
+                values=(*dropped.get(origin.bias or "", ()), *_state_of(root, region, origin.norm)),
+                into=(region.name(origin.norm),),
+                channels=site.channels,
+            )
+            for site, origin in made.items()
+        }
+
+    def _insert(self, region: Region, site: Site, call: AffineCall) -> Origin:
+        root = region.root
+        layer = call.path[len(region.path) :].removeprefix(".")
+        norm = self._norm(region, site, call)
         norm.train(root.training)
         name = free_name(root, f"{layer}_bn" if layer else "bn")
         parent, _, leaf = name.rpartition(".")
         root.get_submodule(parent).add_module(leaf, norm)
-        modules = dict(root.named_modules(remove_duplicate=False))
-        behind = (
-            call.node
-            if self.placement == "pre_activation"
-            else ends_of(call.node, modules).nonlinearities[0]
-        )
-        _put_behind(captured.graph, behind, name, per_row=call.row.spatial is None)
+        behind = call.node
+        if self.placement == "post_activation":
+            behind = ends_of(call.node, region.modules).nonlinearities[0]
+        _put_behind(region.graph, behind, name, per_row=call.row.spatial is None)
         return Origin(layer, call.bias if site.drops_bias else None, name)
 
-    def _norm(self, root: nn.Module, site: Site, call: AffineCall) -> _BatchNorm:
-        stored = [attribute(root, name) for name in (call.weight, call.bias) if name is not None]
+    def _norm(self, region: Region, site: Site, call: AffineCall) -> _BatchNorm:
+        stored = [region.value(name) for name in (call.weight, call.bias) if name is not None]
         tensors = [tensor for tensor in stored if isinstance(tensor, Tensor)]
-        like = tensors[0] if tensors else next(root.parameters())
+        like = tensors[0] if tensors else next(region.root.parameters())
         norm = _BATCH_NORMS[call.row.spatial](
             site.channels,
             eps=self.eps,
@@ -196,24 +246,21 @@ class InsertBatchNorm:
         return norm
 
 
-def skipped(call: AffineCall, reason: str) -> InsertRecord:
-    """The record of a call that gets no BatchNorm."""
-    return InsertRecord(call.path, call.row.kind, call.channels or 0, "skipped", None, reason)
+def _path(entry: Site | Change) -> str:
+    return entry.call.path if isinstance(entry, Site) else entry.path
 
 
-def never_called(
-    root: nn.Module, called: set[str], why: Callable[[str], str]
-) -> Iterator[InsertRecord]:
-    """Records of the affine modules that no affine call came from; `why` gives the reason."""
-    own = {id(root.get_submodule(path)) for path in called if path in dict(root.named_modules())}
-    for path, module, row in affine_modules(root):
-        if path in called or id(module) in own:
-            continue
-        weight, groups = module.weight, module.groups if row.spatial is not None else 1
-        assert isinstance(weight, Tensor)
-        assert isinstance(groups, int)
-        channels = channels_of(row, weight, groups)
-        yield InsertRecord(path, row.kind, channels, "skipped", None, why(path))
+def _names_of(root: nn.Module, parameter: object) -> list[str]:
+    """Every name of a parameter in the state_dict."""
+    named = root.named_parameters(remove_duplicate=False)
+    return [name for name, other in named if other is parameter]
+
+
+def _state_of(root: nn.Module, region: Region, norm: str) -> list[str]:
+    """The names that a new BatchNorm has in the state_dict."""
+    inserted = region.root.get_submodule(norm)
+    slots = (p for p, m in root.named_modules(remove_duplicate=False) if m is inserted)
+    return [f"{path}.{name}" for path in slots for name in inserted.state_dict()]
 
 
 def _put_behind(graph: fx.Graph, node: fx.Node, name: str, *, per_row: bool) -> None:
@@ -230,9 +277,7 @@ def _put_behind(graph: fx.Graph, node: fx.Node, name: str, *, per_row: bool) -> 
         user.replace_input_with(node, out)
 
 
-def _why_not(
-    evidence: Evidence, ends: Ends, call: AffineCall, modules: Mapping[str, nn.Module]
-) -> str:
+def _why_not(evidence: Evidence, ends: Ends, call: AffineCall) -> str:
     """Which part of the rule leaves this call alone; "" for none."""
     direct = [norm for norm in ends.norms if norm not in ends.past_add]
     if direct:
@@ -249,6 +294,7 @@ def _why_not(
             return "output head: its output is the model's output"
         reached = describe(ends.others[0]) if ends.others else "nothing"
         return f"it feeds no elementwise nonlinearity but {reached}"
+    modules = evidence.modules
     squashed = all(role_of(n, modules) is Role.SQUASHING for n in ends.nonlinearities)
     others = [other.node for other in evidence.calls]
     if squashed and not evidence.prefix and not reaches(call.node, others, modules):
@@ -293,15 +339,15 @@ def _chosen(which: Filter, record: InsertRecord) -> bool:
     return bool(which(record))
 
 
-def _other_readers(evidence: Evidence, readers: Readers, call: AffineCall) -> str:
+def _other_readers(evidence: Evidence, call: AffineCall) -> str:
     """Who else reads the call's weight: another module that holds it, or another operator."""
-    parameter = attribute(evidence.root, str(call.weight))
-    own = readers.modules.get(call.path[len(evidence.prefix) :].removeprefix("."))
-    for path, module in readers.holders[id(parameter)]:
+    parameter = evidence.parameter(str(call.weight))
+    own = evidence.modules.get(call.path[len(evidence.prefix) :].removeprefix("."))
+    for path, module in evidence.holders[id(parameter)]:
         if module is not own and path:
             return f"module {join(evidence.prefix, path)!r}"
-    for node, user in readers.users[id(parameter)]:
-        other = readers.calls.get(user)
+    for node, user in evidence.users[id(parameter)]:
+        other = evidence.at.get(user)
         if other is None or other.path != call.path or _weight_of(other) is not node:
             return f"operator {user.name!r}"
     return ""
@@ -311,24 +357,24 @@ def _weight_of(call: AffineCall) -> object:
     return arguments(call.node, call.row.signature)["weight"]
 
 
-def _may_drop(evidence: Evidence, readers: Readers, call: AffineCall, served: set[fx.Node]) -> bool:
+def _may_drop(evidence: Evidence, call: AffineCall, served: set[fx.Node]) -> bool:
     """Whether every reader of the call's bias gets a BatchNorm, so that beta can replace it."""
     if call.bias is None or call.node not in served:
         return False
-    parameter = attribute(evidence.root, call.bias)
-    if readers.names[id(parameter)] != [call.bias]:
+    parameter = evidence.parameter(call.bias)
+    if evidence.names[id(parameter)] != [call.bias]:
         return False
     same = [other.node for other in evidence.calls if other.path == call.path]
-    users = {user for _, user in readers.users[id(parameter)]}
+    users = {user for _, user in evidence.users[id(parameter)]}
     if not served >= users.union(same):
         return False
-    inside = any(call.bias.startswith(f"{path}.") for path in readers.whole if path != call.path)
+    inside = any(call.bias.startswith(f"{path}.") for path in evidence.whole if path != call.path)
     return call.node.op == "call_module" or not inside
 
 
-def _drop_bias(captured: ModuleGraph, bias: str, readers: Iterable[AffineCall]) -> None:
+def _drop_bias(region: Region, bias: str, readers: Iterable[AffineCall]) -> None:
     path, _, leaf = bias.rpartition(".")
-    captured.root.get_submodule(path).register_parameter(leaf, None)
+    region.root.get_submodule(path).register_parameter(leaf, None)
     for call in readers:
         if call.node.op == "call_module":
             continue
@@ -340,7 +386,7 @@ def _drop_bias(captured: ModuleGraph, bias: str, readers: Iterable[AffineCall]) 
             kwargs = {k: None if arg is old else arg for k, arg in call.node.kwargs.items()}
             call.node.kwargs = kwargs
         if not old.users:
-            captured.graph.erase_node(old)
+            region.graph.erase_node(old)
 
 
 def _without_addend(call: AffineCall) -> None:

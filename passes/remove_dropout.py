@@ -27,7 +27,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from bnfx.editing.declarations import Preserved
 from bnfx.editing.draft import Draft, Region, argument, constant_by_mode
 from bnfx.editing.driver import OPTIONAL, OUT_OF_REACH, chosen, unseen_calls
-from bnfx.editing.sightings import SeenCall, source_of
+from bnfx.editing.sightings import SeenCall, seen_calls, source_of
 from bnfx.errors import RecipeError
 from bnfx.graphs.examples import has_hooks
 from bnfx.operators.calls import call_name, function_name
@@ -214,7 +214,7 @@ class _Seen:
                 if isinstance(module, _DropoutNd) and source_of(node).op != "placeholder":
                     behind = _behind_softmax(node, region.modules)
                     self._note(region.name(str(node.target)), behind=behind)
-        for call in draft.calls or ():
+        for call in seen_calls(draft.seen):
             if isinstance(draft.root.get_submodule(call.path), _DropoutNd):
                 self._note(call.path, behind=call.after_softmax)
 

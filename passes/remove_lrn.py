@@ -48,7 +48,7 @@ class RemoveLocalResponseNorm:
     """
 
     name: ClassVar[str] = "remove_lrn"
-    preserves: ClassVar[Preserved] = Preserved.STATE_KEYS | Preserved.STATE_VALUES
+    preserves: ClassVar[Preserved] = Preserved.STATE_KEYS | Preserved.STATE_VALUES | Preserved.RUNS
 
     exclude: str | Sequence[str] = ()
 

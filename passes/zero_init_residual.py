@@ -48,7 +48,7 @@ class ZeroInitResidual:
     """
 
     name: ClassVar[str] = "zero_init_residual"
-    preserves: ClassVar[Preserved] = Preserved.STATE_KEYS | Preserved.STATE_VALUES
+    preserves: ClassVar[Preserved] = Preserved.STATE_KEYS | Preserved.STATE_VALUES | Preserved.RUNS
 
     exclude: str | Sequence[str] = ()
 
@@ -108,7 +108,7 @@ class ZeroInitResidual:
 
 def _evidence(draft: Draft) -> list[Region]:
     """What was seen in a run, as one region without modules; without a run, what can be traced."""
-    return draft.regions if draft.observed is None else [Region("", draft.observed, {})]
+    return draft.regions if draft.seen is None else [draft.seen]
 
 
 def _sides(node: fx.Node, region: Region) -> tuple[fx.Node, fx.Node] | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from bnfx.editing.preservation import run
-from bnfx.errors import FoldError, RecipeError
-from bnfx.graphs.examples import Example, clone
+from bnfx.errors import CaptureError, FoldError, RecipeError
 
 
 class Preserved(Flag):
@@ -20,6 +18,7 @@ class Preserved(Flag):
     STATE_KEYS = auto()  # names, shapes and types in the state_dict, in any order
     STATE_VALUES = auto()  # the values, to the bit, but for those that a record names
     EVAL_OUTPUTS = auto()  # outputs in eval mode, to the bit
+    RUNS = auto()  # the model runs on the example
 
 
 @dataclass(frozen=True)
@@ -58,87 +57,75 @@ class GraphFacts:
             )
 
 
-def check_preserved(
-    name: str,
-    declared: Preserved,
-    before: nn.Module,
-    after: nn.Module,
-    given: Example | None,
-    named: Collection[str] = (),
-) -> None:
-    """Compare two models with what the pass `name` declares to preserve.
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is compared of a model that trains, before and after a pass."""
 
-    Args:
-        name: Of the pass, for the message.
-        declared: What to compare.
-        before: The model given.
-        after: What the pass made of it.
-        given: Inputs to run both on; without them outputs are not compared.
-        named: Names in the state_dict whose values the pass says it has changed.
+    #: Class of the model given.
+    kind: str
+    state: Mapping[str, object]
+    #: The state of the model given.
+    source: Mapping[str, object]
+    #: Names in the state_dict whose values passes say they have changed so far.
+    named: Collection[str]
+    #: Floating-point outputs on the example, in eval mode; why there are none if it does not run.
+    outputs: Sequence[Tensor] | CaptureError | None
 
-    Raises:
-        RecipeError: Something that should have stayed did not, or `after` does not run.
-    """
-    if Preserved.STATE_KEYS in declared:
-        _check_keys(name, before, after)
-    if Preserved.STATE_VALUES in declared:
-        _check_values(name, before, after, named)
-    if given is None:
-        return
-    outputs = _run_edited(name, after, given)
-    if Preserved.EVAL_OUTPUTS in declared:
-        _check_outputs(name, before, _outputs(before, given), outputs)
-
-
-def _check_keys(name: str, before: nn.Module, after: nn.Module) -> None:
-    ours, theirs = ({k: (v.shape, v.dtype) for k, v in _state(m)} for m in (before, after))
-    differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-    if differing:
-        raise RecipeError(
-            f"{name} must keep the state_dict's names and shapes, but changed {differing[0]!r}"
-            f"{_more(differing)} in {type(before).__name__}; please report the model"
-        )
-
-
-def _check_values(name: str, before: nn.Module, after: nn.Module, named: Collection[str]) -> None:
-    theirs = {k: v for k, v in _state(after) if k not in named}
-    moved = [k for k, v in _state(before) if k in theirs and not _same(v, theirs[k])]
-    if moved:
-        raise RecipeError(
-            f"{name} must keep parameters and buffers, but changed the values of {moved[0]!r}"
-            f"{_more(moved)} in {type(before).__name__}; please report the model"
-        )
-
-
-def _run_edited(name: str, after: nn.Module, given: Example) -> list[Tensor]:
-    try:
-        return _outputs(after, given)
-    except Exception as error:  # a user's forward raises anything
-        raise RecipeError(
-            f"{type(after).__name__} does not run any more after {name}: {type(error).__name__}: "
-            f"{str(error).partition(chr(10))[0]}. Its code asks a module for something that an "
-            "edited one does not have; exclude that module"
-        ) from error
-
-
-def _check_outputs(name: str, before: nn.Module, ours: list[Tensor], theirs: list[Tensor]) -> None:
-    if len(ours) != len(theirs):
-        raise RecipeError(f"{name} changed the structure of the output; please report the model")
-    for i, (old, new) in enumerate(zip(ours, theirs, strict=True)):
-        if not _same(old, new):
+    def check(self, name: str, declared: Preserved, after: ModelFacts) -> None:
+        """Raise RecipeError unless the pass `name` preserved what it declares."""
+        if isinstance(self.outputs, CaptureError):
+            raise self.outputs
+        if Preserved.STATE_KEYS in declared:
+            self._check_keys(name, after)
+        if Preserved.STATE_VALUES in declared:
+            self._check_values(name, after)
+        if isinstance(after.outputs, CaptureError):
+            error = after.outputs.__cause__
             raise RecipeError(
-                f"{name} must keep outputs in eval mode, but output {i} of {type(before).__name__} "
-                f"moved by {_distance(old, new)}; exclude the modules in question, or report it"
+                f"{self.kind} does not run any more after {name}: {type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0]}. Its code asks a module for something that an "
+                "edited one does not have; exclude that module"
+            ) from error
+        if Preserved.EVAL_OUTPUTS in declared and self.outputs is not None:
+            self._check_outputs(name, self.outputs, after.outputs or ())
+
+    def _check_keys(self, name: str, after: ModelFacts) -> None:
+        ours, theirs = (
+            {k: (v.shape, v.dtype) for k, v in _tensors(facts.state) if k not in after.named}
+            for facts in (self, after)
+        )
+        differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+        if differing:
+            raise RecipeError(
+                f"{name} must keep the state_dict's names and shapes, but changed {differing[0]!r}"
+                f"{_more(differing)} in {self.kind}; please report the model"
             )
 
+    def _check_values(self, name: str, after: ModelFacts) -> None:
+        theirs = {k: v for k, v in _tensors(after.state) if k not in after.named}
+        source = _tensors(self.source)
+        moved = [k for k, v in source if k in theirs and not _same(v, theirs[k])]
+        if moved:
+            raise RecipeError(
+                f"{name} must keep parameters and buffers, but changed the values of {moved[0]!r}"
+                f"{_more(moved)} in {self.kind}; please report the model"
+            )
 
-def _outputs(model: nn.Module, given: Example) -> list[Tensor]:
-    """Floating-point outputs of a copy in eval mode, with one state of the random generator."""
-    return run(clone(model).eval(), given, None)
+    def _check_outputs(self, name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+        if len(ours) != len(theirs):
+            raise RecipeError(
+                f"{name} changed the structure of the output; please report the model"
+            )
+        for i, (old, new) in enumerate(zip(ours, theirs, strict=True)):
+            if not _same(old, new):
+                raise RecipeError(
+                    f"{name} must keep outputs in eval mode, but output {i} of {self.kind} moved "
+                    f"by {_distance(old, new)}; exclude the modules in question, or report it"
+                )
 
 
-def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for key, value in model.state_dict().items():
+def _tensors(state: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
+    for key, value in state.items():
         if isinstance(value, Tensor):  # extra state may be anything
             yield key, value
 

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from torch import nn
 
-from bnfx.editing.declarations import Preserved, check_preserved
+from bnfx.editing.declarations import Preserved
 from bnfx.editing.draft import Draft, below
-from bnfx.editing.sightings import SeenCall
+from bnfx.editing.sightings import SeenCall, seen_calls
 from bnfx.graphs.examples import example
 from bnfx.reports.report import Change
 
@@ -42,8 +42,8 @@ class AnyDraft(Protocol):
         """It as text, to show where a rewrite went wrong."""
         ...
 
-    def facts(self) -> Facts:
-        """What passes may be bound to preserve, as it is now."""
+    def facts(self, declared: Preserved, /) -> Facts:
+        """What a pass with this declaration must preserve, as it is now."""
         ...
 
     def settle(self, changes: Sequence[Change], /) -> None:
@@ -101,14 +101,14 @@ def run(draft: _Draft, *passes: Pass[_Draft] | Repeated[_Draft]) -> None:
 
 def _once(draft: _Draft, edit: Pass[_Draft]) -> bool:
     """Run a pass once. Whether there was anything to do."""
-    found, before = edit.match(draft), draft.facts()
+    found, before = edit.match(draft), draft.facts(edit.preserves)
     try:
         changes = edit.rewrite(draft, found)
     except Exception as error:
         error.add_note(f"{edit.name} was rewriting\n{draft.picture()}")
         raise
     draft.settle(changes)
-    before.check(edit.name, edit.preserves, draft.facts())
+    before.check(edit.name, edit.preserves, draft.facts(edit.preserves))
     return any(not isinstance(entry, Change) for entry in found)
 
 
@@ -121,7 +121,7 @@ class Edited:
 
 
 def apply_pass(
-    edit: Pass[Any],
+    edit: Pass[Draft],
     model: nn.Module,
     example_inputs: Any = None,
     *,
@@ -148,11 +148,8 @@ def apply_pass(
     """
     given = example(example_inputs, example_kwargs)
     draft = Draft(model, given)
-    changes = edit.rewrite(draft, edit.match(draft))
-    edited = draft.finish()
-    named = {name for change in changes for name in change.values}
-    check_preserved(edit.name, edit.preserves, model, edited, given, named)
-    return Edited(edited, tuple(changes))
+    run(draft, edit)
+    return Edited(draft.root, tuple(draft.changes))
 
 
 def chosen(path: str, globs: str | Sequence[str]) -> bool:
@@ -181,13 +178,13 @@ def unseen_calls(
     """
     done = {entry.path for entry in found}
     records: dict[str, Change] = {}
-    for call in draft.calls or ():
+    for call in seen_calls(draft.seen):
         caller = draft.root.get_submodule(call.path)
         if call.function not in functions or known(caller) or call.path in done:
             continue
         if not draft.in_graph(call.path):
             records[call.path] = Change(by, call.path, call.function, "kept", reason(call))
-    if draft.calls is not None:
+    if draft.seen is not None:
         return list(records.values())
     outermost = (p for p in draft.untraced if not any(_inside(p, o) for o in draft.untraced))
     return [

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from bnfx.editing.declarations import GraphFacts
+from bnfx.editing.declarations import GraphFacts, Preserved
 from bnfx.graphs.boxes import boxes
 from bnfx.graphs.constants import Values
 from bnfx.graphs.examples import Example
@@ -114,8 +114,8 @@ class InferenceDraft:
         """The graph as text."""
         return str(self.graph)
 
-    def facts(self) -> GraphFacts:
-        """What passes may be bound to preserve."""
+    def facts(self, _declared: Preserved) -> GraphFacts:
+        """What passes may be bound to preserve, as it is now: all of it costs little."""
         [out] = self.graph.find_nodes(op="output")
         names = {str(node.target) for node in self.graph.find_nodes(op="get_attr")}
         return GraphFacts(

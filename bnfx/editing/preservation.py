@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from bnfx.errors import InsertError
-from bnfx.graphs.agreement import alike, bound, nearly, outputs
-from bnfx.graphs.examples import Example, clone, modes_kept
+from bnfx.graphs.agreement import alike, bound, nearly
+from bnfx.graphs.examples import Example, clone, modes_kept, untouched
 from bnfx.graphs.observed import tensors_in, undisturbed_random_state
 from bnfx.graphs.training import ModuleGraph
 from bnfx.numbers import relative_error
@@ -73,13 +73,14 @@ def require_same_outputs(
     if any(tensor.is_meta for tensor in source.parameters()):
         return  # on the meta device there are no values
     sites = _Sites(added)
-    before, after = clone(source).eval(), clone(inserted).eval()
-    with ExitStack() as stack:
+    with untouched(inserted), modes_kept(inserted), ExitStack() as stack:
         for path in added:
-            handle = after.get_submodule(path).register_forward_hook(sites.listener(path))
+            handle = inserted.get_submodule(path).register_forward_hook(sites.listener(path))
             stack.callback(handle.remove)
-        ours = run(after, given, None)
-    own = run(before, given, None)
+        ours = run(inserted.eval(), given, None)
+    before = clone(source).eval()
+    with untouched(before):
+        own = run(before, given, None)
     truth = _exactly(before, given)
     worst = max(sites.roundings, key=sites.roundings.__getitem__, default="")
     culprit = (
@@ -105,14 +106,13 @@ def _exactly(model: nn.Module, given: Example) -> list[Tensor] | None:
 
 def require_reached(model: nn.Module, paths: Sequence[str], given: Example) -> None:
     """Raise InsertError unless `model` runs in eval mode, and through each module of `paths`."""
-    private = clone(model).eval()
     reached: set[str] = set()
-    with ExitStack() as stack:
+    with untouched(model), modes_kept(model), ExitStack() as stack:
         for path in paths:
             note = functools.partial(_note, reached, path)
-            stack.callback(private.get_submodule(path).register_forward_hook(note).remove)
+            stack.callback(model.get_submodule(path).register_forward_hook(note).remove)
         try:
-            run(private, given, None)
+            run(model.eval(), given, None)
         except Exception as error:  # a user's forward raises anything
             raise InsertError(
                 f"{type(model).__name__} does not run any more with BatchNorm in it: "
@@ -131,16 +131,16 @@ def _note(reached: set[str], path: str, *_: object) -> None:
     reached.add(path)
 
 
-def agrees(model: nn.Module, captured: ModuleGraph, given: Example) -> bool:
-    """Whether a trace gives in eval mode what the model gives, in containers of the same types."""
-    args = bound(model, captured.graph, given.copied()).values()
+def agrees(captured: ModuleGraph, given: Example, expected: object) -> bool:
+    """Whether a trace gives in eval mode what the model gave, in containers of the same types."""
+    args = bound(captured.root, captured.graph, given.copied()).values()
     with modes_kept(captured.root), torch.no_grad(), undisturbed_random_state(captured.root):
         captured.root.eval()
         try:
             ours = fx.Interpreter(captured.root, graph=captured.graph).run(*args)
         except Exception:  # noqa: BLE001  # a trace that took a wrong turn raises anything
             return False
-    return alike(ours, outputs(clone(model).eval(), given), nearly)
+    return alike(ours, expected, nearly)
 
 
 def run(model: nn.Module, given: Example, dtype: torch.dtype | None) -> list[Tensor]:

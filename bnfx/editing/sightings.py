@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from bnfx.graphs.observed import SCOPES
+from bnfx.editing.draft import Region
 from bnfx.operators.calls import call_name
 
 #: Operators that are noted.
@@ -41,13 +41,14 @@ class SeenCall:
     after_softmax: bool
 
 
-def seen_calls(graph: fx.Graph) -> tuple[SeenCall, ...]:
-    """The noted calls in an observed graph, in the order of execution."""
+def seen_calls(seen: Region | None) -> tuple[SeenCall, ...]:
+    """The noted calls in what was seen of a run, in the order of execution."""
+    if seen is None:
+        return ()
     return tuple(
-        SeenCall(name, path, call_name(source_of(node)) == "softmax")
-        for node in graph.nodes
+        SeenCall(name, seen.caller(node), call_name(source_of(node)) == "softmax")
+        for node in seen.graph.nodes
         if (name := call_name(node)) in _NOTED
-        for path in [next(reversed(node.meta[SCOPES]), "")]
     )
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
@@ -20,6 +21,12 @@ HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 )
+
+
+#: Where a module keeps its tensors and modules.
+_TABLES = ("_parameters", "_buffers", "_modules")
+#: Attributes of a `torch.fx.GraphModule` that no forward writes.
+_OF_GRAPHS = ("_graph", "_code", "_tracer_cls", "meta", "_bnfx_report")
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,53 @@ def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
             f"{type(model).__name__} cannot be copied: {error}. bnfx never changes the model that "
             "it is given; make copy.deepcopy(model) work"
         ) from error
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Let what runs inside work on copies of all that `model` holds; then the originals are back.
+
+    Its modules themselves stay, with their hooks: what is learned of them is true of `model`. The
+    values of parameters are copied once, for a forward may write into them.
+    """
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
+    data = [(p, p.data) for p in parameters.values() if not is_lazy(p)]
+    before = [(table, dict(table)) for m in modules for table in (vars(m), *_tables(m))]
+    memo: dict[int, Any] = {id(m): m for m in model.modules()} | dict(parameters)
+    for module in modules:
+        for value in (*vars(module).values(), *module._buffers.values()):
+            if isinstance(value, Tensor) and id(value) not in memo:
+                memo[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
+    try:
+        for module in modules:
+            vars(module).update(_working_copies(module, memo))
+            module._buffers.update({k: memo.get(id(b), b) for k, b in module._buffers.items()})
+        for parameter, values in data:
+            parameter.data = values.clone()
+        yield
+    finally:
+        for parameter, values in data:
+            parameter.data = values
+        for table, entries in before:
+            table.clear()
+            table.update(entries)
+
+
+def _tables(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """What a module keeps apart from its plain attributes."""
+    for key, table in vars(module).items():
+        if isinstance(table, dict) and (key in _TABLES or "hooks" in key):
+            yield table
+
+
+def _working_copies(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
+    """Copies of the plain attributes in which a forward may work."""
+    own = {k: v for k, v in vars(module).items() if k not in _TABLES and "hooks" not in k}
+    if isinstance(module, fx.GraphModule):
+        own = {k: v for k, v in own.items() if k not in _OF_GRAPHS}
+    copied: dict[str, Any] = copy.deepcopy(own, memo)
+    return copied
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What a model did when it ran once: every operator that it called, and what each one read.
 
-`observe` runs a copy of a model on example inputs under a `torch.overrides.TorchFunctionMode`. The
+`observe` runs a model on example inputs under a `torch.overrides.TorchFunctionMode`. The
 record is a `torch.fx` graph that is read, never run. It exists for every model that runs at all, so
 whatever decides the control flow (the data, keyword arguments, the shape) has decided it here.
 
@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bnfx.errors import CaptureError
-from bnfx.graphs.examples import Example, clone
+from bnfx.graphs.examples import Example
 from bnfx.operators.table import is_layer_function
 
 #: node.meta key: shape of the (first) tensor that the call returned.
@@ -43,28 +43,29 @@ _REFLECTED = ("add", "sub", "mul", "div", "truediv", "matmul", "pow", "iadd", "i
 class Observation:
     """One run of a model."""
 
+    outputs: Any  #: what it returned
     graph: fx.Graph  #: The calls, in order. Parameters and buffers are `get_attr` nodes.
     runs: Mapping[str, int]  #: how often the forward of each module ran, by path
 
 
 def observe(model: nn.Module, given: Example, *, training: bool) -> Observation:
-    """Run a copy of `model` once, in train or in eval mode, without gradients.
+    """Run `model`, a private copy, once in train or in eval mode, without gradients.
 
-    The model, the example and the global random state stay as they are.
+    It may write into the copy; the example and the global random state stay as they are.
 
     Raises:
         CaptureError: The model does not run on the example.
     """
-    private = clone(model).train(training)
-    recorder = _Recorder(private)
+    model.train(training)
+    recorder = _Recorder(model)
     mine = given.copied()
     args, kwargs = mine.args, mine.kwargs
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
             recorder.remember(leaf, recorder.graph.placeholder(f"input_{len(recorder.known)}"))
     try:
-        with torch.no_grad(), undisturbed_random_state(private), recorder.following(private):
-            out = private(*args, **kwargs)
+        with torch.no_grad(), undisturbed_random_state(model), recorder.following(model):
+            out = model(*args, **kwargs)
     except Exception as error:  # a user's forward raises anything
         raise CaptureError(
             f"{type(model).__name__} does not run on the example inputs: "
@@ -72,7 +73,7 @@ def observe(model: nn.Module, given: Example, *, training: bool) -> Observation:
         ) from error
     leaves = tensors_in(out)
     recorder.graph.output([recorder.known[leaf] for leaf in leaves if leaf in recorder.known])
-    return Observation(recorder.graph, recorder.runs)
+    return Observation(out, recorder.graph, recorder.runs)
 
 
 @contextmanager
