@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,14 +84,14 @@ def _from_spec(spec: str, generator: torch.Generator) -> tuple[str, Tensor]:
     size = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if size > _MOST_BYTES:
         raise UsageError(f"input {spec!r} would take {size / 2**30:.0f} GiB; check its shape")
-    bounds = _bounds(rest[2], spec) if len(rest) > 2 else None
+    bounds = _bounds(rest[2], dtype, spec) if len(rest) > 2 else None
     return name, _draw(shape, dtype, bounds, generator)
 
 
 def _shape(text: str, spec: str) -> tuple[int, ...]:
     if not text:
         return ()
-    if not re.fullmatch(r"\d+(x\d+)*", text):
+    if not re.fullmatch(r"\d{1,18}(x\d{1,18})*", text):
         raise UsageError(
             f"input {spec!r}: {text!r} is no shape; write numbers with x between, such as "
             "1x3x224x224 (an axis of free size is declared with --dynamic NAME:AXIS=SYMBOL)"
@@ -98,14 +99,27 @@ def _shape(text: str, spec: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split("x"))
 
 
-def _bounds(text: str, spec: str) -> tuple[float, float]:
+def _bounds(text: str, dtype: torch.dtype, spec: str) -> tuple[float, float]:
+    """The ends of a range; of one for integers what the dtype holds of it."""
     low, dots, high = text.partition("..")
     try:
         bounds = float(low), float(high)
     except ValueError:
         bounds = (1.0, 0.0)
-    if not dots or not bounds[0] <= bounds[1]:
-        raise UsageError(f"input {spec!r}: {text!r} is no range; write LOW..HIGH, such as 0..29999")
+    if dtype.is_floating_point:
+        most = torch.finfo(dtype).max
+        fits = -most <= bounds[0] <= bounds[1] <= most
+    elif dtype is not torch.bool:
+        limits = torch.iinfo(dtype)
+        bounds = max(bounds[0], limits.min), min(bounds[1], limits.max)
+        fits = bounds[0] <= bounds[1] and math.ceil(bounds[0]) <= bounds[1]
+    else:
+        fits = bounds[0] <= bounds[1]
+    if not dots or not fits:
+        raise UsageError(
+            f"input {spec!r}: {text!r} is no range of {str(dtype).removeprefix('torch.')}; write "
+            "LOW..HIGH, such as 0..29999"
+        )
     return bounds
 
 
@@ -123,12 +137,12 @@ def _draw(
         return torch.randint(0, 2, shape, generator=generator).to(dtype)
     if not dtype.is_floating_point:
         low, high = bounds or (0, 1)
-        limits = torch.iinfo(dtype)
-        low, high = max(int(low), limits.min), min(int(high), limits.max)
-        return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
+        top = min(math.floor(high), 2**63 - 2)  # torch takes the number behind the last one
+        return torch.randint(math.ceil(low), top + 1, shape, generator=generator).to(dtype)
     if bounds is None:
         return torch.randn(shape, generator=generator).to(dtype)
-    return (torch.rand(shape, generator=generator) * (bounds[1] - bounds[0]) + bounds[0]).to(dtype)
+    unit = torch.rand(shape, generator=generator).double()
+    return (bounds[0] * (1 - unit) + bounds[1] * unit).to(dtype)
 
 
 def _from_npz(path: Path) -> dict[str, Tensor]:
