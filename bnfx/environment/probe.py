@@ -12,9 +12,12 @@ import json
 import sys
 from typing import Any
 
+from bnfx.runtime.packages import without_telemetry
+
 
 def main() -> None:
     """Try the imports, the driver, and a node on each provider."""
+    without_telemetry()
     _tell(import_errors=_import_errors())
     _tell(provider={"cpu": _why_not("cpu")})
     _tell(**_driver())

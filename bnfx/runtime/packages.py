@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,14 @@ _RUNTIMES = (
     *("onnxruntime-qnn", "onnxruntime-rocm", "onnxruntime-training", "ort-nightly"),
     *("ort-nightly-gpu", "onnxruntime-silicon"),
 )
+
+
+def without_telemetry() -> None:
+    """Let onnxruntime write and send nothing about its use, unless the user said otherwise.
+
+    It looks when it is imported, and writes a device's id and a session into the user's folder.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def installed_runtimes() -> dict[str, str]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from bnfx.errors import ProviderError, VerificationError
-from bnfx.runtime.packages import cuda_mismatch
+from bnfx.runtime.packages import cuda_mismatch, without_telemetry
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _REMEDY = (
@@ -38,6 +38,7 @@ def load_onnxruntime(*, cuda: bool = False) -> Any:
     Raises:
         ProviderError: It is not installed.
     """
+    without_telemetry()
     if importlib.util.find_spec("onnxruntime") is None:
         raise ProviderError(
             "onnxruntime is not installed; install bnfx[gpu] (NVIDIA GPUs, serves on CPU too) or "

@@ -99,6 +99,21 @@ def test_it_ends_with_its_caller_even_where_that_is_killed(endless: Path) -> Non
     assert not folder.exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="files as they lie on Linux")
+@pytest.mark.parametrize("own", ["", "0"])
+@pytest.mark.parametrize("what", ["runtime.sessions", "environment.probe"])
+def test_onnxruntime_writes_nothing_about_its_use(tmp_path: Path, what: str, own: str) -> None:
+    code = "from bnfx.runtime.sessions import load_onnxruntime; load_onnxruntime()"
+    if what == "environment.probe":
+        code = "from bnfx.environment import probe; probe.main()"
+    environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    environment |= {"ORT_DISABLE_TELEMETRY": own} if own else {}
+    subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert bool(written) == bool(own), "the user's own word counts"
+
+
 LIMITED = """
 import resource, sys
 from pathlib import Path
