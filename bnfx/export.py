@@ -28,10 +28,9 @@ from bnfx.onnx_files.reading import FOLDED, VERSION, all_nodes, describe_type, o
 from bnfx.onnx_files.signature import name_outputs, require_open
 from bnfx.reports.document import Headline
 from bnfx.reports.report import FoldReport, Report, table
-from bnfx.version import __version__
+from bnfx.version import OPSETS, __version__
 from bnfx.workspace import workspace
 
-_OLDEST_OPSET, _NEWEST_OPSET = 18, 25  # of torch's exporter; a test asks it
 _BFLOAT16_OPSET = 22  # the first with convolutions and pooling in bfloat16
 _INLINE_BYTES = 1_500_000_000  # a protobuf message holds at most 2 GiB
 
@@ -171,12 +170,12 @@ def _require_eval(model: nn.Module) -> None:
 
 
 def _require_opset(version: int | None) -> None:
-    newest = min(_NEWEST_OPSET, onnx.defs.onnx_opset_version())
+    newest = min(OPSETS[-1], onnx.defs.onnx_opset_version())
     if version is not None and not isinstance(version, int):
         raise ExportError(f"opset_version={version!r} is no integer")
-    if version is not None and not _OLDEST_OPSET <= version <= newest:
+    if version is not None and not OPSETS[0] <= version <= newest:
         raise ExportError(
-            f"opset_version={version} cannot be written: the exporter supports {_OLDEST_OPSET} to "
+            f"opset_version={version} cannot be written: the exporter supports {OPSETS[0]} to "
             f"{newest} and would change it silently"
         )
 

@@ -6,6 +6,8 @@ import platform
 from importlib import metadata
 
 __version__ = "0.1.0"
+#: Versions of ONNX's operators that torch's exporter writes; a test asks it.
+OPSETS = range(18, 26)
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "bnfx")
 
 

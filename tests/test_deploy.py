@@ -228,9 +228,9 @@ def test_opsets(tmp_path: Path, opset: int) -> None:
 def test_the_newest_opset_is_that_of_the_exporter() -> None:
     from onnxscript.version_converter import _version_converter
 
-    from bnfx.export import _NEWEST_OPSET
+    from bnfx.version import OPSETS
 
-    assert _version_converter.SUPPORTED_MAX_ONNX_OPSET == _NEWEST_OPSET
+    assert OPSETS[-1] == _version_converter.SUPPORTED_MAX_ONNX_OPSET
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

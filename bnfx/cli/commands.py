@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import bnfx
-from bnfx.cli.files import check_target
+from bnfx.cli.checkpoints import save_state
+from bnfx.cli.checks import needs_inputs, parse_dynamic, require_batches, require_file
 from bnfx.cli.inputs import (
     Inputs,
     bind,
@@ -21,10 +24,10 @@ from bnfx.cli.inputs import (
     inputs_of,
     parse_inputs,
 )
-from bnfx.cli.models import CHECKPOINTS, load_model, save_exported, save_state
-from bnfx.cli.output import step, tell
+from bnfx.cli.models import load_model, save_exported
 from bnfx.cli.parser import FOLDING
-from bnfx.cli.results import DONE, FAILED, Outcome
+from bnfx.cli.results import DONE, FAILED, Outcome, Steps
+from bnfx.cli.terminal import tell
 from bnfx.errors import ProviderError, UsageError, VerificationError
 from bnfx.reports.report import FoldReport, InsertReport, Report
 from bnfx.workspace import workspace
@@ -57,20 +60,17 @@ class Given:
         return self.inputs
 
 
-def run(options: argparse.Namespace) -> Outcome:
+def run(options: argparse.Namespace, steps: Steps) -> Outcome:
     """Carry out the command that `options` names."""
-    suffixes = {"insert": CHECKPOINTS, "fold": (".pt2", *CHECKPOINTS)}
-    suffixes |= dict.fromkeys(("export", "deploy"), (".onnx",))
-    if options.command in suffixes and options.file is not None:
-        check_target(Path(options.file), suffixes[options.command])
-    return _RUN[options.command](options)
+    return _RUN[options.command](options, steps)
 
 
-def _given(options: argparse.Namespace, *, training: bool = False) -> Given:
-    with step("loading the model"):
-        loaded = load_model(
-            options.model, None if options.checkpoint is None else Path(options.checkpoint)
-        )
+def _given(options: argparse.Namespace, steps: Steps, *, training: bool = False) -> Given:
+    checkpoint = None if options.checkpoint is None else Path(options.checkpoint)
+    with steps("loading the model"):
+        loaded = load_model(options.model, checkpoint, options.checkpoint_key)
+    if loaded.note and not options.quiet:
+        tell(f"checkpoint {checkpoint}: {loaded.note}")
     model = loaded.model if loaded.exported or training else loaded.model.eval()
     inputs = loaded.inputs
     if options.input:
@@ -83,37 +83,36 @@ def _given(options: argparse.Namespace, *, training: bool = False) -> Given:
     return Given(model, inputs, loaded.dynamic_shapes if shapes is None else shapes)
 
 
-def _inspect(options: argparse.Namespace) -> Outcome:
+def _inspect(options: argparse.Namespace, steps: Steps) -> Outcome:
     if options.model.endswith(".onnx"):
-        return _inspect_file(options)
-    given = _given(options)
+        return _inspect_file(options, steps)
+    steps.total = 3 if options.input or options.model.endswith(".pt2") else 2
+    given = _given(options, steps)
     folding = _folding(options)
-    with step("folding, for the plan"):
-        folded = bnfx.fold_bn(given.model, given.args, example_kwargs=given.kwargs, **folding)
-    plan = bnfx.report(folded)
-    failure = _policy(options, _left(plan))
-
+    with steps("folding, for the plan"):
+        plan = bnfx.plan_fold(given.model, given.args, example_kwargs=given.kwargs, **folding)
+    failure = _policy(options, plan.left)
     if given.inputs is None:
         return Outcome(plan, failure, _code(failure))
-    with step("exporting, for the ledger"):
+    with steps("exporting, for the ledger"):
         stages = bnfx.removal_ledger(
             given.model, given.args, kwargs=given.kwargs, fold_options=folding
         )
     return Outcome(stages, failure, _code(failure), {"fold": plan})
 
 
-def _inspect_file(options: argparse.Namespace) -> Outcome:
-    _require_file(options.model)
+def _inspect_file(options: argparse.Namespace, steps: Steps) -> Outcome:
     if options.input or options.checkpoint or _asks_folding(options):
         raise UsageError(
             "an .onnx file is inspected as it is: leave --input, --checkpoint and options of "
             "folding out"
         )
+    steps.total = 1
     found = bnfx.inspect_onnx(options.model)
     more: dict[str, Report] = {}
     failure = _policy(options, len(found.batch_norms))
     try:
-        with step("optimising it in onnxruntime, for the ledger"):
+        with steps("optimising it in onnxruntime, for the ledger"):
             more["stages"] = bnfx.removal_ledger(None, f=options.model)
     except ProviderError as error:
         tell(f"without the ledger of onnxruntime's levels: {error}")
@@ -122,15 +121,16 @@ def _inspect_file(options: argparse.Namespace) -> Outcome:
     return Outcome(found, failure, _code(failure), more)
 
 
-def _insert(options: argparse.Namespace) -> Outcome:
-    given = _given(options, training=True)
+def _insert(options: argparse.Namespace, steps: Steps) -> Outcome:
+    steps.total = 3 if options.file else 2
+    given = _given(options, steps, training=True)
     wanted: dict[str, Any] = {"init": options.init, "placement": options.placement}
     if options.calibration:
         batches = (bind(given.model, parse_inputs([f])) for f in options.calibration)
         wanted["calibration_data"] = [
             batch.args if batch.names else dict(batch.values) for batch in batches
         ]
-    with step("inserting"):
+    with steps("inserting"):
         inserted = bnfx.insert_bn(
             given.model,
             given.args,
@@ -139,29 +139,60 @@ def _insert(options: argparse.Namespace) -> Outcome:
             exclude=options.exclude,
             **wanted,
         )
-    if options.file:
+    done = bnfx.report(inserted)
+    assert isinstance(done, InsertReport)
+    _require_matches(options, done)
+    if not options.file:
+        return Outcome(done, written="Nothing was written: name a file to keep it.")
+    with steps(f"writing {options.file}"):
         save_state(inserted, Path(options.file))
-    return Outcome(bnfx.report(inserted))
+    use = f"bnfx.insert_bn(model).load_state_dict({_reading(options.file)})"
+    return Outcome(done, written=f"{options.file} has the state dict: {use}")
 
 
-def _fold(options: argparse.Namespace) -> Outcome:
-    given = _given(options)
-    exporting = bool(options.file) and options.file.endswith(".pt2")
+def _require_matches(options: argparse.Namespace, done: InsertReport) -> None:
+    """A glob that no layer fits is a typing error, and would leave the wrong layers alone."""
+    paths = [site.path for site in done.sites]
+    for name, globs in (("--include", options.include), ("--exclude", options.exclude)):
+        for pattern in globs or ():
+            if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+                raise UsageError(
+                    f"{name} {pattern!r} fits no layer; the layers are {', '.join(paths[:20])}"
+                )
+
+
+def _reading(file: str) -> str:
+    """How the state dict in a file is read."""
+    reader = "safetensors.torch.load_file" if file.endswith(".safetensors") else "torch.load"
+    return f"{reader}({file!r})"
+
+
+def _fold(options: argparse.Namespace, steps: Steps) -> Outcome:
+    steps.total = 3 if options.file else 2
+    given = _given(options, steps)
+    exporting = needs_inputs(options)
     if exporting:
         given.required()
-    with step("folding"):
+    with steps("folding"):
         folded = bnfx.fold_bn(
             given.model, given.args, example_kwargs=given.kwargs, **_folding(options)
         )
     done = bnfx.report(folded)
-    failure = _policy(options, _left(done))
-    if options.file and not failure:
-        with step(f"writing {options.file}"):
-            if exporting:
-                save_exported(folded, given.required(), given.dynamic_shapes, Path(options.file))
-            else:
-                save_state(folded, Path(options.file))
-    return Outcome(done, failure, _code(failure))
+    assert isinstance(done, FoldReport)
+    if failure := _policy(options, done.left):
+        return Outcome(done, failure, FAILED)
+    if not options.file:
+        return Outcome(done, written="Nothing was written: name a file to keep it.")
+    with steps(f"writing {options.file}"):
+        if exporting:
+            save_exported(folded, given.required(), given.dynamic_shapes, Path(options.file))
+            use = f"is a program: torch.export.load({options.file!r}).module() runs it."
+        else:
+            save_state(folded, Path(options.file))
+            use = (
+                f"has the state dict: bnfx.fold_bn(model).load_state_dict({_reading(options.file)})"
+            )
+    return Outcome(done, written=f"{options.file} {use}")
 
 
 def _folding(options: argparse.Namespace) -> dict[str, bool]:
@@ -173,20 +204,26 @@ def _asks_folding(options: argparse.Namespace) -> bool:
     return not options.merge_branches or options.thresholds or options.border_maps
 
 
-def _export(options: argparse.Namespace) -> Outcome:
+def _export(options: argparse.Namespace, steps: Steps) -> Outcome:
     if _asks_folding(options) and not options.fold:
         raise UsageError("options of folding need --fold")
-    given = _given(options)
+    steps.total = 3 if options.fold else 2
+    given = _given(options, steps)
     inputs = given.required()
     model = given.model
     if options.fold:
-        with step("folding"):
+        with steps("folding"):
             model = bnfx.fold_bn(
                 model, inputs.args, example_kwargs=inputs.kwargs, **_folding(options)
             )
-    with step("exporting"):
+    with steps("exporting"):
         done = bnfx.export_onnx(model, inputs.args, options.file, **_onnx_options(options, given))
-    return Outcome(done)
+    check = " ".join(["bnfx verify", shlex.join([options.model, options.file, *_inputs(options)])])
+    return Outcome(done, written=f"To verify it: {check}")
+
+
+def _inputs(options: argparse.Namespace) -> list[str]:
+    return [word for spec in options.input for word in ("--input", spec)]
 
 
 def _onnx_options(options: argparse.Namespace, given: Given) -> dict[str, Any]:
@@ -201,18 +238,19 @@ def _onnx_options(options: argparse.Namespace, given: Given) -> dict[str, Any]:
     }
 
 
-def _verify(options: argparse.Namespace) -> Outcome:
-    _require_file(options.file)
+def _verify(options: argparse.Namespace, steps: Steps) -> Outcome:
     checks = _check_options(options)
     if options.model.endswith(".onnx"):
-        _require_file(options.model)
+        steps.total = 1
         args = _inputs_of_file(options) if options.input else None
-        with step("verifying"):
+        with steps("verifying"):
             done = bnfx.verify_onnx(options.model, options.file, args, **checks)
     else:
-        given = _given(options)
+        steps.total = 2
+        given = _given(options, steps)
         inputs = given.required()
-        with step("verifying"):
+        _require_batches_of(options, inputs)
+        with steps("verifying"):
             done = bnfx.verify_onnx(
                 given.model, options.file, inputs.args, kwargs=inputs.kwargs, **checks
             )
@@ -221,11 +259,30 @@ def _verify(options: argparse.Namespace) -> Outcome:
     return Outcome(done, failure, _code(failure))
 
 
-def _deploy(options: argparse.Namespace) -> Outcome:
-    given = _given(options)
+def _require_batches_of(options: argparse.Namespace, inputs: Inputs) -> None:
+    """Whether a batch is fixed is in the file that is verified."""
+    if options.batch_sizes is not None:
+        kinds = bnfx.inspect_onnx(options.file).inputs.values()
+        axes = [kind.partition("[")[2].partition(",")[0].rstrip("]") for kind in kinds]
+        free = any(axis and not axis.isdecimal() for axis in axes)
+        require_batches(options.batch_sizes, _batches(inputs), free=free)
+
+
+def _batches(inputs: Inputs) -> list[int]:
+    return [value.shape[0] for value in inputs.values.values() if value.dim()]
+
+
+def _deploy(options: argparse.Namespace, steps: Steps) -> Outcome:
+    steps.total = 6 if options.benchmark else 5
+    given = _given(options, steps)
     inputs = given.required()
+    if inputs.values:  # those of a .pt2 file have their own free axes
+        free = options.dynamic_batch or any(parse_dynamic(d)[1] == 0 for d in options.dynamic)
+        require_batches(options.batch_sizes, _batches(inputs), free=free)
+    if options.checkpoint is None and ":" in options.model and not options.quiet:
+        tell("no --checkpoint: these are the weights that the factory makes, initial or its own")
     try:
-        with step("deploying") as show:
+        with steps("fold") as show:
             done = bnfx.deploy(
                 given.model,
                 inputs.args,
@@ -242,7 +299,7 @@ def _deploy(options: argparse.Namespace) -> Outcome:
         if not isinstance(error.report, Report):
             raise
         return Outcome(error.report, str(error).partition("\n")[0], FAILED)
-    return Outcome(done)
+    return Outcome(done, details=(done.fold, done.stages))
 
 
 def _check_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -250,25 +307,25 @@ def _check_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def _bench(options: argparse.Namespace) -> Outcome:
+def _bench(options: argparse.Namespace, steps: Steps) -> Outcome:
     measured: dict[str, Any] = {
         name: getattr(options, name) for name in ("provider", "num_runs", "num_threads")
     }
     if not options.model.endswith(".onnx"):
-        return _bench_model(options, measured)
+        return _bench_model(options, steps, measured)
     if _asks_folding(options):
         raise UsageError("an .onnx file is measured as it is: leave options of folding out")
     if options.baseline is not None:
-        _require_file(options.baseline)
+        require_file(options.baseline)
+    steps.total = 1
     args = _inputs_of_file(options)
-    with step("measuring"):
+    with steps("measuring"):
         done = bnfx.benchmark_onnx(options.model, args, baseline=options.baseline, **measured)
     return Outcome(done)
 
 
 def _inputs_of_file(options: argparse.Namespace) -> tuple[Tensor, ...]:
     """Inputs for the `.onnx` file that is the model: those given, or drawn by its declarations."""
-    _require_file(options.model)
     if options.checkpoint:
         raise UsageError("an .onnx file holds its weights: leave --checkpoint out")
     found = bnfx.inspect_onnx(options.model)
@@ -276,35 +333,26 @@ def _inputs_of_file(options: argparse.Namespace) -> tuple[Tensor, ...]:
     return tuple(in_order(given, found.inputs).values() if given else inputs_of(found).values())
 
 
-def _bench_model(options: argparse.Namespace, measured: Mapping[str, Any]) -> Outcome:
+def _bench_model(options: argparse.Namespace, steps: Steps, measured: Mapping[str, Any]) -> Outcome:
     """Export a model unfolded and folded, and measure the two files."""
     if options.baseline is not None:
         raise UsageError("a model is measured against itself unfolded: leave --baseline out")
-    given = _given(options)
+    steps.total = 3
+    given = _given(options, steps)
     inputs = given.required()
     with workspace() as folder:
         files = [folder / name for name in ("folded.onnx", "unfolded.onnx")]
-        with step("exporting"):
+        with steps("exporting"):
             folded = bnfx.fold_bn(
                 given.model, inputs.args, example_kwargs=inputs.kwargs, **_folding(options)
             )
             for model, file in zip((folded, given.model), files, strict=True):
                 bnfx.export_onnx(model, inputs.args, file, kwargs=inputs.kwargs)
-        with step("measuring"):
+        with steps("measuring"):
             done = bnfx.benchmark_onnx(
                 files[0], inputs.args, baseline=files[1], kwargs=inputs.kwargs, **measured
             )
     return Outcome(done)
-
-
-def _require_file(name: str) -> None:
-    if not Path(name).is_file():
-        raise UsageError(f"there is no file {name}")
-
-
-def _left(done: FoldReport | InsertReport) -> int:
-    assert isinstance(done, FoldReport)
-    return sum(bn.verdict != "folded" for bn in done.batch_norms)
 
 
 def _policy(options: argparse.Namespace, left: int) -> str:
@@ -318,7 +366,7 @@ def _code(failure: str) -> int:
     return FAILED if failure else DONE
 
 
-_RUN: dict[str, Callable[[argparse.Namespace], Outcome]] = {
+_RUN: dict[str, Callable[[argparse.Namespace, Steps], Outcome]] = {
     "inspect": _inspect,
     "insert": _insert,
     "fold": _fold,

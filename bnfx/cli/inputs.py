@@ -16,41 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnfx.cli.checks import DTYPES, Drawn, check_archive, parse_dynamic, parse_input
 from bnfx.errors import UsageError
 from bnfx.graphs.examples import clone
 from bnfx.inspection import InspectReport
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "int16": torch.int16,
-    "int8": torch.int8,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
-
-_FORM = "NAME:1x3x224x224[:DTYPE[:LOW..HIGH]]"
-_MOST_BYTES = 2**33  # a typing error such as 1x3x224224x224 should not take the machine down
-
 
 @dataclass(frozen=True)
 class Inputs:
-    """Example inputs bound to a model's forward.
-
-    Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        names: Names of the ONNX inputs, in order; None leaves them to the exporter.
-        values: All of it by name, in order.
-    """
+    """Example inputs bound to a model's forward."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    #: Names of the ONNX inputs, in order; None leaves them to the exporter.
     names: tuple[str, ...] | None
+    #: All of it by name, in order.
     values: Mapping[str, Tensor]
 
 
@@ -63,76 +43,24 @@ def parse_inputs(specs: Sequence[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     for spec in specs:
-        given = (
-            _from_npz(Path(spec)) if spec.endswith(".npz") else dict([_from_spec(spec, generator)])
-        )
+        given = _from_npz(Path(spec)) if spec.endswith(".npz") else _from_spec(spec, generator)
         if twice := sorted(set(found) & set(given)):
             raise UsageError(f"input {twice[0]!r} is given twice")
         found.update(given)
     return found
 
 
-def _from_spec(spec: str, generator: torch.Generator) -> tuple[str, Tensor]:
-    name, *rest = spec.split(":")
-    if not name or not 1 <= len(rest) <= 3:
-        raise UsageError(f"input {spec!r} has not the form {_FORM}, and is no .npz file")
-    shape = _shape(rest[0], spec)
-    word = rest[1] if len(rest) > 1 and rest[1] else "float32"
-    if word not in DTYPES:
-        raise UsageError(f"input {spec!r}: dtype {word!r} is unknown; use {', '.join(DTYPES)}")
-    dtype = DTYPES[word]
-    size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if size > _MOST_BYTES:
-        raise UsageError(f"input {spec!r} would take {size / 2**30:.0f} GiB; check its shape")
-    bounds = _bounds(rest[2], dtype, spec) if len(rest) > 2 else None
-    return name, _draw(shape, dtype, bounds, generator)
+def _from_spec(spec: str, generator: torch.Generator) -> dict[str, Tensor]:
+    drawn = parse_input(spec)
+    return {drawn.name: _draw(drawn, generator)}
 
 
-def _shape(text: str, spec: str) -> tuple[int, ...]:
-    if not text:
-        return ()
-    if not re.fullmatch(r"\d{1,18}(x\d{1,18})*", text):
-        raise UsageError(
-            f"input {spec!r}: {text!r} is no shape; write numbers with x between, such as "
-            "1x3x224x224 (an axis of free size is declared with --dynamic NAME:AXIS=SYMBOL)"
-        )
-    return tuple(int(n) for n in text.split("x"))
-
-
-def _bounds(text: str, dtype: torch.dtype, spec: str) -> tuple[float, float]:
-    """The ends of a range; of one for integers what the dtype holds of it."""
-    low, dots, high = text.partition("..")
-    try:
-        bounds = float(low), float(high)
-    except ValueError:
-        bounds = (1.0, 0.0)
-    if dtype.is_floating_point:
-        most = torch.finfo(dtype).max
-        fits = -most <= bounds[0] <= bounds[1] <= most
-    elif dtype is not torch.bool:
-        limits = torch.iinfo(dtype)
-        bounds = max(bounds[0], limits.min), min(bounds[1], limits.max)
-        fits = bounds[0] <= bounds[1] and math.ceil(bounds[0]) <= bounds[1]
-    else:
-        fits = bounds[0] <= bounds[1]
-    if not dots or not fits:
-        raise UsageError(
-            f"input {spec!r}: {text!r} is no range of {str(dtype).removeprefix('torch.')}; write "
-            "LOW..HIGH, such as 0..29999"
-        )
-    return bounds
-
-
-def _draw(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    bounds: tuple[float, float] | None,
-    generator: torch.Generator,
-) -> Tensor:
+def _draw(drawn: Drawn, generator: torch.Generator) -> Tensor:
     """Normal floats, uniform ones inside bounds; integers from bounds, or of 0 and 1.
 
     An embedding of two rows takes 0 and 1.
     """
+    shape, bounds, dtype = drawn.shape, drawn.bounds, getattr(torch, drawn.dtype)
     if dtype is torch.bool:
         return torch.randint(0, 2, shape, generator=generator).to(dtype)
     if not dtype.is_floating_point:
@@ -146,15 +74,16 @@ def _draw(
 
 
 def _from_npz(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UsageError(f"there is no file {path} to read inputs from")
+    check_archive(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} is not a readable .npz of arrays: {error}") from error
     if not arrays:
         raise UsageError(f"{path} holds no arrays")
+    if empty := [name for name, array in arrays.items() if not array.size]:
+        raise UsageError(f"{path}: array {empty[0]!r} is empty, which gives nothing to compute")
     try:
         return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
     except TypeError as error:
@@ -167,18 +96,16 @@ def inputs_of(found: InspectReport) -> dict[str, Tensor]:
     Raises:
         UsageError: An input is no tensor of known rank and dtype.
     """
-    specs = []
+    specs = list[Drawn]()
     for name, kind in found.inputs.items():
         match = re.fullmatch(r"(\w+)\[(.*)\]", kind)
         if match is None or match[1] not in DTYPES:
             raise UsageError(f"{found.path}: give input {name!r} ({kind}) with --input")
-        sizes = [size if size.isdecimal() and size != "0" else "1" for size in match[2].split(",")]
-        specs.append((name, "x".join(sizes) if match[2] else "", match[1]))
+        sizes = [size for size in match[2].split(",") if size]
+        shape = tuple(max(int(size), 1) if size.isdecimal() else 1 for size in sizes)
+        specs.append(Drawn(name, shape, match[1], None))
     generator = torch.Generator().manual_seed(0)
-    return {
-        name: _draw(_shape(sizes, name), DTYPES[dtype], None, generator)
-        for name, sizes, dtype in specs
-    }
+    return {drawn.name: _draw(drawn, generator) for drawn in specs}
 
 
 def in_order(values: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
@@ -266,10 +193,7 @@ def dynamic_shapes(inputs: Inputs, specs: Sequence[str], *, batch: bool) -> Any:
             if value.dim():
                 axes[name][0] = "batch"
     for spec in specs:
-        match = re.fullmatch(r"([^:]+):(\d+)=([A-Za-z_]\w*)", spec)
-        if match is None:
-            raise UsageError(f"--dynamic {spec!r} has not the form NAME:AXIS=SYMBOL")
-        name, axis, symbol = match[1], int(match[2]), match[3]
+        name, axis, symbol = parse_dynamic(spec)
         if name not in axes:
             raise UsageError(f"--dynamic {spec!r}: there is no input {name!r} among {list(axes)}")
         if axis >= inputs.values[name].dim():

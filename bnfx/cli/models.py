@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
-import importlib.util
 import inspect
-import pickle
-import sys
+import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +14,36 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from bnfx.cli.files import replacing
+from bnfx.cli.checkpoints import load_checkpoint
+from bnfx.cli.checks import no_module, parse_factory
 from bnfx.cli.inputs import Inputs
+from bnfx.cli.results import place
 from bnfx.errors import CaptureError, ExportError, MissingPackageError, UsageError
-
-#: Keys under which training scripts keep the state dict in a checkpoint.
-_NESTED = ("state_dict", "model_state_dict", "model")
-#: Endings of checkpoints.
-CHECKPOINTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, and what its file says about its inputs.
-
-    Attributes:
-        model: The model.
-        exported: Whether it comes from a `.pt2` file, whose graph has no modes.
-        inputs: The inputs that it was exported with; None for a factory.
-        dynamic_shapes: The free axes that it was exported with.
-    """
+    """A model, and what its file says about its inputs."""
 
     model: nn.Module
+    #: Whether it comes from a `.pt2` file, whose graph has no modes.
     exported: bool = False
+    #: The inputs that it was exported with; None for a factory.
     inputs: Inputs | None = None
+    #: The free axes that it was exported with.
     dynamic_shapes: Any = None
+    #: What was done to its checkpoint so that it fits.
+    note: str = ""
 
 
-def load_model(spec: str, checkpoint: Path | None = None) -> Loaded:
+def load_model(spec: str, checkpoint: Path | None = None, key: str | None = None) -> Loaded:
     """The model that `spec` names.
 
     Args:
         spec: `package.module:factory`, with literal arguments if wanted, such as
             `nets:resnet(depth=18)`; or a `.pt2` file of `torch.export.save`.
         checkpoint: A state dict, read with `weights_only=True`, or a `.safetensors` file.
+        key: Where in the checkpoint the state dict lies; None looks for it.
 
     Raises:
         UsageError: The spec, the file or the checkpoint does not fit.
@@ -59,21 +52,15 @@ def load_model(spec: str, checkpoint: Path | None = None) -> Loaded:
     """
     exported = spec.endswith(".pt2")
     loaded = _load_exported(Path(spec)) if exported else Loaded(_from_factory(spec))
-    if checkpoint is not None:
-        _load_checkpoint(loaded.model, checkpoint)
-    return loaded
+    if checkpoint is None:
+        return loaded
+    return replace(loaded, note=load_checkpoint(loaded.model, checkpoint, key))
 
 
 def _from_factory(spec: str) -> nn.Module:
-    module_name, colon, call = spec.partition(":")
-    if not colon or not module_name or not call or module_name.endswith((".py", "/")):
-        raise UsageError(
-            f"model {spec!r} is neither PACKAGE.MODULE:FACTORY (such as nets:small, for small() in "
-            "nets.py of the current directory) nor a .pt2 file"
-        )
-    path, args, kwargs = _parse_call(call, spec)
-    made: Any = _import(module_name, spec)
-    for part in path:
+    wanted = parse_factory(spec)
+    made: Any = _import(wanted.module, spec)
+    for part in wanted.path:
         try:
             made = getattr(made, part)
         except AttributeError as error:
@@ -82,7 +69,7 @@ def _from_factory(spec: str) -> nn.Module:
         if not callable(made):
             raise UsageError(f"model {spec!r} is a {type(made).__name__}, not a factory of models")
         try:
-            made = made(*args, **kwargs)
+            made = made(*wanted.args, **wanted.kwargs)
         except Exception as error:  # a user's factory raises anything
             raise UsageError(
                 f"model {spec!r}: the factory failed with {type(error).__name__}: {error}"
@@ -92,41 +79,12 @@ def _from_factory(spec: str) -> nn.Module:
     return made
 
 
-def _parse_call(call: str, spec: str) -> tuple[list[str], list[Any], dict[str, Any]]:
-    """`"a.b(1, c=2)"` -> (["a", "b"], [1], {"c": 2}); arguments are literals."""
-    try:
-        parsed = ast.parse(call, mode="eval").body
-        args, kwargs = [], {}
-        if isinstance(parsed, ast.Call):
-            args = [ast.literal_eval(arg) for arg in parsed.args]
-            kwargs = {str(word.arg): ast.literal_eval(word.value) for word in parsed.keywords}
-            parsed = parsed.func
-    except (SyntaxError, ValueError) as error:
-        raise UsageError(
-            f"model {spec!r}: {call!r} is no name, nor a call with literal arguments such as "
-            "resnet(depth=18)"
-        ) from error
-    path: list[str] = []
-    while isinstance(parsed, ast.Attribute):
-        path.insert(0, parsed.attr)
-        parsed = parsed.value
-    if not isinstance(parsed, ast.Name):
-        raise UsageError(f"model {spec!r}: {call!r} is no name of a factory")
-    return [parsed.id, *path], args, kwargs
-
-
 def _import(name: str, spec: str) -> Any:
-    here = str(Path.cwd())
-    if here not in sys.path:  # `python -m` puts it there, the console script does not
-        sys.path.insert(0, here)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-            raise UsageError(
-                f"model {spec!r}: there is no module {error.name!r} in the current directory nor "
-                "among the installed packages"
-            ) from error
+            raise no_module(error.name, spec) from error
         raise MissingPackageError(
             f"model {spec!r} needs the package {error.name!r}, which is not installed; install it "
             "into the environment that runs bnfx"
@@ -138,8 +96,6 @@ def _import(name: str, spec: str) -> Any:
 
 
 def _load_exported(path: Path) -> Loaded:
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}; torch.export.save writes one")
     try:
         program = torch.export.load(str(path))
         module = program.module()
@@ -178,69 +134,6 @@ def _symbolic_axes(program: torch.export.ExportedProgram, module: nn.Module) -> 
     return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
 
 
-def _load_checkpoint(model: nn.Module, path: Path) -> None:
-    state = read_state(path)
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        shown = " ".join(lines)[:600]
-        raise UsageError(
-            f"checkpoint {path} does not fit {type(model).__name__}: {shown}"
-        ) from error
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint, read without running code from it.
-
-    Raises:
-        UsageError: There is no such file, it cannot be read, or holds no state dict.
-        MissingPackageError: A `.safetensors` file, and safetensors is not installed.
-    """
-    if path.suffix not in CHECKPOINTS:
-        raise UsageError(f"checkpoint {path}: its name must end in {', '.join(CHECKPOINTS)}")
-    if not path.is_file():
-        raise UsageError(f"there is no checkpoint {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(_safetensors().load_file(str(path)))
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except MissingPackageError:
-        raise
-    except Exception as error:  # both readers raise anything on a damaged file
-        refused = isinstance(error, pickle.UnpicklingError)
-        hint = "; save model.state_dict(), which holds tensors alone" if refused else ""
-        raise UsageError(f"checkpoint {path} cannot be read: {_first(error)}{hint}") from error
-    for key in _NESTED:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-            break
-    if not isinstance(found, Mapping) or not all(isinstance(k, str) for k in found):
-        raise UsageError(
-            f"checkpoint {path} holds a {type(found).__name__}, no state dict nor one under "
-            f"{', '.join(_NESTED)}"
-        )
-    return dict(found)
-
-
-def _safetensors() -> Any:
-    if importlib.util.find_spec("safetensors") is None:
-        raise MissingPackageError("safetensors is not installed; run: pip install safetensors")
-    return importlib.import_module("safetensors.torch")
-
-
-def save_state(model: nn.Module, target: Path) -> None:
-    """Write the state dict as `.pt`, `.pth` or `.safetensors`; an older file stays until then."""
-    state = model.state_dict()
-    with replacing(target) as written:
-        if target.suffix == ".safetensors":
-            # That format has no storage under two names; here each name gets its own.
-            own = {name: value.detach().cpu().clone() for name, value in state.items()}
-            _safetensors().save_file(own, str(written))
-        else:
-            torch.save(state, written)
-
-
 def save_exported(model: fx.GraphModule, inputs: Inputs, shapes: Any, target: Path) -> None:
     """Write an inference graph as `.pt2`; an older file stays until then.
 
@@ -248,14 +141,15 @@ def save_exported(model: fx.GraphModule, inputs: Inputs, shapes: Any, target: Pa
         ExportError: `torch.export.export` failed.
     """
     try:
-        with replacing(target) as written:
-            args, kwargs = _two_of_each(inputs, shapes)
-            program = torch.export.export(
-                model, args, kwargs, dynamic_shapes=_dims(shapes), strict=False
-            )
-            torch.export.save(program, written)
+        args, kwargs = _two_of_each(inputs, shapes)
+        program = torch.export.export(
+            model, args, kwargs, dynamic_shapes=_dims(shapes), strict=False
+        )
+        content = io.BytesIO()  # on a full disk torch's own writer ends the process
+        torch.export.save(program, content)
     except Exception as error:  # the exporter and the user's forward raise anything
         raise ExportError(f"torch.export failed on the folded model: {_first(error)}") from error
+    place(target, content.getbuffer())
 
 
 def _two_of_each(inputs: Inputs, shapes: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
+from bnfx.cli.terminal import tell
 from bnfx.version import __version__
 
 _CODES = """\
@@ -27,12 +29,31 @@ torch.export.save. Both are code: run those that you trust.
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that keeps line breaks and takes no abbreviated options."""
+    """A parser that keeps line breaks, takes no abbreviated options and says what is wrong."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
         )
+
+    def error(self, message: str) -> NoReturn:
+        """The error and where help is, without pages of usage."""
+        tell(f"{message}; see: {self.prog} --help")
+        self.exit(2)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command.
+
+    Raises:
+        SystemExit: They cannot be read, or help was asked for.
+    """
+    own = parser()
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not given:
+        own.print_help(sys.stderr)
+        own.exit(2)
+    return own.parse_args(given)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,12 +87,22 @@ def _results(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--markdown", metavar="FILE", help="write the report as Markdown")
     group.add_argument("--html", metavar="FILE", help="write the report as one HTML file")
+    loud = group.add_mutually_exclusive_group()
+    loud.add_argument("-q", "--quiet", action="store_true", help="show the verdict alone")
+    loud.add_argument(
+        "-v", "--verbose", action="store_true", help="show every row, and the libraries' warnings"
+    )
 
 
 def _model(command: argparse.ArgumentParser, what: str = "the model") -> None:
     command.add_argument("model", metavar="MODEL", help=f"{what} (see below)")
     command.add_argument(
         "--checkpoint", metavar="FILE", help="state dict to load into it (.pt, .pth, .safetensors)"
+    )
+    command.add_argument(
+        "--checkpoint-key",
+        metavar="KEY",
+        help="where in it the state dict is, if not found",
     )
 
 
@@ -182,6 +213,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _runs(text: str) -> int:
+    if _count(text) < 50:
+        raise argparse.ArgumentTypeError(f"{text} runs are too few for a median; give 50 or more")
+    return int(text)
+
+
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(_positive(part) for part in text.split(","))
 
@@ -285,7 +322,7 @@ def _bench(command: argparse.ArgumentParser) -> None:
     _inputs(command)
     _folding(command)
     _provider(command)
-    command.add_argument("--num-runs", type=_count, default=100, metavar="N", help="50 or more")
+    command.add_argument("--num-runs", type=_runs, default=100, metavar="N", help="50 or more")
     command.add_argument(
         "--num-threads", type=_count, default=1, metavar="N", help="of an operator; 0: all that fit"
     )

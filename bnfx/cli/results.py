@@ -1,21 +1,28 @@
-"""What a command hands back, and how it is written."""
+"""What a command hands back, and how it is written: results on standard output or in files."""
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from bnfx.cli.files import check_target
-from bnfx.cli.output import write
-from bnfx.errors import UsageError
+from bnfx.cli.terminal import Stops
 from bnfx.reports.report import Report
 from bnfx.reports.writers import to_json
+from bnfx.text import printable
+from bnfx.workspace import workspace
 
 #: Exit codes, as every help text explains them.
 DONE, FAILED, USAGE, MISSING, NOT_CAPTURED = 0, 1, 2, 3, 4
+#: Width of a report that is no screen: nobody's names are broken.
+_ENDLESS = 100_000
 
 
 @dataclass(frozen=True)
@@ -29,37 +36,89 @@ class Outcome:
     code: int = DONE
     #: Further reports, by the name under which they stand in the JSON.
     more: Mapping[str, Report] = field(default_factory=dict)
+    #: Reports that are shown where all is to be shown.
+    details: tuple[Report, ...] = ()
+    #: What was written, and how to use it.
+    written: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """The news in a line."""
+        news = self.failure or self.report.headline().verdict
+        return " ".join(f"{news} {self.written}".split())
 
 
-def check_reports(options: argparse.Namespace) -> None:
-    """Refuse reports that could not be written in the end, before any work is done.
+class Steps:
+    """The steps of a command, shown on a terminal on standard error while they run."""
 
-    Raises:
-        UsageError: Two of them want standard output; a folder does not exist; a report would
-            overwrite another file of the same command.
+    def __init__(self, stops: Stops, *, quiet: bool = False) -> None:
+        self.stops = stops
+        self.quiet = quiet
+        #: How many there are; 0 where nobody knows yet.
+        self.total = 0
+        self._begun = 0
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[Callable[[str], None]]:
+        """Show `what` and the time it has taken; yields what shows the next step instead.
+
+        Raises:
+            Stopped: A signal came that something has swallowed.
+        """
+        from rich.console import Console
+
+        self.stops.heed()
+        console = Console(file=sys.stderr)
+        if self.quiet or not console.is_terminal:
+            yield lambda _: self.stops.heed()
+        else:
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            text = TextColumn("{task.description}", markup=False)
+            columns = (SpinnerColumn(), text, TimeElapsedColumn())
+            with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
+                task = bar.add_task(self._line(what), total=None)
+
+                def show(now: str) -> None:
+                    self.stops.heed()
+                    if now != what:
+                        bar.update(task, description=self._line(now), refresh=True)
+
+                yield show
+        self.stops.heed()
+
+    def _line(self, what: str) -> str:
+        self._begun += bool(self.total)
+        number = f" ({self._begun} of {self.total})" if self.total else ""
+        return printable(f"{what}{number}")
+
+
+@contextmanager
+def results_apart() -> Iterator[IO[str]]:
+    """Standard output for results alone.
+
+    Inside, whatever prints to standard output (a model's module, an exporter, a C++ library)
+    comes out on standard error, so that `--json -` is JSON and nothing else.
     """
-    names = [options.json, options.markdown, options.html]
-    if names.count("-") > 1:
-        raise UsageError("only one report fits on standard output")
-    taken = {Path(name).resolve() for name in _files(options)}
-    for name in names:
-        if name in (None, "-"):
-            continue
-        path = Path(name)
-        check_target(path, ())
-        if path.resolve() in taken and (path.is_file() or not path.exists()):
-            raise UsageError(f"{name} is another file of this command; give the report its own")
-        taken.add(path.resolve())
-
-
-def _files(options: argparse.Namespace) -> Iterator[str]:
-    """The files that a command reads and writes besides its reports."""
-    for name in ("model", "file", "checkpoint", "baseline"):
-        value = getattr(options, name, None)
-        if value is not None:
-            yield value
-    yield from getattr(options, "input", ())
-    yield from getattr(options, "calibration", None) or ()
+    results = sys.stdout
+    try:
+        real = results.fileno() == 1
+    except (OSError, io.UnsupportedOperation):  # a caller in this process has put in its own
+        real = False
+    if not real:
+        with redirect_stdout(sys.stderr):
+            yield results
+        return
+    results.flush()
+    own = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield own
+    finally:
+        os.dup2(own.fileno(), 1)
+        with suppress(BrokenPipeError):  # the reader has gone
+            own.close()
 
 
 def write_results(options: argparse.Namespace, outcome: Outcome, out: IO[str]) -> None:
@@ -77,7 +136,11 @@ def write_results(options: argparse.Namespace, outcome: Outcome, out: IO[str]) -
         if target is not None:
             write(content(), target, out)
     if "-" not in (options.json, options.markdown, options.html):
-        write("\n".join(map(str, (report, *more.values()))), "-", out)
+        shown = () if options.quiet else (report, *more.values())
+        shown += outcome.details if options.verbose else ()
+        width = shutil.get_terminal_size().columns if out.isatty() else _ENDLESS
+        texts = [part.text(width) for part in shown]
+        write("\n\n".join([*texts, printable(outcome.verdict)]), "-", out)
 
 
 def write_error(options: argparse.Namespace, error: Exception, code: int, out: IO[str]) -> None:
@@ -90,3 +153,31 @@ def write_error(options: argparse.Namespace, error: Exception, code: int, out: I
     }
     if options.json is not None:
         write(to_json(content), options.json, out)
+
+
+def write(text: str, target: str, out: IO[str]) -> None:
+    """Write to a file, in one step, or to `out` where the name is "-".
+
+    A device or a pipe is written to and stays what it is.
+    """
+    if target == "-":
+        with suppress(BrokenPipeError):  # the reader has gone: nobody is left to tell
+            out.write(text if text.endswith("\n") else text + "\n")
+            out.flush()
+        return
+    path, content = Path(target), text.encode(errors="replace")
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+    else:
+        place(path, content)
+
+
+def place(target: Path, content: bytes | memoryview) -> None:
+    """Put a file in place in one step; where it is a symbolic link, the file behind it."""
+    target = target.resolve()
+    with workspace(target) as folder:
+        written = folder / target.name
+        written.write_bytes(content)
+        if target.exists():
+            written.chmod(target.stat().st_mode & 0o777)
+        written.replace(target)

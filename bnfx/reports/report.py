@@ -72,8 +72,12 @@ class Report(ABC):
         yield Section(self.heading, tuple(blocks(self)))
 
     def __str__(self) -> str:
+        return self.text(_WIDTH)
+
+    def text(self, width: int) -> str:
+        """The report as text, in lines of at most `width` characters where that can be."""
         out = io.StringIO()
-        Console(file=out, width=_WIDTH, no_color=True, highlight=False).print(self)
+        Console(file=out, width=width, no_color=True, highlight=False).print(self)
         return "\n".join(line.rstrip() for line in printable(out.getvalue()).split("\n")).rstrip()
 
     def to_dict(self) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def test_the_examples_in_the_help_run(
         (("verify", "absent.onnx", "nets.py", *X), 2, "no file absent.onnx"),
         (("fold", "needy:net"), 3, "a_package_that_nobody_has"),
         (("fold", "nets:Loop"), 4, "CaptureError"),
-        (("export", "nets:small", "a.onnx", *X, "--opset", "9"), 4, "opset_version=9"),
+        (("export", "nets:small", "a.onnx", *X, "--opset", "9"), 2, "--opset 9"),
         (("export", "nets:Loop", "a.onnx", "--input", "x:3"), 4, "ExportError"),
         (("export", "nets:small", "a.onnx", *X, "--thresholds"), 2, "need --fold"),
         (("insert", "nets:Small.forward"), 2, "factory failed"),

@@ -1,0 +1,380 @@
+"""What the arguments say, read and judged before any work is done and before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import ctypes
+import importlib.util
+import math
+import re
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bnfx.errors import ProviderError, UsageError
+from bnfx.runtime.packages import runtime_cuda
+from bnfx.version import OPSETS
+
+#: Bytes of one number, by the names of torch.
+DTYPES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float64": 8,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+#: Their largest numbers; those of integers follow from the bytes.
+_LARGEST = {
+    "float32": 3.4028234663852886e38,
+    "float16": 65504.0,
+    "bfloat16": 3.3895313892515355e38,
+    "float64": 1.7976931348623157e308,
+}
+#: Endings of checkpoints.
+CHECKPOINTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
+_FORM = "NAME:1x3x224x224[:DTYPE[:LOW..HIGH]]"
+_MOST_BYTES = 2**33  # a typing error such as 1x3x224224x224 should not take the machine down
+_PLAIN_BYTES, _MOST_RATIO = 2**28, 100  # an archive that inflates further is made to do harm
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An input to be drawn."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    #: Least and largest value; None leaves that to the dtype.
+    bounds: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Factory:
+    """A call that makes a model, or the place where one lies."""
+
+    module: str
+    #: Names to follow inside the module.
+    path: tuple[str, ...]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse arguments that cannot be meant, and an environment that cannot do it.
+
+    Raises:
+        UsageError: Arguments that are wrong or missing; a file that is not there, or could not be
+            written in the end.
+        ProviderError: onnxruntime is asked for and cannot run here.
+    """
+    given = vars(options)
+    if options.command == "doctor":
+        return
+    if (target := given.get("file")) is not None and options.command != "verify":
+        check_target(Path(target), _SUFFIXES[options.command])
+    for name in (options.model, given.get("file") if options.command == "verify" else None):
+        if name is not None and name.endswith((".onnx", ".pt2")):
+            require_file(name)
+    if options.command == "verify":
+        require_file(options.file)
+    file = options.command in ("inspect", "verify", "bench") and options.model.endswith(".onnx")
+    if not file and not options.model.endswith(".pt2"):
+        _module(parse_factory(options.model).module, options.model)
+    _inputs(options, file=file)
+    if given.get("checkpoint") is not None:
+        _checkpoint(Path(options.checkpoint))
+    if given.get("init") == "calibrate" and not options.calibration:
+        raise UsageError("--init calibrate needs its data: --calibration FILE.npz for each batch")
+    if given.get("calibration") and options.init != "calibrate":
+        raise UsageError(f"--init {options.init} uses no data: leave --calibration out")
+    if given.get("opset") is not None and options.opset not in OPSETS:
+        raise UsageError(
+            f"--opset {options.opset} cannot be written: {OPSETS[0]} to {OPSETS[-1]} can"
+        )
+    if options.command in ("verify", "deploy", "bench"):
+        _runtime(options.provider)
+
+
+#: Endings of what a command writes.
+_SUFFIXES = {
+    "insert": CHECKPOINTS,
+    "fold": (".pt2", *CHECKPOINTS),
+    "export": (".onnx",),
+    "deploy": (".onnx",),
+}
+
+
+def require_file(name: str) -> None:
+    """Refuse a file that is not there.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if not Path(name).is_file():
+        made = "; torch.export.save writes one" if name.endswith(".pt2") else ""
+        raise UsageError(f"there is no file {name}{made}")
+
+
+def check_target(path: Path, suffixes: Sequence[str]) -> None:
+    """Refuse a file that could not be written in the end.
+
+    Raises:
+        UsageError: Its folder does not exist, it is a folder, a device or a pipe, or its name ends
+            in something else.
+    """
+    if suffixes and path.suffix not in suffixes:
+        raise UsageError(f"{path}: its name must end in {', '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give the name of a file")
+    if suffixes and path.exists() and not path.is_file():
+        raise UsageError(f"{path} is a device or a pipe, not to be replaced; give a file")
+
+
+def check_reports(options: argparse.Namespace) -> None:
+    """Refuse reports that could not be written in the end.
+
+    Raises:
+        UsageError: Two of them want standard output; a folder does not exist; a report would
+            overwrite another file of the same command.
+    """
+    names = [options.json, options.markdown, options.html]
+    if names.count("-") > 1:
+        raise UsageError("only one report fits on standard output")
+    taken = {Path(name).resolve() for name in _files(options)}
+    for name in names:
+        if name in (None, "-"):
+            continue
+        path = Path(name)
+        check_target(path, ())
+        if path.resolve() in taken and (path.is_file() or not path.exists()):
+            raise UsageError(f"{name} is another file of this command; give the report its own")
+        taken.add(path.resolve())
+
+
+def _files(options: argparse.Namespace) -> Iterator[str]:
+    """The files that a command reads and writes besides its reports."""
+    for name in ("model", "file", "checkpoint", "baseline"):
+        value = getattr(options, name, None)
+        if value is not None:
+            yield value
+    yield from getattr(options, "input", ())
+    yield from getattr(options, "calibration", None) or ()
+
+
+def parse_factory(spec: str) -> Factory:
+    """`PACKAGE.MODULE:FACTORY`, with literal arguments where wanted.
+
+    Raises:
+        UsageError: It is no such thing.
+    """
+    module, colon, call = spec.partition(":")
+    if not colon or not module or not call or module.endswith((".py", "/")):
+        raise UsageError(
+            f"model {spec!r} is neither PACKAGE.MODULE:FACTORY (such as nets:small, for small() in "
+            "nets.py of the current directory) nor a .pt2 file"
+        )
+    try:
+        parsed = ast.parse(call, mode="eval").body
+        args, kwargs = (), {}
+        if isinstance(parsed, ast.Call):
+            args = tuple(ast.literal_eval(arg) for arg in parsed.args)
+            kwargs = {str(word.arg): ast.literal_eval(word.value) for word in parsed.keywords}
+            parsed = parsed.func
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UsageError(
+            f"model {spec!r}: {call!r} is no name, nor a call with literal arguments such as "
+            "resnet(depth=18)"
+        ) from error
+    path: list[str] = []
+    while isinstance(parsed, ast.Attribute):
+        path.insert(0, parsed.attr)
+        parsed = parsed.value
+    if not isinstance(parsed, ast.Name):
+        raise UsageError(f"model {spec!r}: {call!r} is no name of a factory")
+    return Factory(module, (parsed.id, *path), args, kwargs)
+
+
+def _module(name: str, spec: str) -> None:
+    """Refuse a module that is not there; the import itself comes later, with torch."""
+    here = str(Path.cwd())
+    if here not in sys.path:  # `python -m` puts it there, the console script does not
+        sys.path.insert(0, here)
+    top = name.partition(".")[0]
+    try:
+        found = top in sys.modules or importlib.util.find_spec(top) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        raise no_module(top, spec)
+
+
+def no_module(name: str, spec: str) -> UsageError:
+    """What is said where a module is not there."""
+    return UsageError(
+        f"model {spec!r}: there is no module {name!r} in the current directory nor among the "
+        "installed packages"
+    )
+
+
+def _inputs(options: argparse.Namespace, *, file: bool) -> None:
+    given = vars(options)
+    own = file or options.model.endswith(".pt2")
+    if not (own or options.input) and needs_inputs(options):
+        raise UsageError("this needs example inputs: --input NAME:1x3x224x224 or --input FILE.npz")
+    drawn, free = [], bool(given.get("dynamic_batch"))
+    for spec in options.input:
+        if spec.endswith(".npz"):
+            check_archive(Path(spec))
+        else:
+            drawn.append(parse_input(spec))
+    for name in given.get("calibration") or ():
+        check_archive(Path(name))
+    names = [one.name for one in drawn]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"input {twice[0]!r} is given twice")
+    for spec in given.get("dynamic") or ():
+        free |= parse_dynamic(spec)[1] == 0
+    if len(drawn) == len(options.input) and drawn and options.command == "deploy" and not own:
+        batches = [one.shape[0] for one in drawn if one.shape]
+        require_batches(options.batch_sizes, batches, free=free)
+
+
+def needs_inputs(options: argparse.Namespace) -> bool:
+    """Whether the command cannot do without example inputs of its model."""
+    if options.command == "fold":
+        return options.file is not None and options.file.endswith(".pt2")
+    return options.command in ("export", "verify", "deploy", "bench")
+
+
+def require_batches(sizes: Sequence[int] | None, own: Iterable[int], *, free: bool) -> None:
+    """Refuse to run other batch sizes through a file whose batch is fixed.
+
+    Raises:
+        UsageError: Such a size is asked for.
+    """
+    if not free and sizes is not None and set(sizes) - set(own):
+        raise UsageError(
+            f"--batch-sizes {','.join(map(str, sizes))}: the batch of the file is fixed; export it "
+            "with --dynamic-batch, or leave this out"
+        )
+
+
+def parse_input(spec: str) -> Drawn:
+    """`NAME:1x3x224x224[:DTYPE[:LOW..HIGH]]`.
+
+    Raises:
+        UsageError: It is no such thing, or would be empty or larger than the machine.
+    """
+    name, *rest = spec.split(":")
+    if not name or not 1 <= len(rest) <= 3:
+        raise UsageError(f"input {spec!r} has not the form {_FORM}, and is no .npz file")
+    if not re.fullmatch(r"(\d{1,18}(x\d{1,18})*)?", rest[0], re.ASCII):
+        raise UsageError(
+            f"input {spec!r}: {rest[0]!r} is no shape; write numbers with x between, such as "
+            "1x3x224x224 (an axis of free size is declared with --dynamic NAME:AXIS=SYMBOL)"
+        )
+    shape = tuple(int(n) for n in rest[0].split("x") if n)
+    if 0 in shape:
+        raise UsageError(f"input {spec!r} is empty: an axis of size 0 gives nothing to compute")
+    word = rest[1] if len(rest) > 1 and rest[1] else "float32"
+    if word not in DTYPES:
+        raise UsageError(f"input {spec!r}: dtype {word!r} is unknown; use {', '.join(DTYPES)}")
+    size = math.prod(shape) * DTYPES[word]
+    if size > _MOST_BYTES:
+        raise UsageError(f"input {spec!r} would take {size / 2**30:.0f} GiB; check its shape")
+    return Drawn(name, shape, word, _bounds(rest[2], word, spec) if len(rest) > 2 else None)
+
+
+def _bounds(text: str, dtype: str, spec: str) -> tuple[float, float]:
+    """The ends of a range; of one for integers what the dtype holds of it."""
+    low, dots, high = text.partition("..")
+    try:
+        bounds = float(low), float(high)
+    except ValueError:
+        bounds = (1.0, 0.0)
+    if dtype in _LARGEST:
+        fits = -_LARGEST[dtype] <= bounds[0] <= bounds[1] <= _LARGEST[dtype]
+    else:
+        least, most = _integers(dtype)
+        bounds = max(bounds[0], least), min(bounds[1], most)
+        fits = bounds[0] <= bounds[1] and math.ceil(bounds[0]) <= bounds[1]
+    if not dots or not fits:
+        raise UsageError(
+            f"input {spec!r}: {text!r} is no range of {dtype}; write LOW..HIGH, such as 0..29999"
+        )
+    return bounds
+
+
+def _integers(dtype: str) -> tuple[int, int]:
+    """The least and the largest number."""
+    if dtype in ("uint8", "bool"):
+        return 0, 255
+    half = 1 << (8 * DTYPES[dtype] - 1)
+    return -half, half - 1
+
+
+def parse_dynamic(spec: str) -> tuple[str, int, str]:
+    """`NAME:AXIS=SYMBOL` in its parts.
+
+    Raises:
+        UsageError: It is no such thing.
+    """
+    match = re.fullmatch(r"([^:]+):(\d{1,4})=([A-Za-z_]\w*)", spec, re.ASCII)
+    if match is None:
+        raise UsageError(f"--dynamic {spec!r} has not the form NAME:AXIS=SYMBOL")
+    return match[1], int(match[2]), match[3]
+
+
+def check_archive(path: Path) -> None:
+    """Refuse an `.npz` that is not there, or inflates to more than anybody would store so.
+
+    Raises:
+        UsageError: It does.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no file {path} to read inputs from")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path} is not a readable .npz of arrays: {error}") from error
+    if size > _MOST_BYTES or size > max(_PLAIN_BYTES, _MOST_RATIO * path.stat().st_size):
+        raise UsageError(
+            f"{path} has {path.stat().st_size:,} bytes and inflates to {size:,}; write arrays of "
+            "that size with numpy.savez, without compression, or give a shape"
+        )
+
+
+def _checkpoint(path: Path) -> None:
+    if path.suffix not in CHECKPOINTS:
+        raise UsageError(f"checkpoint {path}: its name must end in {', '.join(CHECKPOINTS)}")
+    if not path.is_file():
+        raise UsageError(f"there is no checkpoint {path}")
+
+
+def _runtime(provider: str) -> None:
+    """Refuse what onnxruntime's files or the driver already rule out."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise ProviderError("onnxruntime is not installed; 'bnfx doctor' says what to install")
+    if not provider.startswith("cuda"):
+        return
+    why = "" if runtime_cuda() else "this onnxruntime is built without it"
+    if not why:
+        try:
+            ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        except OSError:
+            why = "there is no driver of NVIDIA (libcuda.so.1 does not load)"
+    if why:
+        raise ProviderError(f"CUDA was asked for: {why}; 'bnfx doctor' says what to do")
