@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bnfx.cli.inputs import DTYPES, bind, dynamic_shapes, parse_inputs
+from bnfx.cli.checks import DTYPES
+from bnfx.cli.inputs import bind, dynamic_shapes, parse_inputs
 from bnfx.errors import UsageError
 from tests.support.networks import net
 
@@ -37,7 +38,7 @@ def test_a_range_is_kept_or_refused(shape: list[int], dtype: str, ends: tuple[st
         assert spec in str(error)  # noqa: PT017  # to draw or to refuse, both will do
         return
     low, high = map(float, ends)
-    assert value.dtype is DTYPES[dtype]
+    assert value.dtype is getattr(torch, dtype)
     assert list(value.shape) == shape
     if dtype != "bool" and value.numel():
         wide = value.double()
