@@ -38,8 +38,7 @@ from bnfx.editing.inserted import Origin
 from bnfx.editing.regions import share_out
 from bnfx.errors import InsertError
 from bnfx.graphs.parameters import free_name
-from bnfx.operators.calls import arguments
-from bnfx.operators.table import Role, role_of
+from bnfx.operators.table import Role, layer_call, role_of
 from bnfx.reports.report import Change, InsertRecord
 
 Init = Literal["fresh", "identity"]
@@ -354,7 +353,7 @@ def _other_readers(evidence: Evidence, call: AffineCall) -> str:
 
 
 def _weight_of(call: AffineCall) -> object:
-    return arguments(call.node, call.row.signature)["weight"]
+    return layer_call(call.node)["weight"]
 
 
 def _may_drop(evidence: Evidence, call: AffineCall, served: set[fx.Node]) -> bool:
@@ -378,8 +377,8 @@ def _drop_bias(region: Region, bias: str, readers: Iterable[AffineCall]) -> None
     for call in readers:
         if call.node.op == "call_module":
             continue
-        old = arguments(call.node, call.row.signature)["bias"]
-        if call.row.signature[0] == "bias":  # addmm has no form without one
+        old = layer_call(call.node)["bias"]
+        if call.row.kind == "addmm":  # addmm has no form without one
             _without_addend(call)
         else:
             call.node.args = tuple(None if arg is old else arg for arg in call.node.args)
@@ -390,6 +389,6 @@ def _drop_bias(region: Region, bias: str, readers: Iterable[AffineCall]) -> None
 
 
 def _without_addend(call: AffineCall) -> None:
-    given = arguments(call.node, call.row.signature)
+    given = layer_call(call.node)
     call.node.target = torch.mm
     call.node.args, call.node.kwargs = (given["input"], given["weight"]), {}

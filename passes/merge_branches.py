@@ -27,9 +27,9 @@ from bnfx.graphs.naming import norm_path, owner_of
 from bnfx.graphs.norms import affine_map_of, is_norm
 from bnfx.graphs.parameters import erase_dead
 from bnfx.graphs.shapes import is_tensor
-from bnfx.operators.calls import argument, arguments
+from bnfx.operators.calls import argument, given_arguments
 from bnfx.operators.convolution import Branch, absorbed, joined
-from bnfx.operators.table import Passage, affine_of, passage_of
+from bnfx.operators.table import Passage, affine_of, layer_call, passage_of
 from bnfx.reports.report import Change
 
 
@@ -153,7 +153,7 @@ class _Look:
         alone = _alone(value) and value not in self.kept
         row = affine_of(value, {})
         if alone and row is not None and not row.transposed:
-            call = arguments(value, row.signature)
+            call = layer_call(value)
             weight, bias = self.values.of(call["weight"]), self.values.of(call["bias"])
             known = weight is not None and (call["bias"] is None or bias is not None)
             branch = Branch.of_layer(row, call, weight, bias) if known else None
@@ -284,7 +284,7 @@ def _rewrite(draft: InferenceDraft, site: Site, rest: Sequence[Any]) -> tuple[fx
     graph, layer = draft.graph, site.layer
     row = affine_of(layer, {})
     assert row is not None
-    call = arguments(layer, row.signature)
+    call = layer_call(layer)
     weight = str(call["weight"].target)
     # A name of its own: under the layer's, the weight would load into the model that has the
     # branches, and mean something else there.
@@ -296,7 +296,7 @@ def _rewrite(draft: InferenceDraft, site: Site, rest: Sequence[Any]) -> tuple[fx
     }
     with graph.inserting_before(site.root):
         new = {part: graph.get_attr(name) for part, name in names.items()}
-        named = dict(zip(row.signature, layer.args, strict=False)) | dict(layer.kwargs) | new
+        named = given_arguments(layer) | new
         source = named.pop("input")
         assert isinstance(source, fx.Node)
         total = graph.call_function(layer.target, (source,), named)  # type: ignore[arg-type]  # a function

@@ -17,8 +17,14 @@ from torch import Tensor, fx, nn
 from bnfx.editing.consumers import describe
 from bnfx.editing.draft import Draft, Region, join
 from bnfx.graphs.observed import SHAPE
-from bnfx.operators.calls import arguments
-from bnfx.operators.table import Operator, affine_module, affine_of, operator_of_module, product_of
+from bnfx.operators.table import (
+    Operator,
+    affine_module,
+    affine_of,
+    layer_call,
+    operator_of_module,
+    product_of,
+)
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def _product(region: Region, node: fx.Node) -> Operator | None:
     row = product_of(node)
     if row is None:
         return None
-    weight = _parameter(region, arguments(node, row.signature)["weight"])
+    weight = _parameter(region, layer_call(node)["weight"])
     stored = region.value(weight) if weight is not None else None
     return row if isinstance(stored, Tensor) and stored.dim() == 2 else None
 
@@ -142,8 +148,10 @@ def _module_call(region: Region, node: fx.Node, row: Operator) -> AffineCall:
 
 
 def _function_call(region: Region, node: fx.Node, row: Operator) -> AffineCall:
-    given, scopes = arguments(node, row.signature), region.scopes(node)
+    given, scopes = layer_call(node), region.scopes(node)
     weight, bias = (_parameter(region, given[part]) for part in ("weight", "bias"))
+    if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
+        bias = None  # of addmm: what is added is a multiple of it
     shape = node.meta.get(SHAPE)
     inner = scopes[-1] if scopes else ""
     return AffineCall(
@@ -217,7 +225,7 @@ def groups_of(node: fx.Node, row: Operator, modules: Mapping[str, nn.Module]) ->
         groups = modules[str(node.target)].groups
         assert isinstance(groups, int)
         return groups
-    return int(arguments(node, row.signature)["groups"])
+    return int(layer_call(node)["groups"])
 
 
 def affine_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module, Operator]]:

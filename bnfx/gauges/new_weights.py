@@ -26,8 +26,8 @@ from bnfx.gauges.constraints import Bounds, Kind, Site
 from bnfx.graphs.constants import Values
 from bnfx.graphs.norms import STATE, norm_call
 from bnfx.numbers import Floats
-from bnfx.operators.calls import argument, arguments
-from bnfx.operators.table import Operator, affine_of
+from bnfx.operators.calls import argument
+from bnfx.operators.table import Operator, affine_of, layer_call
 
 #: Gauges closer to trivial than this leave their weights untouched.
 _TRIVIAL = 1e-13
@@ -162,7 +162,7 @@ def _affine(
     row = affine_of(site.node, {})
     assert row is not None
     assert site.like is not None
-    call = arguments(site.node, row.signature)
+    call = layer_call(site.node)
     weight, bias = values.of(call["weight"]), values.of(call["bias"])
     assert weight is not None
     a_i, d_i, a_o, d_o = map(_tensor, (ends.a_i, ends.d_i, ends.a_o, ends.d_o))

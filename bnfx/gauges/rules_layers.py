@@ -13,15 +13,15 @@ from bnfx.gauges.labels import along
 from bnfx.gauges.walk import Opaque, Walk
 from bnfx.graphs.naming import describe
 from bnfx.graphs.norms import affine_map_of, norm_call
-from bnfx.operators.calls import all_equal, argument, arguments, base_name, function_name
-from bnfx.operators.table import Operator, affine_of
+from bnfx.operators.calls import all_equal, argument, base_name, function_name
+from bnfx.operators.table import Operator, affine_of, layer_call
 
 
 def affine(walk: Walk, node: fx.Node) -> Tensor:
     """A gauge for each channel in and another out; d = 0 in where zeros are padded."""
     row = affine_of(node, {})
     assert row is not None
-    call = arguments(node, row.signature)
+    call = layer_call(node)
     weight, bias = walk.values.of(call["weight"]), walk.values.of(call["bias"])
     unknown = weight is None or (call["bias"] is not None and bias is None)
     if unknown or weight is None or not weight.is_floating_point():

@@ -21,8 +21,8 @@ from bnfx.graphs.parameters import (
     free_name,
     set_tensor,
 )
-from bnfx.operators.calls import argument, arguments, signature_of
-from bnfx.operators.table import Passage, affine_of, passage_of
+from bnfx.operators.calls import argument, given_arguments
+from bnfx.operators.table import Passage, affine_of, layer_call, passage_of
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _call(site: Site) -> dict[str, Any]:
     if site.kind is Kind.AFFINE:
         row = affine_of(node, {})
         assert row is not None
-        return arguments(node, row.signature)
+        return layer_call(node)
     if site.kind is Kind.BATCH_NORM:
         return norm_call(node)
     if site.kind is Kind.NORM:
@@ -219,8 +219,7 @@ def _rename(site: Site, new: dict[str, fx.Node]) -> None:
     """Make the call read its new parameters."""
     node = site.node
     if site.kind in (Kind.AFFINE, Kind.BATCH_NORM):
-        signature = _signature(site)
-        named = dict(zip(signature, node.args, strict=False)) | dict(node.kwargs) | new
+        named = given_arguments(node) | new
         node.args = (named.pop("input"),)
         node.kwargs = named
         return
@@ -235,11 +234,6 @@ def _rename(site: Site, new: dict[str, fx.Node]) -> None:
         else:
             kwargs[name] = value
     node.args, node.kwargs = tuple(args), kwargs
-
-
-def _signature(site: Site) -> tuple[str, ...]:
-    row = affine_of(site.node)
-    return signature_of(site.node.target) if row is None else row.signature
 
 
 def _add_border(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:

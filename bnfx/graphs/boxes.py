@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import fx
 
 from bnfx.graphs.naming import norm_path, owner_of
-from bnfx.operators.calls import arguments, function_name
-from bnfx.operators.table import affine_of, is_batch_norm
+from bnfx.operators.calls import function_name
+from bnfx.operators.table import affine_of, is_batch_norm, layer_call
 from bnfx.reports.graph_pictures import Box
 
 
@@ -33,7 +33,7 @@ def _kind_and_layer(node: fx.Node, module: fx.GraphModule) -> tuple[str, str]:
         return "BatchNorm", norm_path(node)
     row = affine_of(node, {})
     if row is not None:
-        weight = arguments(node, row.signature)["weight"]
+        weight = layer_call(node)["weight"]
         known = isinstance(weight, fx.Node) and weight.op == "get_attr"
         return row.kind, owner_of(str(weight.target)) if known else ""
     kind = node.target if node.op == "call_method" else function_name(node.target)

@@ -9,7 +9,7 @@ from torch import fx
 
 from bnfx.numbers import Ints
 from bnfx.operators.calls import arguments, call_name
-from bnfx.operators.table import affine_of, is_batch_norm, is_instance_norm
+from bnfx.operators.table import affine_of, is_batch_norm, is_instance_norm, layer_call
 
 #: node.meta key: module path of the BatchNorm module behind a functional call.
 OWNER = "bnfx_owner"
@@ -23,7 +23,7 @@ def describe(value: object) -> str:
         return repr(value)
     row = affine_of(value, {})
     if row is not None:
-        weight = arguments(value, row.signature)["weight"]
+        weight = layer_call(value)["weight"]
         if isinstance(weight, fx.Node) and weight.op == "get_attr":
             return f"{row.kind} {owner_of(str(weight.target))!r}"
         return f"{row.kind} {path_of(value)!r}"

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 from bnfx.graphs.examples import has_hooks
 from bnfx.graphs.parameters import attribute
 from bnfx.graphs.tracing import RANKS
-from bnfx.operators.calls import argument, arguments
-from bnfx.operators.table import Passage, affine_of, is_batch_norm, passage_of
+from bnfx.operators.calls import argument
+from bnfx.operators.table import Passage, affine_of, is_batch_norm, layer_call, passage_of
 
 #: Sizes to assume along spatial axes, in this order, until all of a network fits.
 _SIZES = (224, 32, 28, 64, 8, 96, 128, 256, 299, 384, 512)
@@ -194,7 +194,7 @@ class _Runner:
             row = affine_of(user, {})
             if row is None or row.spatial is None:
                 continue
-            call = arguments(user, row.signature)
+            call = layer_call(user)
             weight = self._weight(call["weight"])
             if weight is None or call["input"] is not node:
                 continue
@@ -257,7 +257,7 @@ class _Runner:
         row = affine_of(node, {})
         space = max(size, 32)
         if row is not None:
-            call = arguments(node, row.signature)
+            call = layer_call(node)
             weight = self._weight(call["weight"])
             if weight is None:
                 return UNKNOWN

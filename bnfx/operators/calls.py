@@ -35,15 +35,15 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.kwargs.get(name, default)
 
 
-def arguments(node: fx.Node, signature: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The call's arguments by name, whether given by position or by keyword, with defaults.
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of the call of a function by name, with defaults."""
+    return _DEFAULTS | given_arguments(node)
 
-    Args:
-        node: The call of a function.
-        signature: Names of the arguments in order; by default those of the function itself.
-    """
-    named = zip(signature or signature_of(node.target), node.args, strict=False)
-    return _DEFAULTS | dict(named) | dict(node.kwargs)
+
+def given_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments that a call of a function is given, by position or keyword, by name."""
+    named = dict(zip(signature_of(node.target), node.args, strict=False)) | dict(node.kwargs)
+    return {"input" if name == "self" else name: value for name, value in named.items()}
 
 
 @functools.cache
@@ -55,7 +55,8 @@ def signature_of(target: Any) -> tuple[str, ...]:
     if inspect.isfunction(target):
         return tuple(inspect.signature(target).parameters)
     if not isinstance(target, torch._ops.OpOverload):
-        packet = getattr(torch.ops.aten, function_name(target))
+        name = function_name(target)
+        packet = getattr(torch.ops.aten, name, None) or getattr(torch.ops.aten, name[1:])  # imatmul
         target = getattr(packet, packet.overloads()[0])
     return tuple("input" if a.name == "self" else a.name for a in target._schema.arguments)
 

@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules import batchnorm, instancenorm
 
-from bnfx.operators.calls import argument, base_name, call_name, function_name
+from bnfx.operators.calls import (
+    argument,
+    arguments,
+    base_name,
+    call_name,
+    function_name,
+    signature_of,
+)
 
 
 class Passage(Enum):
@@ -91,8 +98,8 @@ class Operator:
     spatial: int | None = None
     #: Of an affine layer: whether its weight is (in, out / groups, ...), not (out, in / ...).
     transposed: bool = False
-    #: Of an affine layer: what its arguments are, in order.
-    signature: tuple[str, ...] = ()
+    #: Of an affine layer: the positions of its input, weight and bias among the arguments.
+    operands: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -100,12 +107,7 @@ class Operator:
         return self.names.partition(" ")[0]
 
 
-_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_CONV_T = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-
-_affine = partial(Operator, passage=Passage.AFFINE, role=Role.AFFINE)
-_conv = partial(_affine, signature=_CONV)
-_conv_t = partial(_affine, signature=_CONV_T, transposed=True)
+_affine = partial(Operator, passage=Passage.AFFINE, role=Role.AFFINE, operands=(0, 1, 2))
 _product = partial(Operator, transposed=True)
 _norm = partial(Operator, role=Role.NORM)
 _nonlinear = partial(Operator, role=Role.NONLINEARITY)
@@ -123,15 +125,15 @@ _effect = partial(Operator, pure=False)
 
 TABLE: tuple[Operator, ...] = (
     # Affine layers, and products that are one where the second factor is a parameter.
-    _conv("conv1d", "Conv1d", "Conv", spatial=1),
-    _conv("conv2d", "Conv2d", "Conv", spatial=2),
-    _conv("conv3d", "Conv3d", "Conv", spatial=3),
-    _conv_t("conv_transpose1d", "ConvTranspose1d", "ConvTranspose", spatial=1),
-    _conv_t("conv_transpose2d", "ConvTranspose2d", "ConvTranspose", spatial=2),
-    _conv_t("conv_transpose3d", "ConvTranspose3d", "ConvTranspose", spatial=3),
-    _affine("linear", "Linear", "Gemm", signature=("input", "weight", "bias")),
-    _product("addmm", "", "Gemm", signature=("bias", "input", "weight")),
-    _product("matmul mm bmm imatmul", "", "MatMul", Passage.MATMUL, signature=("input", "weight")),
+    _affine("conv1d", "Conv1d", "Conv", spatial=1),
+    _affine("conv2d", "Conv2d", "Conv", spatial=2),
+    _affine("conv3d", "Conv3d", "Conv", spatial=3),
+    _affine("conv_transpose1d", "ConvTranspose1d", "ConvTranspose", spatial=1, transposed=True),
+    _affine("conv_transpose2d", "ConvTranspose2d", "ConvTranspose", spatial=2, transposed=True),
+    _affine("conv_transpose3d", "ConvTranspose3d", "ConvTranspose", spatial=3, transposed=True),
+    _affine("linear", "Linear", "Gemm"),
+    _product("addmm", "", "Gemm", operands=(1, 2, 0)),
+    _product("matmul mm bmm imatmul", "", "MatMul", Passage.MATMUL, operands=(0, 1)),
     # Normalisations, and the statistics that one written by hand is made of. With running
     # statistics in eval mode, instance normalisation is batch normalisation.
     _norm(
@@ -325,6 +327,15 @@ _NAMESPACES: tuple[Any, ...] = (
     torch.linalg,
     torch.Tensor,
 )
+#: Of any rank, transposed or not.
+_CONVOLUTIONS = (
+    torch.convolution,
+    torch._convolution,
+    torch.ops.aten.convolution.default,
+    torch.ops.aten._convolution.default,
+)
+#: What an affine layer reads, in the order of `Operator.operands`.
+PARTS = ("input", "weight", "bias")
 #: Python's own, which mean something else.
 _FOREIGN = (operator.concat, operator.index)
 
@@ -361,6 +372,8 @@ def operator_of(node: fx.Node, modules: Mapping[str, nn.Module] | None = None) -
         return None
     elif node.target is getattr:
         return _BY_NAME.get(str(node.args[1]))
+    elif node.target in _CONVOLUTIONS:
+        return _convolution_of(node)
     else:
         row = _row_of_function(node.target)
     if row is _HARDTANH and _bounds(node) == (0, 6):
@@ -373,6 +386,23 @@ def _row_of_function(function: Any) -> Operator | None:
         known = function.namespace == "aten"
         return _BY_NAME.get(base_name(function_name(function))) if known else None
     return _BY_FUNCTION.get(function)
+
+
+def layer_call(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an affine layer or product, by the names that a convolution gives them."""
+    row, call = operator_of(node), arguments(node)
+    assert row is not None
+    names = signature_of(node.target)
+    parts = zip(PARTS, row.operands, strict=False)
+    return call | {part: call.get(names[position]) for part, position in parts}
+
+
+def _convolution_of(node: fx.Node) -> Operator | None:
+    """The row of a convolution of any rank, whose arguments tell which one it is."""
+    call = arguments(node)
+    sizes = [call[name] for name in ("stride", "padding", "dilation")]
+    spatial = max((len(size) for size in sizes if isinstance(size, tuple | list)), default=0)
+    return _BY_NAME.get(f"conv{'_transpose' if call['transposed'] else ''}{spatial}d")
 
 
 def operator_of_module(module: nn.Module) -> Operator | None:
@@ -412,7 +442,7 @@ def affine_module(module: nn.Module) -> Operator | None:
 def product_of(node: fx.Node) -> Operator | None:
     """The row of a matrix product; it is an affine layer if its weight is a parameter of rank 2."""
     row = operator_of(node)
-    return row if row is not None and row.signature and row.role is not Role.AFFINE else None
+    return row if row is not None and row.operands and row.role is not Role.AFFINE else None
 
 
 def passage_of(node: fx.Node) -> Passage | None:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from bnfx.graphs.naming import norm_path, owner_of
 from bnfx.operators.calls import arguments, call_name
-from bnfx.operators.table import Operator, affine_of, is_batch_norm, operator_of
+from bnfx.operators.table import Operator, affine_of, is_batch_norm, layer_call, operator_of
 from bnfx.verification.layers import Geometry, Kind, Layer, samples
 
 _NARROW = {torch.float32, torch.float16, torch.bfloat16}
@@ -131,7 +131,7 @@ class _Recorder(fx.Interpreter):
         return None
 
     def _affine(self, n: fx.Node, row: Operator) -> Layer | None:
-        call = arguments(n, row.signature)
+        call = layer_call(n)
         parts, names = self._parts(call, {"weight": "weight", "bias": "bias"})
         if "weight" not in parts:
             return None

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import onnx
+import onnx.reference
 import pytest
 import torch
 import torch.nn.functional as F
@@ -206,6 +208,8 @@ def _ways(name: str) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         yield (x, weight, _V), {}
     if name in ("cat", "concat", "concatenate", "stack"):
         yield ([_X, _X],), {}
+    if name == "instance_norm":
+        yield (x, _V, _V, _V, _V, False), {}
     if "batch_norm" in name or name == "instance_norm":
         yield (x, _V, _V), {"weight": _V, "bias": _V}
         yield (x, _V, _V, _V, _V, False, 0.1, 1e-5), {}
@@ -276,7 +280,7 @@ _PARTS = ("index", "tensor_split", "hsplit", "vsplit", "dsplit")
 @each_function
 def test_what_a_function_comes_to_in_aten_has_its_row(row: Operator, name: str) -> None:
     call = sample(name)
-    if call is None or "conv" in name:
+    if call is None:
         return
     function, args, kwargs = call
     with torch.no_grad(), _Dispatched() as mode:
@@ -287,3 +291,79 @@ def test_what_a_function_comes_to_in_aten_has_its_row(row: Operator, name: str) 
     graph = fx.Graph()
     plain = pytree.tree_map(lambda v: graph.placeholder("x") if isinstance(v, Tensor) else v, given)
     assert operator_of(graph.call_function(target, plain, named)) is row, target
+
+
+#: What drops or draws, by how it is called.
+_DRAWS = ("dropout", "rrelu", "fractional", "rand", "attention", "empty", "bernoulli")
+
+
+@pytest.mark.filterwarnings("ignore")
+@each_function
+def test_fresh_results_share_nothing_and_pure_ones_are_the_same_twice(
+    row: Operator, name: str
+) -> None:
+    call = sample(name)
+    if call is None:
+        return
+    function, args, kwargs = call
+    first, again = function(*args, **kwargs), function(*args, **kwargs)
+    given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+    if row.fresh:
+        assert not any(t.untyped_storage().data_ptr() in given for t in _tensors(first))
+    if row.pure:
+        pairs = zip(_tensors(first), _tensors(again), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    else:
+        assert any(word in name for word in _DRAWS)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+_OPERATORS = {schema.name for schema in onnx.defs.get_all_schemas() if not schema.domain}
+
+
+def test_onnx_names_exist_and_have_one_meaning() -> None:
+    """Convolutions of any rank are one operator there, products with and without an addend too."""
+    shared = {"Conv", "ConvTranspose", "Gemm", "Shrink"}
+    words = [word for row in TABLE for word in row.onnx.split()]
+    assert set(words) <= _OPERATORS
+    assert {word for word in words if words.count(word) > 1} == shared
+
+
+#: Attributes of ONNX operators, and further arguments of functions, where the defaults differ.
+_ATTRIBUTES = {
+    "HardSigmoid": {"alpha": 1 / 6},
+    "softshrink": {"bias": 0.5},
+    "ThresholdedRelu": {"alpha": 0.5},
+}
+_ARGUMENTS = {"threshold": (0.5, 0.0), "clamp": (None, 2.0), "prelu": (torch.tensor([0.3]),)}
+_TWO = {"Add", "Sub", "Mul", "Div", "Max", "Min", "Pow", "Sum"}
+_ELEMENTWISE = [
+    (row.kind, name)
+    for row in TABLE
+    for name in row.onnx.split()
+    if row.role in (Role.NONLINEARITY, Role.SQUASHING, Role.MOMENT, Role.ADD, Role.SCALE)
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), _ELEMENTWISE)
+def test_onnx_computes_what_the_function_computes(kind: str, name: str) -> None:
+    x = torch.rand(3, 4, generator=torch.Generator().manual_seed(1)) * 4 - 2
+    tensors = [x.abs(), x.abs() + 0.5] if name in _TWO else [x]
+    more = _ARGUMENTS.get(kind, ())
+    given: list[Any] = [
+        *tensors,
+        *({"Clip": [None, torch.tensor(2.0)], "PRelu": more}.get(name, [])),
+    ]
+    arrays = {f"x{i}": v.numpy() for i, v in enumerate(given) if v is not None}
+    names = [f"x{i}" if v is not None else "" for i, v in enumerate(given)]
+    attributes: dict[str, Any] = _ATTRIBUTES.get(kind, _ATTRIBUTES.get(name, {}))
+    node = onnx.helper.make_node(name, names, ["y"], **attributes)
+    shaped = [onnx.helper.make_tensor_value_info(n, 1, None) for n in arrays]
+    y = onnx.helper.make_tensor_value_info("y", 1, None)
+    graph = onnx.helper.make_graph([node], "g", shaped, [y])
+    (theirs,) = onnx.reference.ReferenceEvaluator(onnx.helper.make_model(graph)).run(None, arrays)
+    function = getattr(F, kind, None) or getattr(torch, kind)
+    torch.testing.assert_close(torch.from_numpy(theirs), function(*tensors, *more))
