@@ -150,7 +150,9 @@ TABLE: tuple[Operator, ...] = (
     _norm("local_response_norm", "LocalResponseNorm CrossMapLRN2d", "LRN"),
     _norm("normalize", "", "LpNormalization"),
     _norm("var std var_mean std_mean"),
-    _norm("norm linalg_norm linalg_vector_norm vector_norm", "", "ReduceL1 ReduceL2"),
+    _norm(
+        "norm frobenius_norm vector_norm linalg_norm linalg_vector_norm", "", "ReduceL1 ReduceL2"
+    ),
     # Nonlinearities.
     _nonlinear("relu", "ReLU", "Relu", Passage.RECTIFIER),
     _nonlinear("leaky_relu", "LeakyReLU", "LeakyRelu", Passage.RECTIFIER),
@@ -301,7 +303,12 @@ TABLE: tuple[Operator, ...] = (
         "Identity",
         "Identity",
     ),
-    _same("to float half double bfloat16 type type_as _to_copy", "", "Cast CastLike"),
+    _same(
+        "to type type_as float half double bfloat16 bool byte char short int long cfloat "
+        "cdouble _to_copy",
+        "",
+        "Cast CastLike",
+    ),
     _drop("dropout native_dropout", "Dropout", "Dropout"),
     _drop("dropout1d dropout2d dropout3d feature_dropout", "Dropout1d Dropout2d Dropout3d"),
     _drop("alpha_dropout feature_alpha_dropout", "AlphaDropout FeatureAlphaDropout"),
