@@ -30,9 +30,8 @@ from bnfx.editing.declarations import Preserved
 from bnfx.editing.inference_draft import InferenceDraft
 from bnfx.gauges import written_out
 from bnfx.gauges.constraints import Kind, Site
-from bnfx.gauges.explanation import UNCARRIED, Explanation
+from bnfx.gauges.explanation import UNCARRIED, Explanation, vanished_into
 from bnfx.gauges.new_weights import Ends, Pending, bounds_of, change_of, is_changed
-from bnfx.gauges.provenance import vanished_into
 from bnfx.gauges.solution import Problem, Solution, solve
 from bnfx.gauges.walk import FoldOptions
 from bnfx.gauges.writing import write

@@ -151,7 +151,7 @@ class _Look:
     def _branch(self, value: fx.Node, shape: tuple[int, ...]) -> Leaf:
         """`value` as a linear map of the nearest tensor before it that others may read too."""
         alone = _alone(value) and value not in self.kept
-        row = affine_of(value, {})
+        row = affine_of(value)
         if alone and row is not None and not row.transposed:
             call = layer_call(value)
             weight, bias = self.values.of(call["weight"]), self.values.of(call["bias"])
@@ -242,7 +242,7 @@ def _behind(value: fx.Node) -> set[fx.Node]:
     while queue:
         node = queue.pop()
         passed = passage_of(node) in (Passage.IDENTITY, Passage.MULTIPLY)
-        if passed or affine_of(node, {}) is not None or is_norm(node):
+        if passed or affine_of(node) is not None or is_norm(node):
             queue += [n for n in node.all_input_nodes if n not in seen]
             seen.update(node.all_input_nodes)
     return seen
@@ -282,7 +282,7 @@ def _operands(root: fx.Node) -> Iterable[object]:
 def _rewrite(draft: InferenceDraft, site: Site, rest: Sequence[Any]) -> tuple[fx.Node, str]:
     """Put the convolution in. The node that has the sum's value now, and its weight's name."""
     graph, layer = draft.graph, site.layer
-    row = affine_of(layer, {})
+    row = affine_of(layer)
     assert row is not None
     call = layer_call(layer)
     weight = str(call["weight"].target)

@@ -25,16 +25,13 @@ _APART = 1e-9
 
 @dataclass(frozen=True)
 class Forced:
-    """Values that sites force on free gauges of one part; one row for each channel.
+    """Values that sites force on free gauges of one part; one row for each channel."""
 
-    Attributes:
-        gauge: The unknown.
-        value: What it must be.
-        site: Index among the candidates.
-    """
-
+    #: The unknown.
     gauge: Ints
+    #: What it must be.
     value: Floats
+    #: Index among the candidates.
     site: Ints
 
 

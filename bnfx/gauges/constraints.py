@@ -8,7 +8,7 @@ and as a sign, 0 for a > 0 and 1 for a < 0, so that every demand is a linear equ
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
@@ -31,38 +31,35 @@ class Kind(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A call whose parameters take up gauges.
+    """A call whose parameters take up gauges."""
 
-    Attributes:
-        node: The call.
-        kind: How its parameters change.
-        x: Labels of its input, one for each channel (for constants: each that differs).
-        y: Labels of its output, likewise.
-        s: Factor for each entry of `x`; empty where the site cannot be eliminated.
-        t: Summand for each entry of `x`.
-        source: The operand that takes the place of the call when it vanishes.
-        operand: Name of the constant argument of SCALE and SHIFT.
-        like: A tensor with dtype and device of what is stored.
-        where: For constants: which entry of `x` each element of the tensor has; 1 where equal.
-        constant: Value of the constant operand of SCALE and SHIFT, float64.
-        mean: Mean of the input for each entry of `x` where it is known (BatchNorm), else empty.
-        std: Standard deviation, likewise.
-        size: Sizes of the input behind the channels, where a border map may be needed.
-    """
-
+    #: The call.
     node: fx.Node
+    #: How its parameters change.
     kind: Kind
+    #: Labels of its input, one for each channel (for constants: each that differs).
     x: Ints
+    #: Labels of its output, likewise.
     y: Ints
+    #: Factor for each entry of `x`; empty where the site cannot be eliminated.
     s: Floats = field(default_factory=lambda: np.zeros(0))
+    #: Summand for each entry of `x`.
     t: Floats = field(default_factory=lambda: np.zeros(0))
+    #: The operand that takes the place of the call when it vanishes.
     source: fx.Node | None = None
+    #: Name of the constant argument of SCALE and SHIFT.
     operand: str = ""
+    #: A tensor with dtype and device of what is stored.
     like: Tensor | None = None
+    #: For constants: which entry of `x` each element of the tensor has; 1 where equal.
     where: Tensor | None = None
+    #: Value of the constant operand of SCALE and SHIFT, float64.
     constant: Tensor | None = None
+    #: Mean of the input for each entry of `x` where it is known (BatchNorm), else empty.
     mean: Floats = field(default_factory=lambda: np.zeros(0))
+    #: Standard deviation, likewise.
     std: Floats = field(default_factory=lambda: np.zeros(0))
+    #: Sizes of the input behind the channels, where a border map may be needed.
     size: tuple[int, ...] = ()
 
 
@@ -76,18 +73,15 @@ class Cause:
 
 @dataclass(frozen=True)
 class Bounds:
-    """A nonlinearity that clamps, whose bounds can carry a gauge.
+    """A nonlinearity that clamps, whose bounds can carry a gauge."""
 
-    Attributes:
-        labels: Labels of its values, of size 1 along axes where they are equal.
-        lower: Its lower bound, -inf without any.
-        upper: Its upper bound, inf without any.
-        like: A tensor with dtype and device of its values.
-    """
-
+    #: Labels of its values, of size 1 along axes where they are equal.
     labels: Tensor
+    #: Its lower bound, -inf without any.
     lower: float
+    #: Its upper bound, inf without any.
     upper: float
+    #: A tensor with dtype and device of its values.
     like: Tensor
 
 
@@ -127,9 +121,14 @@ class Constraints:
 
     def copy(self) -> Constraints:
         """An independent copy."""
-        return Constraints(
-            *(self.count, list(self.batches), dict(self.sites), dict(self.readers)),
-            *(list(self.absorbers), dict(self.bounds), dict(self._known)),
+        return replace(
+            self,
+            batches=list(self.batches),
+            sites=dict(self.sites),
+            readers=dict(self.readers),
+            absorbers=list(self.absorbers),
+            bounds=dict(self.bounds),
+            _known=dict(self._known),
         )
 
     def fresh(self, node: fx.Node, slot: str, count: int) -> Ints:
@@ -174,18 +173,15 @@ class Constraints:
 
 @dataclass
 class Systems:
-    """The hard equations, solved, over classes of labels.
+    """The hard equations, solved, over classes of labels."""
 
-    Attributes:
-        of: (labels,), class of every label, numbered from the ground's, 0.
-        scale: log|a|.
-        sign: 0 for a > 0, 1 for a < 0.
-        shift: d.
-    """
-
+    #: (labels,), class of every label, numbered from the ground's, 0.
     of: Ints
+    #: log|a|.
     scale: LinearSystem
+    #: 0 for a > 0, 1 for a < 0.
     sign: LinearSystem
+    #: d.
     shift: LinearSystem
 
     def mark(self) -> tuple[int, int, int]:
@@ -244,7 +240,7 @@ def equations_of(batches: list[Batch], systems: Systems) -> Iterator[tuple[Linea
     gathered: dict[Demand, list[tuple[Ints, ...]]] = {}
     for batch in batches:
         count = len(batch.labels[0])
-        parts = (*(of[labels] for labels in batch.labels),)
+        parts = tuple(of[labels] for labels in batch.labels)
         factors = tuple(np.broadcast_to(factor, (count,)) for factor in batch.factors)
         gathered.setdefault(batch.demand, []).append((*parts, *factors))
     for demand, pieces in gathered.items():

@@ -25,16 +25,13 @@ NEEDED = "one behind it has a scale of zero, and gives its constant through it"
 
 @dataclass(frozen=True)
 class Refused:
-    """Why a site stays.
+    """Why a site stays."""
 
-    Attributes:
-        part: "scale", "sign", "shift", or "" for a reason of its own.
-        channels: Channels on which its equation contradicts the others.
-        words: The reason, where it is one of its own.
-    """
-
+    #: "scale", "sign", "shift", or "" for a reason of its own.
     part: str
+    #: Channels on which its equation contradicts the others.
     channels: Ints
+    #: The reason, where it is one of its own.
     words: str = ""
 
 

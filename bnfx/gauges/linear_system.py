@@ -33,18 +33,15 @@ _BLOCK = 8192
 
 @dataclass(frozen=True)
 class Rows:
-    """Equations sum_j coefficients[:, j] x[unknowns[:, j]] + constant = 0, one for each row.
+    """Equations sum_j coefficients[:, j] x[unknowns[:, j]] + constant = 0, one for each row."""
 
-    Attributes:
-        unknowns: (rows, terms); -1 where a row has fewer terms.
-        coefficients: (rows, terms).
-        constant: (rows,).
-        size: (rows,), sum of the magnitudes that went into `constant`.
-    """
-
+    #: (rows, terms); -1 where a row has fewer terms.
     unknowns: Ints
+    #: (rows, terms).
     coefficients: Floats
+    #: (rows,).
     constant: Floats
+    #: (rows,), sum of the magnitudes that went into `constant`.
     size: Floats
 
     @staticmethod
@@ -72,14 +69,11 @@ class Rows:
 
 @dataclass
 class LinearSystem:
-    """Equations in solved form.
+    """Equations in solved form."""
 
-    Attributes:
-        order: (unknowns,), a permutation: of the unknowns of a row, the highest becomes defined.
-        modulus: 0 for the reals, 2 for signs.
-    """
-
+    #: (unknowns,), a permutation: of the unknowns of a row, the highest becomes defined.
     order: Ints
+    #: 0 for the reals, 2 for signs.
     modulus: int = 0
     defined: Flags = field(init=False)
     rows: Rows = field(init=False)

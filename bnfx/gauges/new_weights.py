@@ -37,31 +37,25 @@ _SLAB = 2**15
 
 @dataclass(frozen=True)
 class Change:
-    """New parameters of one call.
+    """New parameters of one call."""
 
-    Attributes:
-        site: The call.
-        tensors: Argument name -> new value, in float64 or in the stored dtype.
-        sources: Names of the call's own parameters that the values were computed from.
-    """
-
+    #: The call.
     site: Site
+    #: Argument name -> new value, in float64 or in the stored dtype.
     tensors: Mapping[str, Tensor]
+    #: Names of the call's own parameters that the values were computed from.
     sources: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A change to come: its float64 tensors exist for one call at a time, while it is written.
+    """A change to come: its float64 tensors exist for one call at a time, while it is written."""
 
-    Attributes:
-        site: The call.
-        compute: `change_of` for the call, short of `rounded`.
-        carries: Names of the parameters of what vanished into the call.
-    """
-
+    #: The call.
     site: Site
+    #: `change_of` for the call, short of `rounded`.
     compute: Callable[..., Change | None]
+    #: Names of the parameters of what vanished into the call.
     carries: tuple[str, ...]
 
 
@@ -159,7 +153,7 @@ def _slabs(view: Tensor) -> Iterator[tuple[slice, slice]]:
 def _affine(
     site: Site, ends: Ends, values: Values, dead: Mapping[int, float], *, rounded: bool
 ) -> Change:
-    row = affine_of(site.node, {})
+    row = affine_of(site.node)
     assert row is not None
     assert site.like is not None
     call = layer_call(site.node)

@@ -14,10 +14,8 @@ from torch.utils import _pytree as pytree
 
 from bnfx.gauges import (
     rules_axes,
-    rules_contractions,
     rules_elements,
     rules_layers,
-    rules_moves,
     rules_sums,
 )
 from bnfx.gauges.constraints import Cause
@@ -34,9 +32,9 @@ RULES: dict[Passage, Rule] = {
     Passage.AFFINE: rules_layers.affine,
     Passage.BATCH_NORM: rules_layers.batch_norm,
     Passage.NORM: rules_layers.norm,
-    Passage.MOVE: rules_moves.move,
+    Passage.MOVE: rules_elements.move,
     Passage.IDENTITY: rules_elements.identity,
-    Passage.SHAPE: rules_moves.shape,
+    Passage.SHAPE: rules_elements.shape,
     Passage.RECTIFIER: rules_elements.rectifier,
     Passage.MAX_POOL: rules_axes.pool,
     Passage.AVERAGE_POOL: rules_axes.pool,
@@ -44,14 +42,14 @@ RULES: dict[Passage, Rule] = {
     Passage.MEAN: rules_axes.reduce,
     Passage.SUM: rules_axes.reduce,
     Passage.PAD: rules_axes.pad,
-    Passage.CONCAT: rules_moves.concatenate,
-    Passage.STACK: rules_moves.stack,
+    Passage.CONCAT: rules_elements.concatenate,
+    Passage.STACK: rules_elements.stack,
     Passage.ADD: rules_sums.add,
     Passage.SUBTRACT: rules_sums.add,
     Passage.MULTIPLY: rules_sums.multiply,
     Passage.DIVIDE: rules_sums.multiply,
-    Passage.MATMUL: rules_contractions.matmul,
-    Passage.ATTENTION: rules_contractions.attention,
+    Passage.MATMUL: rules_axes.matmul,
+    Passage.ATTENTION: rules_axes.attention,
     Passage.EXTREMUM: rules_sums.extremum,
     Passage.CLAMP: rules_elements.clamp,
 }

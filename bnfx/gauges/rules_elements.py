@@ -1,4 +1,4 @@
-"""Rules of operators that treat every element alike: identities, rectifiers, clamps."""
+"""Rules of operators that take elements as they are: data movement, identities, clamps."""
 
 from __future__ import annotations
 
@@ -7,20 +7,101 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from bnfx.gauges.constraints import Bounds, Cause, Demand
-from bnfx.gauges.labels import array, compact
+from bnfx.gauges.labels import array, compact, concatenated, settled
 from bnfx.gauges.walk import Opaque, Walk
 from bnfx.graphs.naming import describe
 from bnfx.graphs.shapes import is_tensor
-from bnfx.operators.calls import argument, base_name, call_name, function_name
+from bnfx.operators.calls import argument, base_name, call_name
+
+
+def move(walk: Walk, node: fx.Node) -> Any:
+    """The call itself, carried out on the labels."""
+
+    def value(n: fx.Node) -> Any:
+        labels, fake = walk.maps.get(n), walk.shapes.values.get(n)
+        if is_tensor(fake) and not fake.is_floating_point():
+            known = walk.values.of(n)
+            if known is None:
+                raise Opaque
+            return known
+        if labels is not None:
+            return labels
+        return fake
+
+    first = argument(node, 0, "input")
+    if isinstance(first, fx.Node) and isinstance(walk.maps.get(first), Tensor):
+        walk.labels_of(first)
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
+    try:
+        moved = _moved(node, args, kwargs)
+    except (RuntimeError, TypeError, IndexError, ValueError, NotImplementedError) as error:
+        raise Opaque from error
+    if any(isinstance(m, FakeTensor) for m in pytree.tree_leaves(moved)):
+        raise Opaque  # a member of an input's container, which has no labels
+    return pytree.tree_map(lambda m: settled(m) if isinstance(m, Tensor) else m, moved)
+
+
+def concatenate(walk: Walk, node: fx.Node) -> Tensor:
+    """Labels side by side."""
+    axis = argument(node, 1, "dim", 0)
+    if not isinstance(axis, int):
+        raise Opaque
+    shape = walk.shape_of(node)
+    maps = _parts(walk, argument(node, 0, "tensors"))
+    return concatenated([m for m in maps if m.dim() == len(shape)], axis)
+
+
+def stack(walk: Walk, node: fx.Node) -> Tensor:
+    """Labels side by side along a new axis."""
+    axis = argument(node, 1, "dim", 0)
+    if not isinstance(axis, int):
+        raise Opaque
+    maps = _parts(walk, argument(node, 0, "tensors"))
+    if len({m.shape for m in maps}) > 1:  # of assumed ranks: torch takes equal shapes only
+        raise Opaque
+    return concatenated([m.unsqueeze(axis) for m in maps], axis)
+
+
+def shape(walk: Walk, node: fx.Node) -> Any:
+    """What depends on shapes alone has no gauge."""
+    return walk.grounded(node)
+
+
+def _parts(walk: Walk, parts: object) -> list[Tensor]:
+    """The labels of each of several tensors, which may be what one call gave, a chunk say."""
+    if not isinstance(parts, fx.Node):
+        if not isinstance(parts, tuple | list):
+            raise Opaque
+        return [walk.labels_of(part) for part in parts]
+    maps, fakes = walk.maps.get(parts), walk.shapes.values.get(parts)
+    if not isinstance(maps, tuple | list) or not isinstance(fakes, tuple | list):
+        raise Opaque
+    found = []
+    for labels, fake in zip(maps, fakes, strict=True):
+        if not isinstance(labels, Tensor) or not is_tensor(fake) or not fake.is_floating_point():
+            raise Opaque
+        found.append(labels)
+    return found
+
+
+def _moved(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    name = base_name(call_name(node))
+    if name in ("view", "_unsafe_view"):  # maps are not contiguous, the tensors they stand for are
+        return args[0].reshape(*args[1:], **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]  # a function
 
 
 def identity(walk: Walk, node: fx.Node) -> Tensor:
     """The same gauge."""
     labels = walk.labels_of(node.args[0] if node.args else argument(node, 0, "input"))
     value = walk.shapes.values.get(node)
-    name = base_name(function_name(node.target))
+    name = base_name(call_name(node))
     random = "dropout" in name and argument(
         node, 2, "train" if isinstance(node.target, torch._ops.OpOverload) else "training", True
     )
@@ -95,6 +176,6 @@ def _casts(node: fx.Node) -> bool:
     In a copy of the model at another dtype it may round, and both copies must fold alike.
     """
     named = [*node.args, *node.kwargs.values()]
-    return function_name(node.target) in ("float", "half", "bfloat16", "double") or any(
+    return call_name(node) in ("float", "half", "bfloat16", "double") or any(
         isinstance(value, torch.dtype) for value in named
     )

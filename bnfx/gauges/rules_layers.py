@@ -13,13 +13,13 @@ from bnfx.gauges.labels import along
 from bnfx.gauges.walk import Opaque, Walk
 from bnfx.graphs.naming import describe
 from bnfx.graphs.norms import affine_map_of, norm_call
-from bnfx.operators.calls import all_equal, argument, base_name, function_name
+from bnfx.operators.calls import all_equal, argument, base_name, call_name
 from bnfx.operators.table import Operator, affine_of, layer_call
 
 
 def affine(walk: Walk, node: fx.Node) -> Tensor:
     """A gauge for each channel in and another out; d = 0 in where zeros are padded."""
-    row = affine_of(node, {})
+    row = affine_of(node)
     assert row is not None
     call = layer_call(node)
     weight, bias = walk.values.of(call["weight"]), walk.values.of(call["bias"])
@@ -74,7 +74,12 @@ def batch_norm(walk: Walk, node: fx.Node) -> Tensor:
     walk.found.readers[node, 0] = np.unique(x)
     walk.found.site(
         Site(
-            *(node, Kind.BATCH_NORM, x, y, known.s, known.t),
+            node=node,
+            kind=Kind.BATCH_NORM,
+            x=x,
+            y=y,
+            s=known.s,
+            t=known.t,
             mean=known.mean,
             std=known.std,
             source=source,
@@ -94,7 +99,7 @@ def norm(walk: Walk, node: fx.Node) -> Tensor:
     y = walk.found.fresh(node, "y", weight.numel())
     walk.found.absorbers.append(y)
     walk.found.site(Site(node, Kind.NORM, np.zeros_like(y), y, like=weight))
-    if base_name(function_name(node.target)) == "group_norm":
+    if base_name(call_name(node)) == "group_norm":
         return along(y, 1, shape)
     return torch.from_numpy(y).reshape(weight.shape).expand(shape)
 

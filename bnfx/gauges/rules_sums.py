@@ -128,7 +128,12 @@ def _constant_site(
         s = t = np.zeros(0)
     operand = "other" if value is argument(node, 0, "input") else "input"
     site = Site(
-        *(node, kind, x, y, s, t),
+        node=node,
+        kind=kind,
+        x=x,
+        y=y,
+        s=s,
+        t=t,
         source=value if isinstance(value, fx.Node) else None,
         operand=operand,
         like=walk.shapes.values[node],

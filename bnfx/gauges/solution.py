@@ -178,7 +178,7 @@ def _demanded(start: fx.Node, rank: int) -> bool:
 
 
 def _keeps_rank(node: fx.Node) -> bool:
-    if affine_of(node, {}) is not None or is_batch_norm(node):
+    if affine_of(node) is not None or is_batch_norm(node):
         return True
     return passage_of(node) in _SAME_RANK or (
         node.op != "call_module"

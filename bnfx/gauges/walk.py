@@ -35,26 +35,23 @@ class FoldOptions:
 
 @dataclass(frozen=True)
 class Walk:
-    """One walk at the sizes of `shapes`; it writes its demands into `found`.
+    """One walk at the sizes of `shapes`; it writes its demands into `found`."""
 
-    Attributes:
-        graph: The inference graph.
-        shapes: Fake values of its nodes.
-        values: Values of its constants.
-        found: Labels and demands.
-        barred: Nodes whose values must stay.
-        options: What may carry a gauge though it costs something.
-        maps: Node -> the labels of what it gives, in containers like its own.
-        data: Nodes that depend on elements of an input.
-    """
-
+    #: The inference graph.
     graph: fx.Graph
+    #: Fake values of its nodes.
     shapes: Shapes
+    #: Values of its constants.
     values: Values
+    #: Labels and demands.
     found: Constraints
+    #: Nodes whose values must stay.
     barred: frozenset[fx.Node]
+    #: What may carry a gauge though it costs something.
     options: FoldOptions
+    #: Node -> the labels of what it gives, in containers like its own.
     maps: dict[fx.Node, Any] = field(default_factory=dict)
+    #: Nodes that depend on elements of an input.
     data: set[fx.Node] = field(default_factory=set)
 
     def shape_of(self, node: fx.Node) -> tuple[int, ...]:

@@ -27,20 +27,17 @@ from bnfx.operators.table import Passage, affine_of, layer_call, passage_of
 
 @dataclass(frozen=True)
 class Part:
-    """One new tensor of one call.
+    """One new tensor of one call."""
 
-    Attributes:
-        site: The call.
-        argument: Name of the argument.
-        old: What the argument was: a node, a number, or None.
-        value: In the stored dtype.
-        sources: What it was computed from.
-    """
-
+    #: The call.
     site: Site
+    #: Name of the argument.
     argument: str
+    #: What the argument was: a node, a number, or None.
     old: object
+    #: In the stored dtype.
     value: Tensor
+    #: What it was computed from.
     sources: tuple[str, ...]
 
 
@@ -114,7 +111,7 @@ def _call(site: Site) -> dict[str, Any]:
     """The arguments of a site by name."""
     node = site.node
     if site.kind is Kind.AFFINE:
-        row = affine_of(node, {})
+        row = affine_of(node)
         assert row is not None
         return layer_call(node)
     if site.kind is Kind.BATCH_NORM:

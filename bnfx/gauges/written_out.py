@@ -37,16 +37,13 @@ _MEAN, _VAR = "running_mean", "running_var"
 
 @dataclass(eq=False)
 class Written:
-    """One evaluation of a BatchNorm that is written as arithmetic.
+    """One evaluation of a BatchNorm that is written as arithmetic."""
 
-    Attributes:
-        path: The module that owns the statistics.
-        name: Name of its first operator.
-        sources: Names of the parameters and buffers in its constants.
-    """
-
+    #: The module that owns the statistics.
     path: str
+    #: Name of its first operator.
     name: str
+    #: Names of the parameters and buffers in its constants.
     sources: set[str] = field(default_factory=set)
 
     def gone(self, into: tuple[str, ...], why: str) -> Change:
@@ -162,7 +159,7 @@ def _constants_of(node: fx.Node, values: Values) -> tuple[str, ...]:
     inputs = node.all_input_nodes
     if node.op not in ("call_function", "call_method") or values.is_constant(node):
         return ()
-    if affine_of(node, {}) is not None or is_norm(node) or passage_of(node) is Passage.SHAPE:
+    if affine_of(node) is not None or is_norm(node) or passage_of(node) is Passage.SHAPE:
         return ()
     if all(values.is_constant(n) for n in inputs):
         return ()

@@ -31,7 +31,7 @@ def _kind_and_layer(node: fx.Node, module: fx.GraphModule) -> tuple[str, str]:
         return type(module.get_submodule(str(node.target))).__name__, str(node.target)
     if is_batch_norm(node):
         return "BatchNorm", norm_path(node)
-    row = affine_of(node, {})
+    row = affine_of(node)
     if row is not None:
         weight = layer_call(node)["weight"]
         known = isinstance(weight, fx.Node) and weight.op == "get_attr"

@@ -21,7 +21,7 @@ def describe(value: object) -> str:
     """A node by its kind and by the path of the layer where it has one."""
     if not isinstance(value, fx.Node):
         return repr(value)
-    row = affine_of(value, {})
+    row = affine_of(value)
     if row is not None:
         weight = layer_call(value)["weight"]
         if isinstance(weight, fx.Node) and weight.op == "get_attr":

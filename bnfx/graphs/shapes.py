@@ -191,7 +191,7 @@ class _Runner:
         if value is not UNKNOWN:
             return value
         for user in node.users:
-            row = affine_of(user, {})
+            row = affine_of(user)
             if row is None or row.spatial is None:
                 continue
             call = layer_call(user)
@@ -254,7 +254,7 @@ class _Runner:
         return torch.func.functional_call(module, fakes, args, kwargs)
 
     def _assume(self, node: fx.Node, batch: int, size: int, found: Shapes) -> Any:
-        row = affine_of(node, {})
+        row = affine_of(node)
         space = max(size, 32)
         if row is not None:
             call = layer_call(node)

@@ -14,24 +14,21 @@ from bnfx.operators.table import Operator
 
 @dataclass(frozen=True)
 class Branch:
-    """y = W * x + b with the geometry of a convolution; a linear layer has no spatial axes.
+    """y = W * x + b with the geometry of a convolution; a linear layer has no spatial axes."""
 
-    Attributes:
-        weight: (out, in / groups, *kernel), float64.
-        bias: (out,), float64.
-        stride: One number for each spatial axis.
-        padding: Likewise, on both sides.
-        dilation: Likewise.
-        groups: Groups of channels.
-        rank: Rank of x and y; the channels are axis 1 of it, or the last for a linear layer.
-    """
-
+    #: (out, in / groups, *kernel), float64.
     weight: Tensor
+    #: (out,), float64.
     bias: Tensor
+    #: One number for each spatial axis.
     stride: tuple[int, ...]
+    #: Likewise, on both sides.
     padding: tuple[int, ...]
+    #: Likewise.
     dilation: tuple[int, ...]
+    #: Groups of channels.
     groups: int
+    #: Rank of x and y; the channels are axis 1 of it, or the last for a linear layer.
     rank: int
 
     @staticmethod
@@ -134,8 +131,12 @@ def _places(target: Branch, other: Branch) -> tuple[slice, ...] | None:
     """Where each tap of `other` falls among those of `target`; None where one falls beside."""
     places = []
     axes = zip(
-        *(target.weight.shape[2:], other.weight.shape[2:], target.padding, other.padding),
-        *(target.dilation, other.dilation),
+        target.weight.shape[2:],
+        other.weight.shape[2:],
+        target.padding,
+        other.padding,
+        target.dilation,
+        other.dilation,
         strict=True,
     )
     for k, m, p, q, d, e in axes:

@@ -120,7 +120,7 @@ class _Recorder(fx.Interpreter):
     def _layer(self, n: fx.Node) -> Layer | None:
         if n.op != "call_function":
             return None
-        row = affine_of(n, {})
+        row = affine_of(n)
         if row is not None:
             return self._affine(n, row)
         if is_batch_norm(n):
