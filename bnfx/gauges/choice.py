@@ -26,7 +26,7 @@ from bnfx.gauges.constraints import (
     equations_of,
     hard_systems,
 )
-from bnfx.gauges.elimination import NEEDED, Refused, absorber, attempt
+from bnfx.gauges.elimination import NEEDED, Forward, Refused, absorber, attempt
 from bnfx.gauges.linear_system import Rows
 from bnfx.gauges.soundness import TOO_FAR, Soundness
 from bnfx.numbers import Floats, Ints
@@ -50,6 +50,10 @@ class Gauges:
     systems: Systems
     #: What holds for every choice.
     bound: Bound
+
+    def backward(self, site: Site) -> Ints:
+        """Channels of an eliminated site whose constant the layer before it gives."""
+        return np.flatnonzero((site.s == 0) & np.isfinite(self.scale[site.y]))
 
 
 @dataclass
@@ -97,6 +101,7 @@ class Solver:
         self.hard = hard_systems(found, candidates)
         self.sound = Soundness(found, self.hard.of, limit)
         self.bound = Bound(self.hard, candidates)
+        self.forward = Forward(found)
         self._soft: dict[fx.Node, list[Batch]] = {}
         for batch in found.batches:
             if batch.soft:
@@ -126,6 +131,10 @@ class Solver:
     def _gauges(self, choice: _Choice, scale: Floats, shift: Floats) -> Gauges:
         place = {node: at for at, node in enumerate(self.found.sites)}
         eliminated = sorted(choice.sites, key=lambda site: place[site.node])
+        forward = [site for site in eliminated if self.forward.takes(site)]
+        for site in forward:  # W / inf = 0, and b - W (-t)
+            zero = site.s == 0
+            scale[site.y[zero]], shift[site.y[zero]] = np.inf, -site.t[zero]
         return Gauges(scale, shift, tuple(eliminated), choice.refused, choice.systems, self.bound)
 
     # -- which -----------------------------------------------------------------------------------
@@ -155,7 +164,9 @@ class Solver:
 
     def _try(self, choice: _Choice, site: Site) -> bool:
         systems, mark = choice.systems, choice.systems.mark()
-        dead = not site.s.all() and self._constant_fits(site, choice.gone)
+        dead = not site.s.all() and (
+            self.forward.takes(site) or self._constant_fits(site, choice.gone)
+        )
         refusal = attempt(systems, site, dead=dead)
         if refusal is None:
             far = self.sound.settled_too_far(systems, [site])
@@ -175,7 +186,7 @@ class Solver:
 
     def _needed(self, choice: _Choice, site: Site) -> bool:
         """Whether one that is gone has its constant in `site`, and no other place for it."""
-        zeros = [zero for zero in choice.sites if not zero.s.all()]
+        zeros = [z for z in choice.sites if not z.s.all() and not self.forward.takes(z)]
         gone = {*choice.gone, site.node}
         return not all(self._constant_fits(zero, gone) for zero in zeros)
 

@@ -27,6 +27,11 @@ class Kind(Enum):
     BATCH_NORM = auto()  # y = s x + t: eliminated, or kept with gauges in its parameters
     SCALE = auto()  # y = k x: likewise
     SHIFT = auto()  # y = x + k: likewise
+    MIRROR = auto()  # y = k - x: it stays, and k takes up any displacement
+
+
+#: Sums and products with a constant.
+CONSTANTS = (Kind.SCALE, Kind.SHIFT, Kind.MIRROR)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +170,8 @@ class Constraints:
         cause = Cause(site.node, "has other channels at another input size")
         for first, second in ((old.x, site.x), (old.y, site.y)):
             if len(first) == len(second):
-                self.demand(Demand.SAME, first, second, cause=cause)
+                new = first != second
+                self.demand(Demand.SAME, first[new], second[new], cause=cause)
             else:
                 self.ground(first, cause)
                 self.ground(second, cause)

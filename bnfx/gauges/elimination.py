@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
-from bnfx.gauges.constraints import Constraints, Kind, Site, Systems
+from bnfx.gauges.constraints import CONSTANTS, Constraints, Kind, Site, Systems
 from bnfx.gauges.linear_system import LinearSystem, Rows
 from bnfx.graphs.constants import readers
 from bnfx.numbers import Ints
@@ -71,6 +71,28 @@ def attempt(systems: Systems, site: Site, *, dead: bool, keep: bool = True) -> R
     return None
 
 
+class Forward:
+    """Channels of zero scale that the layers behind take up: no division, W becomes 0 there.
+
+    y = 0 x + t is constant, whatever x is. Where affine layers alone read that channel, and all
+    their outputs see all of it, W' = 0 in its column and b' = b + W t.
+    """
+
+    def __init__(self, found: Constraints) -> None:
+        self._taken = np.zeros(found.count, bool)
+        self._taken[0] = True
+        for batch in found.batches:
+            for labels in batch.labels:
+                self._taken[labels] = True
+        for site in found.sites.values():
+            if site.kind is not Kind.AFFINE:
+                self._taken[site.x] = True
+
+    def takes(self, site: Site) -> bool:
+        """Whether that holds for all channels of `site` whose scale is zero."""
+        return not self._taken[site.y[site.s == 0]].any()
+
+
 def absorber(found: Constraints, site: Site, gone: Collection[fx.Node]) -> Site | None:
     """The layer or kept BatchNorm that alone feeds `site`, through BatchNorms that are gone.
 
@@ -82,6 +104,6 @@ def absorber(found: Constraints, site: Site, gone: Collection[fx.Node]) -> Site 
         if before is None or not np.array_equal(before.y, current.x):
             return None
         if current.source not in gone:
-            return None if before.kind in (Kind.SCALE, Kind.SHIFT) else before
+            return None if before.kind in CONSTANTS else before
         current = before
     return None

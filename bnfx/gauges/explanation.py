@@ -212,7 +212,7 @@ def vanished_into(
         names = dict.fromkeys(name for node in operands for name in values.sources(node))
         for group in _groups(tied, site):
             by_group.setdefault(group, {}).update(names)
-        layer = None if site.s.all() else absorber(found, site, gone)
+        layer = absorber(found, site, gone) if len(gauges.backward(site)) else None
         if layer is not None:  # it gives a constant where s = 0
             by_layer.setdefault(layer.node, {}).update(names)
 

@@ -8,6 +8,7 @@ With x' = a (x + d) on inputs (i) and outputs (o):
                         gamma' = +- gamma a_o       beta' = a_o (beta + d_o)
     y = k x             k' = a_o k / a_i
     y = x + k           k' = a_o (k + d_o - d_i)
+    y = k - x           k' = a_o (k + d_o + d_i)
 """
 
 from __future__ import annotations
@@ -278,6 +279,8 @@ def _constant(site: Site, ends: Ends) -> Change:
     a_i, d_i, a_o, d_o = (_tensor(part)[index] for part in (ends.a_i, ends.d_i, ends.a_o, ends.d_o))
     if site.kind is Kind.SCALE:
         return Change(site, {"constant": a_o * site.constant / a_i}, ())
+    if site.kind is Kind.MIRROR:
+        return Change(site, {"constant": a_o * (site.constant + d_o + d_i)}, ())
     return Change(site, {"constant": a_o * (site.constant + d_o - d_i)}, ())
 
 

@@ -46,6 +46,7 @@ RULES: dict[Passage, Rule] = {
     Passage.STACK: rules_elements.stack,
     Passage.ADD: rules_sums.add,
     Passage.SUBTRACT: rules_sums.add,
+    Passage.NEGATE: rules_sums.negate,
     Passage.MULTIPLY: rules_sums.multiply,
     Passage.DIVIDE: rules_sums.multiply,
     Passage.MATMUL: rules_axes.matmul,

@@ -67,7 +67,7 @@ def reduce(walk: Walk, node: fx.Node) -> Tensor:
 
 
 def pad(walk: Walk, node: fx.Node) -> Tensor:
-    """Equal gauges; d = 0 where zeros come in."""
+    """Equal gauges; d = 0 where zeros come in. Negative widths crop, and bring nothing in."""
     labels = walk.labels_of(argument(node, 0, "input"))
     widths, mode = argument(node, 1, "pad"), argument(node, 2, "mode", "constant")
     fill = argument(node, 3, "value")
@@ -77,14 +77,15 @@ def pad(walk: Walk, node: fx.Node) -> Tensor:
     if not isinstance(widths, tuple | list) or not all(isinstance(w, int) for w in widths):
         raise Opaque
     axes = [labels.dim() - 1 - i // 2 for i, w in enumerate(widths) if w]
+    filled = mode == "constant" and any(w > 0 for w in widths)
+    if filled and fill not in (None, 0):
+        raise Opaque
     small, shape = compact(settled(labels)), walk.shape_of(node)
     if any(small.shape[axis] > 1 for axis in axes):
-        if mode != "constant" or fill not in (None, 0):
+        if mode != "constant":
             raise Opaque
         return _pad_channels(walk, node, labels, list(widths))
-    if mode == "constant":
-        if fill not in (None, 0):
-            raise Opaque
+    if filled:
         walk.unshifted(array(small), Cause(node, f"the zeros of {describe(node)}"))
     return small.expand([shape[i] if n == 1 else n for i, n in enumerate(small.shape)])
 
@@ -97,7 +98,6 @@ def _pad_channels(walk: Walk, node: fx.Node, labels: Tensor, widths: list[int]) 
     holes = small < 0
     y = walk.found.fresh(node, "y", int(holes.sum()))
     walk.unshifted(y, Cause(node, f"the zeros of {describe(node)}"))
-    walk.unshifted(array(labels), Cause(node, f"the zeros of {describe(node)}"))
     filled = small.clone()
     filled[holes] = torch.from_numpy(y)
     return filled.expand(walk.shape_of(node))

@@ -108,7 +108,7 @@ def identity(walk: Walk, node: fx.Node) -> Tensor:
     if random or not is_tensor(value) or not value.is_floating_point():
         raise Opaque
     source = walk.shapes.values[node.all_input_nodes[0]]
-    if value.shape != source.shape or value.dtype != source.dtype or _casts(node):
+    if value.shape != source.shape or value.dtype != source.dtype:
         raise Opaque
     return labels
 
@@ -168,14 +168,3 @@ def _bounds_of(node: fx.Node) -> tuple[float, float] | None:
     if np.isnan(lower) or np.isnan(upper):
         return None
     return min(lower, upper), upper  # where they cross, torch gives the upper one
-
-
-def _casts(node: fx.Node) -> bool:
-    """Whether the call names a dtype: rounding to it would come out otherwise under a gauge.
-
-    In a copy of the model at another dtype it may round, and both copies must fold alike.
-    """
-    named = [*node.args, *node.kwargs.values()]
-    return call_name(node) in ("float", "half", "bfloat16", "double") or any(
-        isinstance(value, torch.dtype) for value in named
-    )

@@ -11,7 +11,7 @@ from bnfx.gauges.labels import compact, ground_map
 from bnfx.gauges.walk import Opaque, Walk
 from bnfx.graphs.naming import describe
 from bnfx.numbers import Ints
-from bnfx.operators.calls import argument
+from bnfx.operators.calls import argument, base_name, call_name
 from bnfx.operators.table import Passage, passage_of
 
 
@@ -21,13 +21,30 @@ def add(walk: Walk, node: fx.Node) -> Tensor:
     a, b = argument(node, 0, "input"), argument(node, 1, "other")
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
         raise Opaque
+    if base_name(call_name(node)) == "rsub":
+        a, b = b, a
     known = walk.values.operand(b)
     if known is not None:
-        return _shift(walk, node, a, sign * known)
+        return _shift(walk, node, a, sign * known, Kind.SHIFT)
     known = walk.values.operand(a)
-    if known is not None and sign > 0:
-        return _shift(walk, node, b, known)
+    if known is not None:
+        return _shift(walk, node, b, known, Kind.SHIFT if sign > 0 else Kind.MIRROR)
+    if a is not argument(node, 0, "input"):
+        raise Opaque
     return _combined(walk, node, Demand.SUM, sign)
+
+
+def negate(walk: Walk, node: fx.Node) -> Tensor:
+    """-x: the same scale, d_o = -d."""
+    labels = compact(walk.labels_of(argument(node, 0, "input")))
+    keys, where = np.unique(labels.numpy(), return_inverse=True)
+    y, used, cause = np.zeros_like(keys), keys > 0, Cause(node, describe(node))
+    y[used] = walk.found.fresh(node, "y", int(used.sum()))
+    out, x = y[used], keys[used]
+    walk.found.demand(Demand.SAME_SCALE, out, x, cause=cause)
+    walk.found.demand(Demand.SUM, out, x, np.zeros_like(x), factors=(-1.0, 0.0), cause=cause)
+    walk.found.readers[node, 0] = x
+    return torch.from_numpy(y[where.reshape(-1)]).reshape(labels.shape).expand(walk.shape_of(node))
 
 
 def multiply(walk: Walk, node: fx.Node) -> Tensor:
@@ -79,8 +96,8 @@ def _combined(walk: Walk, node: fx.Node, demand: Demand, factor: float) -> Tenso
     return torch.from_numpy(y[where.reshape(-1)]).reshape(small).expand(walk.shape_of(node))
 
 
-def _shift(walk: Walk, node: fx.Node, value: object, k: Tensor) -> Tensor:
-    site, out, _ = _constant_site(walk, node, value, k)
+def _shift(walk: Walk, node: fx.Node, value: object, k: Tensor, kind: Kind) -> Tensor:
+    site, out, _ = _constant_site(walk, node, value, k, kind)
     cause = Cause(node, describe(node))
     walk.found.demand(Demand.SAME_SCALE, site.x, site.y, cause=cause)
     walk.found.absorbers.append(site.y)
@@ -88,7 +105,7 @@ def _shift(walk: Walk, node: fx.Node, value: object, k: Tensor) -> Tensor:
 
 
 def _scale(walk: Walk, node: fx.Node, value: object, k: Tensor) -> Tensor:
-    site, out, uniform = _constant_site(walk, node, value, k)
+    site, out, uniform = _constant_site(walk, node, value, k, Kind.SCALE)
     cause = Cause(node, describe(node))
     if uniform:
         zero = np.zeros_like(site.x)
@@ -100,7 +117,7 @@ def _scale(walk: Walk, node: fx.Node, value: object, k: Tensor) -> Tensor:
 
 
 def _constant_site(
-    walk: Walk, node: fx.Node, value: object, k: Tensor
+    walk: Walk, node: fx.Node, value: object, k: Tensor, kind: Kind
 ) -> tuple[Site, Tensor, bool]:
     """The labels of a call with a constant; whether it is equal where labels are."""
     shape = walk.shape_of(node)
@@ -121,10 +138,9 @@ def _constant_site(
     first = np.zeros(len(x))
     first[flat[::-1]] = numbers[::-1]
     uniform = bool(np.array_equal(first[flat], numbers))
-    kind = Kind.SHIFT if passage_of(node) in (Passage.ADD, Passage.SUBTRACT) else Kind.SCALE
     one = np.ones_like(first)
     s, t = (one, first) if kind is Kind.SHIFT else (first, np.zeros_like(first))
-    if not uniform:
+    if not uniform or kind is Kind.MIRROR:
         s = t = np.zeros(0)
     operand = "other" if value is argument(node, 0, "input") else "input"
     site = Site(

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from bnfx.gauges.choice import Gauges, Solver
-from bnfx.gauges.constraints import Constraints, Kind, Site
+from bnfx.gauges.constraints import CONSTANTS, Constraints, Kind, Site
 from bnfx.gauges.elimination import Refused, absorber
 from bnfx.gauges.new_weights import Ends, bounds_of, is_changed
 from bnfx.gauges.rules import propagate
@@ -78,7 +78,7 @@ class Solution:
         """Channels with s = 0: the layer before gives y' = a_y (t + d_y) there."""
         values: dict[fx.Node, dict[int, float]] = {}
         for site in self.gauges.eliminated:
-            for channel in np.flatnonzero(site.s == 0):
+            for channel in self.gauges.backward(site):
                 layer = absorber(self.found, site, self.vanished)
                 assert layer is not None
                 label = site.y[channel]
@@ -90,7 +90,7 @@ class Solution:
         """Whether the result gets bounds or constants that are laid out for one rank."""
         gauges, gone = self.gauges, self.vanished
         return any(bounds_of(b, gauges) is not None for b in self.found.bounds.values()) or any(
-            site.kind in (Kind.SCALE, Kind.SHIFT) and is_changed(Ends.of(site, gauges), {})
+            site.kind in CONSTANTS and is_changed(Ends.of(site, gauges), {})
             for site in self.found.sites.values()
             if site.node not in gone
         )

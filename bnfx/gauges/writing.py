@@ -132,7 +132,7 @@ def _parts(pending: Pending, *, rounded: bool) -> list[Part]:
     for name, value in change.tensors.items():
         if name == "constant":
             name = site.operand  # its name in the call
-            if passage_of(site.node) is Passage.SUBTRACT:
+            if site.kind is Kind.SHIFT and passage_of(site.node) is Passage.SUBTRACT:
                 value = -value  # the call goes on subtracting
             if passage_of(site.node) is Passage.DIVIDE:
                 value = value.reciprocal()  # or dividing
@@ -231,6 +231,9 @@ def _rename(site: Site, new: dict[str, fx.Node]) -> None:
         else:
             kwargs[name] = value
     node.args, node.kwargs = tuple(args), kwargs
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload) and target._overloadname == "Scalar":
+        node.target = target.overloadpacket.Tensor  # the operand is a tensor now
 
 
 def _add_border(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:

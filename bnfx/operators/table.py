@@ -53,6 +53,7 @@ class Passage(Enum):
     STACK = auto()
     ADD = auto()
     SUBTRACT = auto()
+    NEGATE = auto()
     MULTIPLY = auto()
     DIVIDE = auto()
     MATMUL = auto()  # linear in its second operand, rows that sum to one pass d too
@@ -198,10 +199,10 @@ TABLE: tuple[Operator, ...] = (
     # Sums and products. A sum whose operand is subtracted from has the row of a sum.
     _sum("add iadd", "", "Add Sum", Passage.ADD),
     _sum("sub subtract isub", "", "Sub", Passage.SUBTRACT),
-    _sum("rsub"),
+    _sum("rsub", "", "", Passage.SUBTRACT),
     _scale("mul multiply imul", "", "Mul", Passage.MULTIPLY),
     _scale("div divide truediv itruediv true_divide", "", "Div", Passage.DIVIDE),
-    _scale("neg negative", "", "Neg"),
+    _scale("neg negative", "", "Neg", Passage.NEGATE),
     Operator(
         "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu",
         "",

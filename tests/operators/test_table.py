@@ -164,6 +164,7 @@ _ROLES = {
     Passage.CLAMP: {Role.NONLINEARITY, Role.SQUASHING},
     Passage.ADD: {Role.ADD},
     Passage.SUBTRACT: {Role.ADD},
+    Passage.NEGATE: {Role.SCALE},
     Passage.MULTIPLY: {Role.SCALE},
     Passage.DIVIDE: {Role.SCALE},
     Passage.SHAPE: {Role.OTHER},

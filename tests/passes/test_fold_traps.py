@@ -277,8 +277,7 @@ TRAPS: dict[str, Trap] = {
     "cropped by negative padding": Trap(lambda: Net(
         lambda m, x: m.out(F.pad(m.bn(x), (-1, -1, -1, -1))), bn=bn(), out=conv(padding=0))),
     "padded channels": Trap(lambda: Net(
-        lambda m, x: m.out(F.pad(m.bn(x), (0, 0, 0, 0, 1, 1))), bn=bn(), out=nn.Conv2d(6, 4, 1)),
-        least=1),
+        lambda m, x: m.out(F.pad(m.bn(x), (0, 0, 0, 0, 1, 1))), bn=bn(), out=nn.Conv2d(6, 4, 1))),
     "before a strided transposed conv": Trap(lambda: Net(
         lambda m, x: m.up(m.bn(x)), bn=bn(), up=nn.ConvTranspose2d(4, 4, 2, stride=3)), least=1),
     "before a transposed conv": Trap(lambda: Net(
