@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # the same for type checkers; a test keeps it equal to the ta
     from bnfx.errors import VerificationError as VerificationError
     from bnfx.export import ExportReport as ExportReport
     from bnfx.export import export_onnx as export_onnx
+    from bnfx.file_folding import FoldOnnxReport as FoldOnnxReport
+    from bnfx.file_folding import fold_onnx as fold_onnx
     from bnfx.folding import fold_bn as fold_bn
     from bnfx.folding import plan_fold as plan_fold
     from bnfx.insertion import insert_bn as insert_bn
@@ -61,6 +63,7 @@ _PUBLIC = {
     "errors": "BnfxError CalibrationError CaptureError ExportError FoldError InsertError "
     "ProviderError RecipeError VerificationError",
     "export": "ExportReport export_onnx",
+    "file_folding": "FoldOnnxReport fold_onnx",
     "folding": "fold_bn plan_fold",
     "insertion": "insert_bn plan_insert",
     "inspection": "InspectReport inspect_onnx",

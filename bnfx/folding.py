@@ -15,6 +15,7 @@ from bnfx.gauges import written_out
 from bnfx.gauges.walk import FoldOptions
 from bnfx.graphs.boxes import boxes
 from bnfx.graphs.examples import Example, example, skeleton
+from bnfx.graphs.inference import Captured, inference_graph
 from bnfx.graphs.parameters import Written
 from bnfx.passes import EraseUnread, FoldBatchNorm, MergeBranches
 from bnfx.reports.report import FoldRecord, FoldReport, remember, report, takes_arguments_of
@@ -67,9 +68,22 @@ def fold_bn(
         FoldError: border_maps without example inputs.
     """
     options = FoldOptions(merge_branches, thresholds, border_maps)
-    graph, written = _folded(model, example(example_inputs, example_kwargs), options)
+    given = _given(example_inputs, example_kwargs, options)
+    return fold_captured(inference_graph(model, given), options)
+
+
+def fold_captured(captured: Captured, options: FoldOptions) -> fx.GraphModule:
+    """`fold_bn` of a graph that is there already; it is changed itself."""
+    graph, written = _folded(captured, options)
     written.round(graph)
     return graph
+
+
+def _given(inputs: Any, kwargs: Mapping[str, Any] | None, options: FoldOptions) -> Example | None:
+    given = example(inputs, kwargs)
+    if options.border_maps and given is None:
+        raise FoldError("border_maps=True needs example_inputs: a map has the size of its input")
+    return given
 
 
 @takes_arguments_of(fold_bn)
@@ -100,8 +114,9 @@ def fold_exactly(
     The gauges of both are those for the dtype in which `model` is stored; parameters and buffers of
     the exact graph are all in float64. Arguments and errors are those of `fold_bn`.
     """
-    given = example(example_inputs, example_kwargs)
-    graph, written = _folded(model, given, FoldOptions(**options), exact=True)
+    chosen = FoldOptions(**options)
+    captured = inference_graph(model, _given(example_inputs, example_kwargs, chosen))
+    graph, written = _folded(captured, chosen, exact=True)
     exact = skeleton(graph).double()
     assert isinstance(exact, fx.GraphModule)
     written.round(graph)
@@ -115,16 +130,14 @@ def exact_graph(*args: Any, **kwargs: Any) -> fx.GraphModule:
 
 
 def _folded(
-    model: nn.Module, given: Example | None, options: FoldOptions, *, exact: bool = False
+    captured: Captured, options: FoldOptions, *, exact: bool = False
 ) -> tuple[fx.GraphModule, Written]:
-    """The graph of `model`, folded, with its report, and what of it is to be rounded.
+    """The graph, folded, with its report, and what of it is to be rounded.
 
     A BatchNorm that vanished may have parted branches that can be merged now. Where that is found,
     the folding before is done again with its weights kept in float64: nothing is rounded twice.
     """
-    if options.border_maps and given is None:
-        raise FoldError("border_maps=True needs example_inputs: a map has the size of its input")
-    draft, fold = InferenceDraft(model, given, exact=exact), FoldBatchNorm(options)
+    draft, fold = InferenceDraft(captured, exact=exact), FoldBatchNorm(options)
     marked = written_out.mark(draft.module)
     run(draft, EraseUnread())
     for _ in range(_STAGES):

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from bnfx.editing.declarations import GraphFacts, Preserved
 from bnfx.graphs.boxes import boxes
 from bnfx.graphs.constants import Values
-from bnfx.graphs.examples import Example
 from bnfx.graphs.in_place import barred, freshen, restore
-from bnfx.graphs.inference import inference_graph
+from bnfx.graphs.inference import Captured
 from bnfx.graphs.parameters import Written, attribute, constants, free_name, set_tensor
 from bnfx.graphs.shapes import EXACT, Shapes, shapes_of
 from bnfx.graphs.tracing import assemble
@@ -33,6 +32,8 @@ class InferenceDraft:
     module: fx.GraphModule
     #: Example values of the placeholders; None without any.
     inputs: Sequence[Any] | None
+    #: Such values of other sizes; None where these are to be tried.
+    others: Sequence[Sequence[Any]] | None
     #: Whether new tensors stay in float64 until the end, because more is to be written.
     exact: bool
     #: What passes wrote.
@@ -43,9 +44,9 @@ class InferenceDraft:
     unavoidable: int
     _seen: Shapes | None
 
-    def __init__(self, model: nn.Module, given: Example | None, *, exact: bool = False) -> None:
-        captured = inference_graph(model, given)
+    def __init__(self, captured: Captured, *, exact: bool = False) -> None:
         self.module, self.inputs, self.exact = captured.module, captured.inputs, exact
+        self.others = captured.others
         self.written, self._new, self.changes = Written(), Written(), {}
         self.unavoidable, self._seen = 0, None
         self.drawn = boxes(self.module)
@@ -63,7 +64,7 @@ class InferenceDraft:
     @cached_property
     def runs(self) -> list[Shapes]:
         """Shapes of all values, for one size of input, and for a second one where that runs."""
-        found = shapes_of(self.module, self.inputs)
+        found = shapes_of(self.module, self.inputs, self.others)
         self._seen = found[0]
         return found
 

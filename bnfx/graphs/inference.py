@@ -145,6 +145,8 @@ class Captured:
 
     module: fx.GraphModule
     inputs: tuple[Any, ...] | None
+    #: Values of other sizes that the graph takes; None where they are to be tried.
+    others: tuple[tuple[Any, ...], ...] | None = None
 
 
 def inference_graph(model: nn.Module, given: Example | None) -> Captured:

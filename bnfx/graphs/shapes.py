@@ -59,7 +59,11 @@ class Shapes:
     impossible: bool = False
 
 
-def shapes_of(module: fx.GraphModule, inputs: Sequence[Any] | None) -> list[Shapes]:
+def shapes_of(
+    module: fx.GraphModule,
+    inputs: Sequence[Any] | None,
+    others: Sequence[Sequence[Any]] | None = None,
+) -> list[Shapes]:
     """Shapes for the example, or assumed ones, and for a second set of sizes where that runs.
 
     What is true for two sizes of batch and image, and read from one graph, is taken to be true for
@@ -68,12 +72,15 @@ def shapes_of(module: fx.GraphModule, inputs: Sequence[Any] | None) -> list[Shap
     Args:
         module: The inference graph.
         inputs: One value for each placeholder; None without an example.
+        others: The same for other sizes, of which the first that runs is taken; None to try the
+            example with a larger batch and image.
     """
     runner = _Runner(module)
     if inputs is not None:
         first = runner.run(inputs, _BATCH, 0)
         runner.first = False
-        others = (_resized(inputs, 1, 32), _resized(inputs, 1, 0), _resized(inputs, 0, 32))
+        if others is None:
+            others = [_resized(inputs, *more) for more in ((1, 32), (1, 0), (0, 32))]
         runs = (runner.run(other, _BATCH, 0) for other in others)
         second = next((run for run in runs if len(run.failures) <= len(first.failures)), None)
         return [first, second] if second is not None else [first]

@@ -121,11 +121,12 @@ def _walk(nodes: Iterable[onnx.NodeProto], where: str) -> Iterator[Located]:
             stack.pop()
             continue
         yield Located(node, place)
-        for name, graph in reversed(list(_inner(node))):
+        for name, graph in reversed(list(inner_graphs(node))):
             stack.append((iter(graph.node), f"{place}/{node.name or node.op_type}/{name}"))
 
 
-def _inner(node: onnx.NodeProto) -> Iterator[tuple[str, onnx.GraphProto]]:
+def inner_graphs(node: onnx.NodeProto) -> Iterator[tuple[str, onnx.GraphProto]]:
+    """The subgraphs of a node, and the attributes that hold them."""
     for attribute in node.attribute:
         for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
             yield attribute.name, graph
@@ -135,7 +136,7 @@ def graphs_of(model: onnx.ModelProto) -> Iterator[tuple[onnx.GraphProto, str]]:
     """The main graph and every subgraph, those inside functions included."""
     yield model.graph, "graph"
     for found in located_nodes(model):
-        for name, graph in _inner(found.node):
+        for name, graph in inner_graphs(found.node):
             yield graph, f"{found.where}/{found.node.name or found.node.op_type}/{name}"
 
 
@@ -274,7 +275,7 @@ def _nodes_fault(nodes: Iterable[onnx.NodeProto], known: set[str], where: str) -
                 f"node {node.name or node.op_type!r} of {where} reads {missing!r}, which nothing "
                 "before it defines (missing, or part of a cycle)"
             )
-        for name, graph in _inner(node):
+        for name, graph in inner_graphs(node):
             fault = _body_fault(graph, frozenset(known), f"{where}/{node.name}/{name}")
             if fault:
                 return fault

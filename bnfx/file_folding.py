@@ -1,0 +1,365 @@
+"""`fold_onnx`: fold the BatchNorms of an ONNX file that anyone wrote."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from rich.console import Group, RenderableType
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bnfx.errors import FoldError, VerificationError
+from bnfx.folding import fold_captured
+from bnfx.gauges.walk import FoldOptions
+from bnfx.graphs.inference import Captured
+from bnfx.graphs.shapes import UNKNOWN, shapes_of
+from bnfx.onnx_files.importing import Imported, imported
+from bnfx.onnx_files.node_call import unescaped
+from bnfx.onnx_files.placing import move_into_place, real_target
+from bnfx.onnx_files.reading import located_nodes, opset_of, read_onnx
+from bnfx.onnx_files.rebuilding import rebuilt
+from bnfx.onnx_files.sizes import SPACE, Axes, axes_of, filled, open_axes, varied
+from bnfx.onnx_files.storing import store
+from bnfx.onnx_files.tensors import dtype_of
+from bnfx.reports.document import Headline
+from bnfx.reports.report import FoldRecord, FoldReport, Report, report, table, tally
+from bnfx.verification.verdicts import VerifyReport
+from bnfx.verify import verify_onnx
+from bnfx.workspace import workspace
+
+#: The oldest operator set whose sums and products broadcast as they do today.
+_OLDEST = 7
+#: So many sizes that all leave something unknown: it is not for the sizes.
+_TRIES = 4
+
+
+@dataclass(frozen=True)
+class FoldOnnxReport(Report):
+    """What was done to a file."""
+
+    heading = "Folding of the file"
+    #: The file that was read.
+    source: str
+    #: The file that was written.
+    path: str
+    #: One record for every BatchNormalization, in the order of the file.
+    batch_norms: tuple[FoldRecord, ...]
+    #: Nodes that are gone, by name (by output, where a name is missing or not the only one).
+    removed: tuple[str, ...]
+    #: Nodes and tensors that are new.
+    added: tuple[str, ...]
+    #: Tensors that have new values.
+    changed: tuple[str, ...]
+    #: The comparison with the file as it was; None if not asked for.
+    verification: VerifyReport | None
+    #: Wall-clock time.
+    seconds: float
+
+    def __bool__(self) -> bool:
+        return bool(self.verification)
+
+    @property
+    def folded(self) -> int:
+        """How many BatchNormalizations are gone."""
+        return sum(bn.verdict == "folded" for bn in self.batch_norms)
+
+    def headline(self) -> Headline:
+        """How many BatchNormalizations are gone, and whether that was verified."""
+        facts = (("verdicts", tally(bn.verdict for bn in self.batch_norms)),)
+        verdict = f"{self.folded} of {len(self.batch_norms)} BatchNormalizations folded."
+        title = f"bnfx: fold {self.source}"
+        if self.verification is None:
+            return Headline(title, "warning", f"{verdict} The file was not verified.", facts)
+        found = self.verification.headline()
+        return Headline(title, found.status, f"{verdict} {found.verdict}", (*facts, *found.facts))
+
+    def __rich__(self) -> RenderableType:
+        title = f"fold_onnx: {tally(bn.verdict for bn in self.batch_norms)}. {self.path}"
+        rows = (
+            (bn.path, bn.verdict, ", ".join(bn.into) or "-", bn.reason or "-")
+            for bn in self.batch_norms
+        )
+        parts: list[RenderableType] = [
+            table(title, ("BatchNormalization", "verdict", "into", "reason"), rows)
+        ]
+        changes = (
+            (kind, name) for kind in ("removed", "added", "changed") for name in getattr(self, kind)
+        )
+        parts.append(table("What changed in the file:", ("", "name"), changes))
+        parts += [self.verification] if self.verification is not None else []
+        return Group(*parts)
+
+
+def fold_onnx(
+    f: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    args: Any = None,
+    thresholds: bool = False,
+    border_maps: bool = False,
+    merge_branches: bool = True,
+    verify: bool = True,
+) -> FoldOnnxReport:
+    """Fold every BatchNormalization of a file that an exact rewrite can remove.
+
+    The rules and the algebra are those of `fold_bn`. The file stays the file: constants change,
+    BatchNormalizations vanish, and so do sums and products with constants that layers can take up;
+    a bias comes where one is needed; branches that are merged become one node. Names of inputs,
+    outputs and of all nodes that are left, versions, metadata, functions and subgraphs stay. What
+    no rule knows, custom operators, quantised layers and what subgraphs read among it, stays as it
+    is.
+
+    Args:
+        f: The file; external data lies beside it.
+        out: Where the result goes, which may be `f`. A file there stays as it is unless every check
+            passes.
+        args: Example inputs in the order of the file's, as a tuple or by name. Needed where sizes
+            that the file leaves open can't be guessed.
+        thresholds: As in `fold_bn`: a Relu or Clip may become a Max and a Min with a bound for each
+            channel.
+        border_maps: As in `fold_bn`: a convolution that pads zeros may get a constant map added.
+            The sizes of images must be fixed, or given by `args` and never others.
+        merge_branches: As in `fold_bn`.
+        verify: Whether to compare the result with `f` before it is moved into place.
+
+    Raises:
+        VerificationError: `f` cannot be read; or the result does not compute what `f` computes, and
+            `.report` of the error is the `FoldOnnxReport`.
+        FoldError: The operator set is older than 7; `args` don't fit; a map has no fixed size.
+        ExportError: `out` cannot be written.
+    """
+    start = time.perf_counter()
+    source, target = Path(f), real_target(out)
+    model = read_onnx(source)
+    if opset_of(model) and opset_of(model) < _OLDEST:
+        raise FoldError(
+            f"{source} has operator set {opset_of(model)}, in which sums do not broadcast; convert "
+            f"it first: onnx.version_converter.convert_version(model, {_OLDEST})"
+        )
+    names = list(_norms(model))
+    read = imported(model, source.parent.resolve())
+    example = _Example.of(source, read, args)
+    if border_maps and example.is_open and args is None:
+        raise FoldError(
+            f"border_maps=True adds maps of one size, and {source} leaves {example.words} open; "
+            "pass args of the size that it will have"
+        )
+    if opset_of(model) < 8 and thresholds:
+        raise FoldError(f"thresholds=True needs operator set 8, {source} has {opset_of(model)}")
+    options = FoldOptions(merge_branches, thresholds, border_maps)
+    folded = fold_captured(example.captured(read), options)
+    told = report(folded)
+    assert isinstance(told, FoldReport)
+    records = tuple(_records(names, read, told))
+    done = rebuilt(model, read, folded)
+    with workspace(target) as folder:
+        written = folder / target.name
+        store(model, done.tensors, source, written)
+        _check(written)
+        verified = verify_onnx(source, written, example.drawn()) if verify else None
+        result = FoldOnnxReport(
+            source=str(source),
+            path=str(target),
+            batch_norms=records,
+            removed=tuple(done.removed),
+            added=tuple(done.added),
+            changed=tuple(done.changed),
+            verification=verified and replace(verified, path=str(target)),
+            seconds=time.perf_counter() - start,
+        )
+        if verified is not None and not verified:
+            raise VerificationError(
+                f"{target} was not written: {verified.first_divergence}. An older file is as it "
+                "was",
+                result,
+            )
+        move_into_place(written, target)
+    return result
+
+
+def _check(written: Path) -> None:
+    try:
+        onnx.checker.check_model(str(written))
+    except onnx.checker.ValidationError as error:
+        raise FoldError(f"the result is no valid ONNX file, please report it: {error}") from error
+
+
+# -- example inputs --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Example:
+    """Shapes of the inputs, and values where they were given."""
+
+    #: None where the rank of an input is unknown.
+    axes: tuple[Axes | None, ...]
+    #: Sizes of what is open.
+    sizes: Mapping[str, int]
+    #: Names of what is open, and whether that is a batch.
+    names: Mapping[str, bool]
+    given: tuple[Tensor, ...] | None
+
+    @staticmethod
+    def of(source: Path, read: Imported, args: Any) -> _Example:
+        """The example given, or the first sizes that fit."""
+        axes = tuple(axes_of(value, _channels(read, at)) for at, value in enumerate(read.inputs))
+        names = open_axes([a for a in axes if a is not None])
+        if args is not None:
+            given = _given(source, read, args)
+            return _Example(axes, _sizes_in(source, axes, given), names, given)
+        best = _Example(axes, filled(names, SPACE[0]), names, None)
+        least, first = best.failures(read), best.sizes
+        for tried, space in enumerate(SPACE[1:], 1):
+            if not least or not names or (tried >= _TRIES and best.sizes == first):
+                break
+            other = _Example(axes, filled(names, space), names, None)
+            if (failures := other.failures(read)) < least:
+                least, best = failures, other
+        return best
+
+    def failures(self, read: Imported) -> int:
+        """How many calls don't run at these sizes."""
+        return len(shapes_of(read.module, self.shapes(self.sizes), ())[0].failures)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether sizes other than the batch are open."""
+        return any(not batch for batch in self.names.values())
+
+    @property
+    def words(self) -> str:
+        """The open sizes."""
+        return ", ".join(name for name, batch in self.names.items() if not batch)
+
+    def shapes(self, sizes: Mapping[str, int]) -> tuple[Any, ...]:
+        """Tensors without values, for each input."""
+        return tuple(
+            UNKNOWN
+            if axes is None or dtype_of(axes.elem_type) is None
+            else torch.empty(axes.filled(sizes), dtype=dtype_of(axes.elem_type), device="meta")
+            for axes in self.axes
+        )
+
+    def captured(self, read: Imported) -> Captured:
+        """The graph, with the example's shapes and others that it takes."""
+        if self.given is not None:
+            inputs: tuple[Any, ...] = tuple(v.to("meta") for v in self.given)
+        else:
+            inputs = self.shapes(self.sizes)
+        others = tuple(self.shapes(sizes) for sizes in varied(self.names, self.sizes))
+        return Captured(read.module, inputs, others)
+
+    def drawn(self) -> tuple[Tensor, ...]:
+        """Values for each input."""
+        if self.given is not None:
+            return self.given
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for axes in self.axes:
+            kind = dtype_of(axes.elem_type) if axes is not None else None
+            if axes is None or kind is None:
+                raise FoldError("an input has no shape; pass args, or verify=False")
+            noise = torch.randn(axes.filled(self.sizes), generator=generator)
+            found.append((noise if kind.is_floating_point else noise > 0).to(kind))
+        return tuple(found)
+
+
+def _channels(read: Imported, at: int) -> dict[int, int]:
+    """The channels of an input, where a convolution reads it."""
+    placeholder = read.module.graph.find_nodes(op="placeholder")[at]
+    for user in placeholder.users:
+        weight = user.kwargs.get("weight")
+        if getattr(user.target, "__name__", "") in ("conv1d", "conv2d", "conv3d"):
+            value = read.module.get_parameter(str(weight.target))
+            return {1: value.shape[1] * int(user.kwargs["groups"])}
+    return {}
+
+
+def _given(source: Path, read: Imported, args: Any) -> tuple[Tensor, ...]:
+    """The example in the order of the inputs."""
+    names = [value.name for value in read.inputs]
+    if isinstance(args, Mapping):
+        missing = [name for name in names if name not in args]
+        if missing:
+            raise FoldError(f"args have no {', '.join(missing)}, which {source} takes")
+        args = [args[name] for name in names]
+    leaves = args if isinstance(args, Sequence) else [args]
+    found = tuple(torch.as_tensor(leaf) for leaf in pytree.tree_leaves(list(leaves)))
+    if len(found) != len(names):
+        raise FoldError(
+            f"{source} takes {len(names)} inputs ({', '.join(names)}), args have {len(found)}"
+        )
+    return found
+
+
+def _sizes_in(
+    source: Path, inputs: Sequence[Axes | None], given: Sequence[Tensor]
+) -> dict[str, int]:
+    """What an example says of the open sizes."""
+    found: dict[str, int] = {}
+    for axes, value in zip(inputs, given, strict=True):
+        if axes is None:
+            continue
+        shape = tuple(value.shape)
+        fits = len(shape) == len(axes.sizes) and all(
+            found.setdefault(size, n) == n if isinstance(size, str) else size == n
+            for size, n in zip(axes.sizes, shape, strict=True)
+        )
+        if not fits or value.dtype is not dtype_of(axes.elem_type):
+            raise FoldError(
+                f"input {axes.name!r} of {source} is {dtype_of(axes.elem_type)} "
+                f"{list(axes.sizes)}; args have {value.dtype} {list(shape)}"
+            )
+    return found
+
+
+# -- records ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """One BatchNormalization of the file."""
+
+    #: Its place in the main graph; None inside a subgraph or a function.
+    index: int | None
+    name: str
+    where: str
+
+
+def _norms(model: onnx.ModelProto) -> Iterator[_Norm]:
+    index = -1
+    for found in located_nodes(model):
+        index += found.where == "graph"
+        if found.node.op_type == "BatchNormalization":
+            inside = None if found.where != "graph" else index
+            yield _Norm(inside, found.node.name or found.node.output[0], found.where)
+
+
+def _records(names: Sequence[_Norm], read: Imported, told: FoldReport) -> Iterator[FoldRecord]:
+    """What became of every BatchNormalization."""
+    known = {unescaped(record.path): record for record in told.batch_norms}
+    for norm in names:
+        if norm.index is None:
+            why = f"it lies in {norm.where}, which is not entered; inline it first"
+            yield FoldRecord(norm.name, "kept", (), why)
+            continue
+        title = read.titles[norm.index]
+        if norm.index in read.refused:
+            yield FoldRecord(title, "kept", (), read.refused[norm.index])
+        elif title in known:
+            yield _in_words_of_the_file(known[title], title)
+        else:
+            yield FoldRecord(title, "kept", (), "it computes from constants alone")
+
+
+def _in_words_of_the_file(record: FoldRecord, title: str) -> FoldRecord:
+    into = tuple(unescaped(name.removesuffix(".merged")) for name in record.into)
+    reason = unescaped(record.reason).replace("example_inputs", "args")
+    return replace(record, path=title, into=into, reason=reason)

@@ -1,0 +1,178 @@
+"""`fold_onnx`: files fold like models, and stay the files that they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+import bnfx
+from bnfx.file_folding import FoldOnnxReport
+from tests.support.onnx_graphs import Weights, count, distance, feed_of, graph, run, saved
+
+W = (4, 3, 3, 3)
+NORM: Weights = {"s": (4,), "b": (4,), "mean": (4,), "var": (4,)}
+NODE = "BatchNormalization(h, s, b, mean, var)"
+
+
+def fold(model: onnx.ModelProto, tmp_path: Path, **options: Any) -> FoldOnnxReport:
+    """Fold a file; what is left computes the same, is valid, and keeps what must stay."""
+    source, out = saved(model, tmp_path), tmp_path / "out.onnx"
+    before = source.read_bytes()
+    done = bnfx.fold_onnx(source, out, verify=False, **options)
+    assert source.read_bytes() == before
+    written = onnx.load(str(out))
+    onnx.checker.check_model(written, full_check=True)
+    for batch, size in ((2, 8), (1, 16)):
+        feed = feed_of(model, batch=batch, size=size)
+        truth, ours = run(source, feed), run(out, feed)
+        assert list(truth) == list(ours)
+        for name, value in truth.items():
+            assert distance(ours[name], value) < 1e-5, name
+    kept_of_file(model, written)
+    kept = sum(record.verdict != "folded" for record in done.batch_norms)
+    assert len(done.batch_norms) >= kept >= count(written)
+    return done
+
+
+def kept_of_file(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
+    """What folding must not touch."""
+    for field in ("ir_version", "producer_name", "doc_string", "opset_import", "metadata_props"):
+        assert getattr(before, field) == getattr(after, field), field
+    assert list(before.functions) == list(after.functions)
+    assert before.graph.name == after.graph.name
+    stored = {t.name for m in (before, after) for t in m.graph.initializer}
+    inputs = [[v for v in m.graph.input if v.name not in stored] for m in (before, after)]
+    assert inputs[0] == inputs[1]
+    assert before.graph.output == after.graph.output
+    old = {(n.name, n.op_type): n for n in before.graph.node if n.name}
+    for node in after.graph.node:
+        twin = old.get((node.name, node.op_type))
+        if twin is not None and node.op_type != "Constant":
+            assert node.attribute == twin.attribute
+    values = {name for node in after.graph.node for name in node.output}
+    values |= {t.name for t in after.graph.initializer} | {v.name for v in after.graph.input}
+    assert {v.name for v in after.graph.value_info} <= values
+
+
+FOLDS: dict[str, tuple[str, Weights]] = {
+    "behind a convolution": (f"h = Conv(x, w)\ny = {NODE}", {"w": W}),
+    "behind one with a bias": (f"h = Conv(x, w, c)\ny = {NODE}", {"w": W, "c": (4,)}),
+    "behind a transposed one": (f"h = ConvTranspose(x, w)\ny = {NODE}", {"w": (3, 4, 3, 3)}),
+    "behind a crop": (
+        f"h = ConvTranspose<pads=[0, 0, 1, 1], strides=[2, 2]>(x, w)\ny = {NODE}",
+        {"w": (3, 4, 3, 3)},
+    ),
+    "behind uneven pads": (f"h = Conv<pads=[0, 1, 1, 1]>(x, w)\ny = {NODE}", {"w": W}),
+    "behind upper": (
+        f'h = Conv<auto_pad="SAME_UPPER", strides=[2, 2]>(x, w)\ny = {NODE}',
+        {"w": W},
+    ),
+    "behind a sum": (
+        "a = Conv(x, w)\nc = Conv(x, v)\nd = Relu(a)\ne = Conv(d, u)\n"
+        f"g = Conv<kernel_shape=[3, 3]>(c, u2)\nh = Add(e, g)\ny = {NODE}",
+        {"w": W, "v": W, "u": (4, 4, 3, 3), "u2": (4, 4, 3, 3)},
+    ),
+    "before a convolution": (
+        "i = BatchNormalization(x, s, b, mean, var)\ny = Conv(i, w)",
+        {"w": W, "s": (3,), "b": (3,), "mean": (3,), "var": (3,)},
+    ),
+    "behind a pool": (
+        f"g = Conv(x, w)\nh = AveragePool<kernel_shape=[2, 2]>(g)\ny = {NODE}",
+        {"w": W},
+    ),
+    "behind what moves": (
+        f"g = Conv(x, w)\nq = Transpose<perm=[0, 2, 3, 1]>(g)\nh = Transpose<perm=[0, 3, 1, 2]>(q)"
+        f"\ny = {NODE}",
+        {"w": W},
+    ),
+    "into a transposed weight": (f"v = Identity(w)\nh = Conv(x, v)\ny = {NODE}", {"w": W}),
+}
+
+
+@pytest.mark.parametrize("opset", [9, 13, 17])
+@pytest.mark.parametrize("name", FOLDS)
+def test_folds(name: str, opset: int, tmp_path: Path) -> None:
+    nodes, weights = FOLDS[name]
+    model = graph(nodes, {**NORM, **weights}, opset=opset, ir_version=3 if opset == 9 else 8)
+    done = fold(model, tmp_path)
+    assert [record.verdict for record in done.batch_norms] == ["folded"]
+    assert count(tmp_path / "out.onnx") == 0
+    assert count(tmp_path / "out.onnx", "Identity") == 0
+
+
+@pytest.mark.parametrize(
+    ("nodes", "weights"),
+    [
+        ("h = Gemm(x, w)", {"w": (6, 4)}),
+        ("h = Gemm<transB=1, alpha=0.5, beta=2.0>(x, w, c)", {"w": (4, 6), "c": (1, 4)}),
+        ("h = Gemm<beta=0.5>(x, w, c)", {"w": (6, 4), "c": ()}),
+        ("h = MatMul(x, w)", {"w": (6, 4)}),
+        ("g = MatMul(x, w)\nh = Add(g, c)", {"w": (6, 4), "c": (4,)}),
+        ("g = MatMul(x, w)\nh = Add(c, g)", {"w": (6, 4), "c": (4,)}),
+    ],
+)
+def test_folds_into_products(nodes: str, weights: Weights, tmp_path: Path) -> None:
+    model = graph(f"{nodes}\ny = {NODE}", {**NORM, **weights}, x=("n", 6))
+    source, out = saved(model, tmp_path), tmp_path / "out.onnx"
+    assert bnfx.fold_onnx(source, out)
+    assert count(out) == 0
+    assert len(onnx.load(str(out)).graph.node) <= 2
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "i = Mul(h, s4)\ny = Add(i, b4)",
+        "i = Sub(h, mean4)\nj = Div(i, var4)\nk = Mul(j, s4)\ny = Add(b4, k)",
+        "v = Sqrt(var4)\nr = Div(s4, v)\ni = Mul(h, r)\nm = Mul(mean4, r)\nt = Sub(b4, m)\n"
+        "y = Add(i, t)",
+    ],
+)
+def test_norms_written_as_arithmetic_fold(nodes: str, tmp_path: Path) -> None:
+    four: Weights = {f"{name}4": (4, 1, 1) for name in ("s", "b", "mean", "var")}
+    fold(graph(f"h = Conv(x, w)\n{nodes}", {"w": W, **four}), tmp_path)
+    assert [n.op_type for n in onnx.load(str(tmp_path / "out.onnx")).graph.node] == ["Conv"]
+
+
+def test_branches_become_one_node(tmp_path: Path) -> None:
+    nodes = (
+        "a = Conv<pads=[1, 1, 1, 1]>(x, w)\nc = Conv(x, v)\n"
+        "e = BatchNormalization(a, s, b, mean, var)\ng = BatchNormalization(c, s, b, mean, var)\n"
+        "i = BatchNormalization(x, s, b, mean, var)\nj = Add(e, g)\nk = Add(j, i)\ny = Relu(k)"
+    )
+    three: Weights = dict.fromkeys(NORM, (3,))
+    model = graph(nodes, {"w": (3, 3, 3, 3), "v": (3, 3, 1, 1), **three})
+    done = fold(model, tmp_path)
+    assert len(done.batch_norms) == 3
+    assert [n.op_type for n in onnx.load(str(tmp_path / "out.onnx")).graph.node] == ["Conv", "Relu"]
+    fold(model, tmp_path, merge_branches=False)
+    assert count(tmp_path / "out.onnx", "Conv") == 2
+
+
+def test_thresholds_and_border_maps(tmp_path: Path) -> None:
+    nodes = (
+        "a = Conv(x, w)\nh = Relu(a)\n"
+        f"c = {NODE}\ny = Conv<pads=[1, 1, 1, 1]>(c, v)\nz = Sigmoid(c)"
+    )
+    model = graph(nodes, {**NORM, "w": W, "v": (2, 4, 3, 3)})
+    kept = fold(model, tmp_path)
+    assert kept.batch_norms[0].reason
+    source, out = saved(model, tmp_path), tmp_path / "out.onnx"
+    assert bnfx.fold_onnx(source, out, thresholds=True)
+    assert count(out) == 0
+    assert count(out, "Max") == 1
+
+
+def test_border_maps_need_sizes(tmp_path: Path) -> None:
+    nodes = "h = BatchNormalization(x, s, b, mean, var)\ny = Conv<pads=[1, 1, 1, 1]>(h, w)"
+    weights: Weights = {"w": W, "s": (3,), "b": (3,), "mean": (3,), "var": (3,)}
+    out = tmp_path / "out.onnx"
+    fixed = graph(nodes, weights)
+    assert bnfx.fold_onnx(saved(fixed, tmp_path), out, border_maps=True)
+    assert count(out) == 0
+    source = saved(graph(nodes, weights, x=("n", 3, "h", "w")), tmp_path)
+    with pytest.raises(bnfx.FoldError, match="pass args"):
+        bnfx.fold_onnx(source, out, border_maps=True)
