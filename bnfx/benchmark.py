@@ -92,9 +92,20 @@ class BenchReport(Report):
         )
         verdict = f"{first.path} takes {_ms(first.median)}."
         if self.ratio is not None:
-            change = f"{abs(1 - self.ratio):.1%} {'less' if self.ratio < 1 else 'more'}"
-            verdict = f"{first.path} takes {change} time than the baseline."
+            verdict = f"{first.path} {self._change()}."
         return Headline("bnfx: benchmark", "neutral", verdict, facts)
+
+    def _change(self) -> str:
+        """How the file compares with the baseline, in words."""
+        assert self.ratio is not None
+        file, base = self.arms[:2]
+        if (
+            file.lower_quartile <= base.upper_quartile
+            and base.lower_quartile <= file.upper_quartile
+        ):
+            return "takes as long as the baseline: no difference within the spread"
+        words = "less" if self.ratio < 1 else "more"
+        return f"takes {abs(1 - self.ratio):.1%} {words} time than the baseline"
 
     def sections(self) -> Iterator[Section]:
         """The table below a picture of the latencies."""

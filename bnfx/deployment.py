@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Group, RenderableType
+from rich.text import Text
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -98,10 +99,10 @@ class DeployReport(Report):
 
     def __rich__(self) -> RenderableType:
         steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in self.seconds.items())
-        parts: list[RenderableType] = [f"deploy: {self.status}. {self.path} ({steps})"]
-        parts += [self.stages, self.export, self.verify]
+        parts: list[RenderableType] = [Text(f"deploy: {self.status}. {self.path} ({steps})")]
+        parts += [self.stages.rest(), self.export, self.verify]
         parts += [self.benchmark] if self.benchmark is not None else []
-        parts += [f"to reproduce it: {self.bundle}"] if self.bundle is not None else []
+        parts += [Text(f"to reproduce it: {self.bundle}")] if self.bundle is not None else []
         return Group(*parts)
 
 

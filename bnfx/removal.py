@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,9 @@ class StageReport(Report):
 
     def headline(self) -> Headline:
         """Who removed how many."""
-        verdict = f"{len(self.batch_norms)} BatchNorms, removed by: {self._counts()}."
+        count = len(self.batch_norms)
+        verdict = f"{count} BatchNorms, removed by: {self._counts()}." if count else ""
+        verdict = verdict or "There is no BatchNorm in it."
         return Headline("bnfx: ledger", "neutral", verdict)
 
     def sections(self) -> Iterator[Section]:
@@ -79,10 +81,19 @@ class StageReport(Report):
         return tally(bn.removed_by or "nobody" for bn in self.batch_norms)
 
     def __rich__(self) -> RenderableType:
+        return self._drawn(self.batch_norms)
+
+    def rest(self) -> RenderableType:
+        """The same with rows for those alone that bnfx did not remove."""
+        return self._drawn([bn for bn in self.batch_norms if bn.removed_by != BNFX])
+
+    def _drawn(self, records: Sequence[StageRecord]) -> RenderableType:
+        if not self.batch_norms:
+            return table("no BatchNorm to remove", (), ())
         left = " -> ".join(f"{stage} {n}" for stage, n in self.left.items())
         rows = (
             (bn.path, bn.removed_by or "nobody", ", ".join(bn.into) or "-", bn.reason or "-")
-            for bn in self.batch_norms
+            for bn in records
         )
         title = f"removed by: {self._counts()}\nleft after: {left}"
         return table(title, ("BatchNorm", "removed by", "into", "reason"), rows)

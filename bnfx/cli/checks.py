@@ -90,13 +90,13 @@ def check(options: argparse.Namespace) -> None:
     file = options.command in ("inspect", "verify", "bench") and options.model.endswith(".onnx")
     if not file and not options.model.endswith(".pt2"):
         _module(parse_factory(options.model).module, options.model)
-    _inputs(options, file=file)
-    if given.get("checkpoint") is not None:
-        _checkpoint(Path(options.checkpoint))
     if given.get("init") == "calibrate" and not options.calibration:
         raise UsageError("--init calibrate needs its data: --calibration FILE.npz for each batch")
     if given.get("calibration") and options.init != "calibrate":
         raise UsageError(f"--init {options.init} uses no data: leave --calibration out")
+    _inputs(options, file=file)
+    if given.get("checkpoint") is not None:
+        _checkpoint(Path(options.checkpoint))
     if given.get("opset") is not None and options.opset not in OPSETS:
         raise UsageError(
             f"--opset {options.opset} cannot be written: {OPSETS[0]} to {OPSETS[-1]} can"

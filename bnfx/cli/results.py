@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -125,11 +124,12 @@ def write_results(options: argparse.Namespace, outcome: Outcome, out: IO[str]) -
     """The report to wherever the options want it; as text on standard output otherwise."""
     report, more = outcome.report, outcome.more
     head = {"command": options.command, "exit_code": outcome.code, "failure": outcome.failure}
+    title = f"bnfx: inspect {options.model}" if options.command == "inspect" else ""
     parts = {name: part.to_dict() for name, part in more.items()}
     writers: dict[str, Callable[[], str]] = {
         "json": lambda: to_json({**head, **report.to_dict(), **parts}),
-        "markdown": lambda: report.to_markdown(tuple(more.values())),
-        "html": lambda: report.to_html(tuple(more.values())),
+        "markdown": lambda: report.to_markdown(tuple(more.values()), title),
+        "html": lambda: report.to_html(tuple(more.values()), title),
     }
     for kind, content in writers.items():
         target = getattr(options, kind)
@@ -138,9 +138,20 @@ def write_results(options: argparse.Namespace, outcome: Outcome, out: IO[str]) -
     if "-" not in (options.json, options.markdown, options.html):
         shown = () if options.quiet else (report, *more.values())
         shown += outcome.details if options.verbose else ()
-        width = shutil.get_terminal_size().columns if out.isatty() else _ENDLESS
-        texts = [part.text(width) for part in shown]
+        width = _width(out)
+        texts = [title.removeprefix("bnfx: ")] if title and shown else []
+        texts += [part.text(width) for part in shown]
         write("\n\n".join([*texts, printable(outcome.verdict)]), "-", out)
+
+
+def _width(out: IO[str]) -> int:
+    """Columns of the terminal that is written to; a pipe has no end."""
+    if not out.isatty():
+        return _ENDLESS
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    return os.get_terminal_size(out.fileno()).columns or 80
 
 
 def write_error(options: argparse.Namespace, error: Exception, code: int, out: IO[str]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, ParamSpec, TypeVar
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 #: Width of a printed report; tables wrap inside it.
 _WIDTH = 118
+_LEAST_WORDS = 24
 _SUFFIXES = (".json", ".txt", ".md", ".html")
 _REPORT = "bnfx"
 
@@ -85,18 +86,20 @@ class Report(ABC):
         told: dict[str, Any] = plain(self)
         return told
 
-    def to_markdown(self, more: Sequence[Report] = ()) -> str:
+    def to_markdown(self, more: Sequence[Report] = (), title: str = "") -> str:
         """The report as Markdown, with the sections of `more` behind its own."""
-        return writers.to_markdown(self._document(more))
+        return writers.to_markdown(self._document(more, title))
 
-    def to_html(self, more: Sequence[Report] = ()) -> str:
+    def to_html(self, more: Sequence[Report] = (), title: str = "") -> str:
         """The report as one HTML file that loads nothing, with pictures where there are numbers."""
-        return writers.to_html(self._document(more))
+        return writers.to_html(self._document(more, title))
 
-    def _document(self, more: Sequence[Report]) -> Document:
+    def _document(self, more: Sequence[Report], title: str) -> Document:
+        head = self.headline()
+        head = dataclasses.replace(head, title=title or head.title)
         here = Table("", ("name", "version"), tuple(versions().items()))
         found = [section for part in (self, *more) for section in part.sections()]
-        return Document(self.headline(), (*found, Section("Environment", (here,))))
+        return Document(head, (*found, Section("Environment", (here,))))
 
     def write(self, path: Path) -> None:
         """Write it as ".json", ".txt", ".md" or ".html".
@@ -146,13 +149,27 @@ def plain(value: Any) -> Any:
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> RenderableType:
     """A plain table; cells are turned into text, never read as markup."""
-    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = _Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(printable(str(cell))) for cell in row))
     # A title of the table itself would wrap at its width.
-    return Group(Text(printable(title)), drawn)
+    return Group(Text(printable(title)), *([drawn] if drawn.rows else []))
+
+
+class _Table(RichTable):
+    """A table that breaks no names as long as its widest column, that of words, can take it."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        natural = [
+            self._measure_column(console, options, column).maximum for column in self.columns
+        ]
+        widest = max(natural)
+        roomy = sum(natural) - widest + min(widest, _LEAST_WORDS) <= options.max_width
+        for column, width in zip(self.columns, natural, strict=True):
+            column.no_wrap = roomy and width < widest
+        yield from super().__rich_console__(console, options)
 
 
 def tally(words: Iterable[str]) -> str:
@@ -272,6 +289,7 @@ class FoldReport(Report):
         """How many BatchNorms were folded."""
         facts = (("verdicts", tally(bn.verdict for bn in self.batch_norms)),)
         verdict = f"{self.folded} of {len(self.batch_norms)} BatchNorms folded."
+        verdict = verdict if self.batch_norms else "There is no BatchNorm in it."
         return Headline("bnfx: fold", "neutral", verdict, facts)
 
     def sections(self) -> Iterator[Section]:
@@ -303,7 +321,9 @@ class FoldReport(Report):
 
     def __rich__(self) -> RenderableType:
         title = f"fold_bn: {tally(bn.verdict for bn in self.batch_norms)}"
-        if self.proved:
+        if not self.batch_norms:
+            title = "fold_bn: no BatchNorm"
+        elif self.proved:
             title += ", proved to be the best that the rules allow"
         elif self.unavoidable is not None:
             title += f"; at least {self.unavoidable} stay whatever is chosen"

@@ -243,19 +243,26 @@ class VerifyReport(Report):
             *self.notes,
             *([f"first divergence: {self.first_divergence}"] if self.first_divergence else []),
         ]
+        limits = {tier.tier: tier.limit for tier in self.tiers}
+        limit = limits.get("outputs", math.nan)
         rows = [
             (
                 *(o.name, str(list(o.shape)), o.dtype, f"{o.err:.2e}", f"{o.budget:.2e}"),
-                *(f"{o.ratio:.2f}", "passed" if o.passed else o.reason),
+                *(f"{o.ratio:.2f} of {limit:g}", "passed" if o.passed else o.reason),
             )
             for o in self.outputs
         ]
         rows += [
-            (w.name, "", "weight", "", "", f"{w.ratio:.3g}", w.reason)
+            (w.name, "", "weight", "", "", f"{w.ratio:.3g} of {limits['weights']:g}", w.reason)
             for w in self.weights
             if not w.passed
         ]
-        columns = ("output", "shape", "dtype", "error", "budget", "ratio", "")
+        if rows:
+            lines.append(
+                f"budget: the error of the reference itself in {self.precision}, against float64; "
+                f"that of the file may be {limit:g} times as large"
+            )
+        columns = ("output", "shape", "dtype", "error", "budget", "in budgets", "")
         return table("\n".join(lines), columns, rows)
 
 

@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -195,6 +197,18 @@ def test_the_examples_in_the_help_run(
         (("export", "nets:small", "a.onnx", *X, "--opset", "9"), 2, "--opset 9"),
         (("export", "nets:Loop", "a.onnx", "--input", "x:3"), 4, "ExportError"),
         (("export", "nets:small", "a.onnx", *X, "--thresholds"), 2, "need --fold"),
+        (
+            ("deploy", "nets:small", "a.onnx", *X, "--batch-sizes", "1,4"),
+            2,
+            "the batch of the file",
+        ),
+        (("insert", "nets:plain", "--init", "calibrate"), 2, "--calibration"),
+        (("insert", "nets:plain", *X, "--calibration", "nets.py"), 2, "no data"),
+        (("insert", "nets:plain", "--include", "absent*"), 2, "fits no layer"),
+        (("insert", "nets:plain", "--exclude", "absent*"), 2, "fits no layer"),
+        (("fold", "nets:small", "--input", "x:0x3x16x16"), 2, "is empty"),
+        (("bench", "nets:small", *X, "--num-runs", "10"), 2, "too few"),
+        (("fold", "nets:small", "-q", "-v"), 2, "not allowed with"),
         (("insert", "nets:Small.forward"), 2, "factory failed"),
         (("inspect", "nets:small(stubborn=True)", "--require-folded"), 1, "policy"),
         (("fold", "nets:small(stubborn=True)", "--max-batch-norms-left", "0"), 1, "policy"),
@@ -219,6 +233,70 @@ def test_exit_codes(
     assert [path for path in sorted(here.iterdir()) if path.name != "__pycache__"] == [
         path for path in before if path.name != "__pycache__"
     ]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("fold", "absent:small"),
+        ("fold", "nets:small", "--input", "x:0x3x16x16"),
+        ("deploy", "nets:small", "a.onnx", *X, "--batch-sizes", "1,4"),
+        ("deploy", "nets:small", "a.onnx", *X, "--opset", "11"),
+        ("deploy", "nets:small", "a.onnx", *X, "--checkpoint", "absent.pt"),
+        ("insert", "nets:plain", "--init", "calibrate"),
+        ("verify", "nets:small", "nets.py"),
+    ],
+)
+def test_wrong_arguments_are_found_before_torch_is_imported(
+    here: Path, argv: tuple[str, ...]
+) -> None:
+    code = (
+        "import sys\nfrom bnfx.cli import main\ncode = main(sys.argv[1:])\n"
+        "print(*sys.modules, sep=chr(10))\nsys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], cwd=here, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert not {"torch", "onnx", "onnxruntime"} & set(done.stdout.split())
+
+
+def test_an_archive_that_inflates_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        zipfile.ZipFile(here / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("x.npy", "w") as stream,
+    ):
+        for _ in range(300):
+            stream.write(bytes(1 << 20))
+    assert (here / "x.npz").stat().st_size < 1 << 20
+    assert main(["fold", "nets:small", "--input", "x.npz"]) == 2
+    assert "inflates to" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_and_leaves_the_older_file(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files stands for a full disk: torch's own writer aborts on both."""
+    code = (
+        "import resource, signal, sys\nfrom bnfx.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\nsys.exit(main(sys.argv[1:]))"
+    )
+    for name in ("a.pt2", "a.pt", "a.safetensors"):
+        (here / name).write_bytes(b"older")
+        done = subprocess.run(
+            [sys.executable, "-c", code, "fold", "nets:small", name, *X],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 4, done.stderr
+        assert "File too large" in done.stderr
+        assert (here / name).read_bytes() == b"older"
+        assert not list(here.glob(".a*"))
 
 
 @pytest.fixture(scope="session")
@@ -612,6 +690,50 @@ def test_progress_is_shown_on_a_terminal(here: Path) -> None:
     for name in ("loading the model", "fold", "export", "verify", "ledger"):
         assert name in shown
     assert strict(told)["exit_code"] == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after", [0.2, 0.5, 1.0, 1.6])
+def test_an_early_interrupt_is_clean(here: Path, number: signal.Signals, after: float) -> None:
+    """While torch is imported an interrupt comes out as anything, or not at all."""
+    code = (
+        "import sys\nfrom bnfx.cli import main\n"
+        "print('up', flush=True)\nsys.exit(main(['fold', 'nets:slow']))"
+    )
+
+    def heed() -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=here,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        time.sleep(after)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=50)
+    assert process.returncode == 128 + number, err
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert "defect" not in err
+
+
+def test_an_interrupt_that_something_swallows_is_heeded(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "deaf.py").write_text(
+        "import os, signal, torch\ndef net():\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    except BaseException:\n        pass\n    return torch.nn.Identity()\n"
+    )
+    assert main(["fold", "deaf:net"]) == 128 + signal.SIGTERM
+    assert "interrupted" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")

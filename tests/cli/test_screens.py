@@ -1,0 +1,140 @@
+"""What people see: quiet, at the width there is, with the news in the last line."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bnfx.cli import main
+from tests.cli.networks import X, folder_with
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="terminals as POSIX has them")
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Path]:
+    with folder_with(tmp_path):
+        yield tmp_path
+
+
+LAST = [
+    (("inspect", "tiny:small"), "1 of 1 BatchNorms folded."),
+    (("inspect", "tiny:bare"), "There is no BatchNorm in it."),
+    (("insert", "tiny:bare", "b.pt"), "BatchNorm at 1 of 2 affine layers. b.pt has the state dict"),
+    (("fold", "tiny:small"), "Nothing was written"),
+    (("fold", "tiny:small", "s.pt2", *X), "torch.export.load('s.pt2')"),
+    (("fold", "tiny:small", "s.safetensors"), "safetensors.torch.load_file('s.safetensors')"),
+    (("export", "tiny:small", "a.onnx", *X), "To verify it: bnfx verify tiny:small a.onnx --input"),
+    (
+        ("deploy", "tiny:small", "a.onnx", *X),
+        "a.onnx is in place; it computes what Small computes.",
+    ),
+    (("fold", "tiny:small(stubborn=True)", "--require-folded"), "policy: 1 BatchNorms stay"),
+    (("deploy", "tiny:small", "a.onnx", *X, "--max-ratio", "1e-9"), "was not written"),
+]
+
+
+@pytest.mark.parametrize(("argv", "news"), LAST)
+def test_the_news_is_the_last_line(
+    here: Path, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], news: str
+) -> None:
+    code = main(argv)
+    out, err = capsys.readouterr()
+    assert news in out.splitlines()[-1]
+    told = [line for line in err.splitlines() if not line.startswith("bnfx: ")]
+    assert not told, "neither warnings nor logs of the libraries"
+    assert main([*argv, "--quiet"]) == code
+    quiet, err = capsys.readouterr()
+    assert quiet.splitlines() == out.splitlines()[-1:]
+    assert bool(err) == bool(code)
+
+
+def test_inspect_is_titled_inspect(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "tiny:bare", "--html", "i.html", "--markdown", "i.md"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("inspect tiny:bare\n")
+    assert "no BatchNorm" in out
+    assert "<title>bnfx: inspect tiny:bare</title>" in (here / "i.html").read_text()
+    assert (here / "i.md").read_text().startswith("# bnfx: inspect tiny:bare\n")
+
+
+def test_a_limit_stands_beside_every_figure(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "tiny:small", "a.onnx", *X]) == 0
+    capsys.readouterr()
+    assert main(["verify", "tiny:small", "a.onnx", *X]) == 0
+    out = capsys.readouterr().out
+    for tier in ("weights", "layers", "outputs"):
+        assert re.search(rf"{tier}: passed, \d+ of \d+, worst \S+ of \d+", out)
+    assert re.search(r"\d of 4 +passed", out)
+    assert [line for line in out.splitlines() if line.startswith("budget: ")]
+
+
+def test_deploy_says_whose_weights_they_are(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["deploy", "tiny:small", "a.onnx", *X]) == 0
+    assert (
+        "no --checkpoint: these are the weights that the factory makes" in capsys.readouterr().err
+    )
+
+
+def test_verbose_shows_every_row_and_the_warnings(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = "import warnings\nwarnings.warn('a warning\\x1b[2J of a library')\n"
+    (here / "tiny.py").write_text(source + (here / "tiny.py").read_text())
+    argv = ["deploy", "tiny:small", "a.onnx", *X]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "a warning" not in err
+    assert "folded" not in out, "what bnfx folded needs no look"
+    sys.modules.pop("tiny")
+    assert main([*argv, "-v"]) == 0
+    out, err = capsys.readouterr()
+    assert r"UserWarning: a warning\x1b[2J of a library" in err
+    assert re.search(r"bn +folded +conv", out)
+
+
+def on_terminal(columns: int, *argv: str, **environment: str) -> str:
+    """What a command shows on a terminal so wide; standard error goes elsewhere."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    command = [sys.executable, "-m", "bnfx", *argv]
+    with subprocess.Popen(
+        command, stdout=theirs, stderr=subprocess.DEVNULL, env={**inherited, **environment}
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while part := os.read(ours, 1 << 16):
+                shown += part
+        except OSError:  # how Linux says that it is closed
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    return shown.decode().replace("\r\n", "\n")
+
+
+def test_tables_take_the_width_there_is(here: Path) -> None:
+    argv = ("fold", "tiny:small(stubborn=True)")
+    narrow, wide = on_terminal(80, *argv), on_terminal(200, *argv)
+    piped = subprocess.run(
+        [sys.executable, "-m", "bnfx", *argv], capture_output=True, text=True, check=True
+    ).stdout
+    assert max(map(len, narrow.splitlines())) <= 80 < max(map(len, wide.splitlines()))
+    reason = "whose values stay and behind it by sigmoid 'sigmoid_1'"
+    assert reason not in narrow
+    assert reason in wide
+    assert reason in piped, "a pipe has no width"
+    assert "\x1b" not in narrow + wide + piped, "colours are for nobody here"
+    assert on_terminal(0, *argv, NO_COLOR="1")
