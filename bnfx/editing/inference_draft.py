@@ -17,6 +17,7 @@ from bnfx.graphs.in_place import barred, freshen, restore
 from bnfx.graphs.inference import Captured
 from bnfx.graphs.parameters import Written, attribute, constants, free_name, set_tensor
 from bnfx.graphs.shapes import EXACT, Shapes, shapes_of
+from bnfx.graphs.spelling import spell_norms
 from bnfx.graphs.tracing import assemble
 from bnfx.operators.effects import name_inplace_flag
 from bnfx.reports.report import Change
@@ -50,6 +51,7 @@ class InferenceDraft:
         self.written, self._new, self.changes = Written(), Written(), {}
         self.unavoidable, self._seen = 0, None
         self.drawn = boxes(self.module)
+        spell_norms(self.graph)
         for node in self.graph.nodes:
             name_inplace_flag(node)
         self._in_place = freshen(self.graph, barred(self.graph))

@@ -17,6 +17,7 @@ from torch import fx
 
 from bnfx.gauges.bound import Bound
 from bnfx.gauges.constraints import (
+    LINEAR,
     Batch,
     Constraints,
     Kind,
@@ -305,7 +306,7 @@ def _anchored(
         return free
     weight = np.zeros(len(which))
     for site in found.sites.values():
-        if site.kind in (Kind.AFFINE, Kind.NORM):
+        if site.kind in (*LINEAR, Kind.NORM):
             np.add.at(weight, systems.of[np.concatenate([site.x, site.y])], 1.0)
     label, root = which[single], expanded.unknowns[single, 0]
     offset = expanded.constant[single]

@@ -17,12 +17,14 @@ from torch import Tensor, fx
 
 from bnfx.gauges.linear_system import LinearSystem, Rows, classes
 from bnfx.numbers import Floats, Ints
+from bnfx.operators.products import Product
 
 
 class Kind(Enum):
     """What a site is, and so how its weights are rewritten."""
 
     AFFINE = auto()  # W' = a_o W / a_i, b' = a_o (b + d_o - sum W d_i)
+    PRODUCT = auto()  # likewise, with a parameter; a bias is added
     NORM = auto()  # w' = a_o w, b' = a_o (b + d_o)
     BATCH_NORM = auto()  # y = s x + t: eliminated, or kept with gauges in its parameters
     SCALE = auto()  # y = k x: likewise
@@ -30,6 +32,8 @@ class Kind(Enum):
     MIRROR = auto()  # y = k - x: it stays, and k takes up any displacement
 
 
+#: Layers whose weights take up a gauge of the input and another of the output.
+LINEAR = (Kind.AFFINE, Kind.PRODUCT)
 #: Sums and products with a constant.
 CONSTANTS = (Kind.SCALE, Kind.SHIFT, Kind.MIRROR)
 
@@ -64,6 +68,8 @@ class Site:
     mean: Floats = field(default_factory=lambda: np.zeros(0))
     #: Standard deviation, likewise.
     std: Floats = field(default_factory=lambda: np.zeros(0))
+    #: How a product is read.
+    product: Product | None = None
     #: Sizes of the input behind the channels, where a border map may be needed.
     size: tuple[int, ...] = ()
 

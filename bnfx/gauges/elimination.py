@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
-from bnfx.gauges.constraints import CONSTANTS, Constraints, Kind, Site, Systems
+from bnfx.gauges.constraints import CONSTANTS, LINEAR, Constraints, Site, Systems
 from bnfx.gauges.linear_system import LinearSystem, Rows
 from bnfx.graphs.constants import readers
 from bnfx.numbers import Ints
@@ -85,7 +85,7 @@ class Forward:
             for labels in batch.labels:
                 self._taken[labels] = True
         for site in found.sites.values():
-            if site.kind is not Kind.AFFINE:
+            if site.kind not in LINEAR:
                 self._taken[site.x] = True
 
     def takes(self, site: Site) -> bool:

@@ -109,6 +109,8 @@ def change_of(
         return None
     if site.kind is Kind.AFFINE:
         return _affine(site, ends, values, dead, rounded=rounded)
+    if site.kind is Kind.PRODUCT:
+        return _product(site, ends, values, dead)
     if site.kind is Kind.NORM:
         return _deadened(_norm(site, ends, values), dead)
     if site.kind is Kind.BATCH_NORM:
@@ -179,6 +181,30 @@ def _affine(
     if bias is not None or bool((new_bias != 0).any()):
         tensors["bias"] = new_bias
     return Change(site, tensors, _sources(values, call["weight"], call["bias"]))
+
+
+def _product(site: Site, ends: Ends, values: Values, dead: Mapping[int, float]) -> Change:
+    """W' = a_o W / a_i, and what is added: b' = a_o (beta b + d_o - alpha sum W d_i) / beta."""
+    product = site.product
+    assert product is not None
+    weight, bias = values.of(product.weight), values.of(product.bias)
+    assert weight is not None
+    a_i, d_i, a_o, d_o = map(_tensor, (ends.a_i, ends.d_i, ends.a_o, ends.d_o))
+    rows = product.rows(weight.detach().cpu().double())
+    old = torch.zeros_like(a_o)
+    if bias is not None:
+        old = product.beta * bias.detach().cpu().double().reshape(-1).expand_as(a_o)
+    added = a_o * (old + d_o - product.alpha * (rows * d_i).sum(1))
+    kept = torch.ones_like(a_o)
+    for channel, value in dead.items():
+        kept[channel], added[channel] = 0.0, value
+    new = rows * (1.0 / a_i) * (a_o * kept)[:, None]
+    tensors = {"weight": product.rows(new).contiguous()}
+    if bias is not None:
+        tensors["bias"] = added / product.beta
+    elif bool((added != 0).any()):
+        tensors["addend"] = added.reshape(-1, *[1] * (-1 - product.y_axis))
+    return Change(site, tensors, _sources(values, product.weight, product.bias))
 
 
 def _scale_into(

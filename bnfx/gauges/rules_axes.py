@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
-from bnfx.gauges.constraints import Cause
+from bnfx.gauges.constraints import Cause, Kind, Site
 from bnfx.gauges.labels import along, array, compact, ground_map, settled
 from bnfx.gauges.walk import Opaque, Walk
 from bnfx.graphs.naming import describe
 from bnfx.operators.calls import all_equal, argument, base_name, call_name
+from bnfx.operators.products import Product, products
 from bnfx.operators.table import Passage, passage_of
 
 
@@ -112,7 +114,13 @@ def _counts_padding(node: fx.Node) -> bool:
 
 
 def matmul(walk: Walk, node: fx.Node) -> Tensor:
-    """Linear in the second operand, one gauge for each feature; the first is ground."""
+    """With a parameter a layer; else linear in the second operand, and the first is ground."""
+    for product in products(node):
+        weight = walk.values.of(product.weight)
+        if weight is not None and weight.dim() == 2 and weight.is_floating_point():
+            return _layer(walk, node, product, weight)
+    if base_name(call_name(node)) in ("addmm", "einsum"):
+        raise Opaque
     left, right = argument(node, 0, "input"), argument(node, 1, "other")
     if isinstance(node.target, torch._ops.OpOverload):
         right = argument(node, 1, "mat2" if "bmm" in str(node.target) else "other")
@@ -137,6 +145,28 @@ def attention(walk: Walk, node: fx.Node) -> Tensor:
     values = walk.labels_of(parts[2])
     # a row that is masked throughout sums to zero
     return _contracted(walk, node, values, cause, sums_to_one=mask is None)
+
+
+def _layer(walk: Walk, node: fx.Node, product: Product, weight: Tensor) -> Tensor:
+    """A gauge for each feature in and another out."""
+    labels, shape = walk.labels_of(product.input), walk.shape_of(node)
+    bias = walk.values.of(product.bias)
+    if product.bias is not None and (bias is None or bias.numel() not in (1, shape[-1])):
+        raise Opaque
+    if bias is not None and bias.dim() > 1 and bias.shape[-1] != bias.numel():
+        raise Opaque
+    outputs, inputs = product.rows(weight).shape
+    axis, made = labels.dim() + product.x_axis, len(shape) + product.y_axis
+    words = f"{describe(node)}, whose weights take one gauge for each channel"
+    x = walk.channels(labels, axis, Cause(node, words))
+    if len(x) != inputs or not made >= 0 or shape[made] != outputs:
+        raise Opaque
+    y = walk.found.fresh(node, "y", outputs)
+    walk.found.absorbers.append(y)
+    walk.found.readers[node, 0] = np.unique(x)
+    site = Site(node, Kind.PRODUCT, x, y, source=product.input, like=weight, product=product)
+    walk.found.site(site)
+    return along(y, made, shape)
 
 
 def _contracted(

@@ -117,7 +117,7 @@ def _candidates(problem: Problem, found: Constraints) -> tuple[list[Site], dict[
     candidates: list[Site] = []
     views = aliases(problem.module.graph)
     for site in found.sites.values():
-        if site.kind in (Kind.AFFINE, Kind.NORM) or not len(site.s):
+        if not len(site.s):
             continue
         words = _unremovable(site, problem, views)
         if words:

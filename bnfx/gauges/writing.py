@@ -78,7 +78,7 @@ def write(
         done.provenance[name] = part.sources
         assert part.site.like is not None
         done.dtypes[name] = part.site.like.dtype
-        if part.argument == "border":
+        if part.argument in ("border", "addend"):
             instead[part.site.node] = _add_border(module.graph, part.site.node, name)
             continue
         with module.graph.inserting_before(part.site.node):
@@ -114,6 +114,8 @@ def _call(site: Site) -> dict[str, Any]:
         row = affine_of(node)
         assert row is not None
         return layer_call(node)
+    if site.product is not None:
+        return {"weight": site.product.weight, "bias": site.product.bias}
     if site.kind is Kind.BATCH_NORM:
         return norm_call(node)
     if site.kind is Kind.NORM:
@@ -215,6 +217,10 @@ def _bias_name(weight: str) -> str:
 def _rename(site: Site, new: dict[str, fx.Node]) -> None:
     """Make the call read its new parameters."""
     node = site.node
+    if site.kind is Kind.PRODUCT:
+        for name, value in new.items():
+            node.replace_input_with(_call(site)[name], value)
+        return
     if site.kind in (Kind.AFFINE, Kind.BATCH_NORM):
         named = given_arguments(node) | new
         node.args = (named.pop("input"),)
@@ -237,7 +243,7 @@ def _rename(site: Site, new: dict[str, fx.Node]) -> None:
 
 
 def _add_border(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
-    """Add the border map to what a convolution gives; the sum takes its place."""
+    """Add a border map, or the bias of a product, to what a call gives; the sum takes its place."""
     with graph.inserting_after(node):
         border = graph.get_attr(name)
     with graph.inserting_after(border):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from bnfx.graphs.parameters import Constants
-from bnfx.operators.calls import function_name
+from bnfx.operators.calls import call_name, function_name
 from bnfx.operators.effects import writes
 from bnfx.operators.table import operator_of, reads_elements
 
@@ -27,6 +27,8 @@ class Values:
     def _follows(self, node: fx.Node) -> bool:
         if node.op == "get_attr":
             return self.known.value(node) is not None
+        if _is_filled(node):
+            return not any(writes(user) for user in node.users)
         if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
             return False
         if not all(n in self._constant for n in node.all_input_nodes):
@@ -69,7 +71,10 @@ class Values:
             return self._memory[node]
         if node.op == "get_attr":
             return self.known.tensors[str(node.target)]
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._evaluate)
+        kwargs = dict(node.kwargs)
+        if _is_filled(node):
+            kwargs = {k: v for k, v in kwargs.items() if not isinstance(v, fx.Node)}
+        args, kwargs = fx.map_arg((node.args, kwargs), self._evaluate)
         with torch.no_grad():
             if node.op == "call_method":
                 value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -77,6 +82,15 @@ class Values:
                 value = node.target(*args, **kwargs)  # type: ignore[operator]  # a function
         self._memory[node] = value
         return value
+
+
+def _is_filled(node: fx.Node) -> bool:
+    """Whether a call makes zeros or ones, of the dtype and on the device of something at most."""
+    if node.op != "call_function" or call_name(node) not in ("zeros", "ones"):
+        return False
+    asked = [value for value in node.kwargs.values() if isinstance(value, fx.Node)]
+    known = all(v.target is getattr and v.args[1] in ("dtype", "device") for v in asked)
+    return known and is_torch(node.target) and len(asked) == len(node.all_input_nodes)
 
 
 def is_pure(node: fx.Node) -> bool:

@@ -56,7 +56,7 @@ class Passage(Enum):
     NEGATE = auto()
     MULTIPLY = auto()
     DIVIDE = auto()
-    MATMUL = auto()  # linear in its second operand, rows that sum to one pass d too
+    MATMUL = auto()  # with a parameter it is a layer; else linear in its second operand
     ATTENTION = auto()  # likewise in its third
     SOFTMAX = auto()  # lets nothing through; its rows sum to one
     EXTREMUM = auto()  # of two tensors: one scale, a > 0, one displacement
@@ -133,7 +133,8 @@ TABLE: tuple[Operator, ...] = (
     _affine("conv_transpose2d", "ConvTranspose2d", "ConvTranspose", spatial=2, transposed=True),
     _affine("conv_transpose3d", "ConvTranspose3d", "ConvTranspose", spatial=3, transposed=True),
     _affine("linear", "Linear", "Gemm"),
-    _product("addmm", "", "Gemm", operands=(1, 2, 0)),
+    _product("addmm", "", "Gemm", Passage.MATMUL, operands=(1, 2, 0)),
+    Operator("einsum", "", "Einsum", Passage.MATMUL, fresh=False),
     _product("matmul mm bmm imatmul", "", "MatMul", Passage.MATMUL, operands=(0, 1)),
     # Normalisations, and the statistics that one written by hand is made of. With running
     # statistics in eval mode, instance normalisation is batch normalisation.

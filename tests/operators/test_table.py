@@ -272,7 +272,7 @@ class _Dispatched(TorchDispatchMode):
 
 
 #: With the arguments of the samples these are views of one part.
-_PARTS = ("index", "tensor_split", "hsplit", "vsplit", "dsplit")
+_PARTS = ("index", "einsum", "tensor_split", "hsplit", "vsplit", "dsplit")
 
 
 @pytest.mark.filterwarnings("ignore")

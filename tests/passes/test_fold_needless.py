@@ -151,3 +151,107 @@ def test_zero_gamma_beside_other_readers_of_its_input() -> None:
     folded = bnfx.fold_bn(model, (x,))
     torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
     assert verdicts(folded) == ["folded"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ([nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU6()], (2, 3, 8, 8)),
+        ([nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), nn.Tanh()], (2, 4, 5, 5)),
+        ([nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.MaxPool1d(2), nn.Conv1d(4, 2, 1)], (2, 3, 9)),
+        ([nn.Conv3d(3, 4, 2), nn.BatchNorm3d(4), nn.AdaptiveAvgPool3d(1)], (2, 3, 5, 5, 5)),
+        ([nn.Linear(5, 4), nn.BatchNorm1d(4), nn.GELU(), nn.Linear(4, 3)], (6, 5)),
+        ([nn.BatchNorm1d(5), nn.Linear(5, 4), nn.LayerNorm(4), nn.BatchNorm1d(4)], (6, 5)),
+        ([nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.BatchNorm2d(4)], (2, 3, 5, 5)),
+        ([nn.Conv2d(3, 4, 1), nn.Dropout(), nn.AvgPool2d(2), nn.BatchNorm2d(4)], (2, 3, 6, 6)),
+    ],
+)
+def test_core_aten_folds_as_the_source_does(
+    layers: list[nn.Module], shape: tuple[int, ...]
+) -> None:
+    model, x = settled(nn.Sequential(*layers)), image(*shape)
+    core = torch.export.export(model, (x,)).run_decompositions().module()
+    folded = bnfx.fold_bn(core, (x,))
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+    assert verdicts(folded) == verdicts(bnfx.fold_bn(model, (x,)))
+
+
+@pytest.mark.parametrize("rest", [False, True])
+def test_native_batch_norm_has_a_record(*, rest: bool) -> None:
+    class Native(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n = self.norm
+            state = (n.weight, n.bias, n.running_mean, n.running_var)
+            y, mean, _ = torch.native_batch_norm(self.conv(x), *state, False, 0.1, 1e-5)
+            return y + mean.sum() if rest else y
+
+    model, x = settled(Native()), image(2, 3, 6, 6)
+    folded = bnfx.fold_bn(model, (x,))
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+    assert len(verdicts(folded)) == 1 + rest
+
+
+_PRODUCTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "x @ w": (lambda x, w: x @ w, True),
+    "matmul": (lambda x, w: torch.matmul(x, w), True),
+    "method": (lambda x, w: x.matmul(w), True),
+    "mm": (lambda x, w: torch.mm(x, w), True),
+    "transposed": (lambda x, w: x @ w.t(), True),
+    "addmm": (lambda x, w: torch.addmm(w[0], x, w), True),
+    "scaled addmm": (lambda x, w: torch.addmm(w[:1], x, w, beta=-2, alpha=0.5), True),
+    "filled addmm": (lambda x, w: torch.addmm(torch.ones(4, dtype=x.dtype), x, w), True),
+    "einsum": (lambda x, w: torch.einsum("bi,io->bo", x, w), True),
+    "einsum, weight first": (lambda x, w: torch.einsum("oi,bi->bo", w, x), True),
+    "w @ x.T": (lambda x, w: (w @ x.t()).t(), True),
+    "x @ x": (lambda x, w: x @ (x.t() @ x), False),
+}
+
+
+@pytest.mark.parametrize("name", _PRODUCTS)
+@pytest.mark.parametrize("forward", [True, False])
+def test_products_with_a_parameter_are_layers(name: str, *, forward: bool) -> None:
+    call, layer = _PRODUCTS[name]
+    norm, other = nn.BatchNorm1d(4), nn.Tanh()
+    layers = (norm, other) if forward else (nn.Identity(), norm, other)
+    folds(Net(call, *layers, shape=(4, 4)), image(4, 4), kept=not layer)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: x.transpose(1, 2) @ w,
+        lambda x, w: w @ x,
+        lambda x, w: torch.einsum("bct,cd->bdt", x, w),
+        lambda x, w: torch.einsum("oc, bct -> bot", w, x),
+        lambda x, w: torch.einsum("bct,cd->btd", x, w),
+    ],
+)
+def test_products_over_any_axis(call: Callable[..., Tensor]) -> None:
+    folds(Net(call, nn.BatchNorm1d(4), nn.GELU(), shape=(4, 4)), image(2, 4, 4))
+    folds(Net(call, nn.Conv1d(4, 4, 3), nn.GELU(), shape=(4, 4)), image(2, 4, 6))
+
+
+def test_a_zero_scale_goes_into_a_product() -> None:
+    model = Net(lambda x, w: x @ w, nn.BatchNorm1d(4), nn.Tanh(), shape=(4, 3))
+    settled(model)
+    norm = model.before[0]
+    assert isinstance(norm, nn.BatchNorm1d)
+    norm.weight.data[2] = 0
+    x = image(5, 4)
+    folded = bnfx.fold_bn(model, (x,))
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+    assert verdicts(folded) == ["folded"]
+
+
+def test_what_insertion_put_beside_a_product_folds() -> None:
+    model = nn.Sequential(Net(lambda x, w: x @ w, nn.Identity(), nn.ReLU(), shape=(4, 5)))
+    model.append(nn.Linear(5, 3))
+    x = image(6, 4)
+    inserted = settled(bnfx.insert_bn(model.double(), (x,)))
+    folded = bnfx.fold_bn(inserted, (x,))
+    torch.testing.assert_close(folded(x), inserted(x), rtol=1e-10, atol=1e-10)
+    assert verdicts(folded) == ["folded"]
