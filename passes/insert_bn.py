@@ -57,6 +57,8 @@ class Site:
     channels: int
     #: The call that its output reaches.
     nonlinearity: fx.Node
+    #: Paths of the modules around that call.
+    scopes: tuple[str, ...]
     #: Whether beta takes the place of the layer's bias.
     drops_bias: bool
     #: Path of the part of the model whose graph is edited.
@@ -108,7 +110,7 @@ class InsertBatchNorm:
                 "transposed convolution), so there is nothing to normalise"
             )
         sites = [entry for entry in entries if isinstance(entry, Site)]
-        wanted = [(site.call, site.nonlinearity) for site in sites]
+        wanted = [(site.call, site.scopes) for site in sites]
         behind = self.placement == "post_activation"
         places = dict(
             zip(sites, share_out(draft, wanted, calls=calls, runs=runs, behind=behind), strict=True)
@@ -147,7 +149,13 @@ class InsertBatchNorm:
         served = {call.node for call, found in chosen if isinstance(found, fx.Node)}
         subsumed = served if self.placement == "pre_activation" else set()
         return [
-            Site(call, call.channels, found, _may_drop(evidence, call, subsumed))
+            Site(
+                call=call,
+                channels=call.channels,
+                nonlinearity=found,
+                scopes=evidence.scopes(found),
+                drops_bias=_may_drop(evidence, call, subsumed),
+            )
             if isinstance(found, fx.Node) and call.channels is not None
             else self._kept(call, str(found))
             for call, found in chosen

@@ -8,7 +8,7 @@ their outputs.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -58,7 +58,6 @@ class Evidence:
         self.graph, self.prefix, self.modules = region.graph, region.path, region.modules
         calls: list[AffineCall] = []
         counts: Counter[str] = Counter()
-        around = _ancestors(region.path)
         for node in region.graph.nodes:
             row = affine_of(node, region.modules) or _product(region, node)
             if row is None:
@@ -66,10 +65,17 @@ class Evidence:
             form = _module_call if node.op == "call_module" else _function_call
             call = form(region, node, row)
             path = region.name(call.path) or call.weight or node.name
-            scopes = (*around, *(region.name(scope) for scope in call.scopes))
+            scopes = self._named(call.scopes)
             calls.append(replace(call, path=path, index=counts[path], scopes=scopes))
             counts[path] += 1
         self.calls = tuple(calls)
+
+    def scopes(self, node: fx.Node) -> tuple[str, ...]:
+        """Paths of the modules around a call, outermost first, the root left out."""
+        return self._named(self.region.scopes(node))
+
+    def _named(self, scopes: Iterable[str]) -> tuple[str, ...]:
+        return (*_ancestors(self.region.path), *(self.region.name(scope) for scope in scopes))
 
     def parameter(self, name: str) -> nn.Parameter:
         """A parameter of the region."""

@@ -12,18 +12,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from torch import fx
 from torch.nn.utils.parametrize import is_parametrized
 
 from bnfx.editing.affine_calls import AffineCall, Evidence
 from bnfx.editing.draft import Draft, below
-from bnfx.graphs.observed import SCOPES
 from bnfx.operators.table import affine_module
 
 
 def share_out(
     draft: Draft,
-    wanted: Sequence[tuple[AffineCall, fx.Node]],
+    wanted: Sequence[tuple[AffineCall, tuple[str, ...]]],
     *,
     calls: Mapping[str, int],
     runs: Mapping[str, int],
@@ -33,21 +31,21 @@ def share_out(
 
     Args:
         draft: The model.
-        wanted: Affine calls, and the nonlinearity behind each.
+        wanted: Affine calls, and the paths of the modules around the nonlinearity behind each.
         calls: How often each affine layer is called, by path.
         runs: How often the forward of each module runs, by path; 1 where that is not known.
         behind: Whether the region must hold the nonlinearity as well as the layer.
     """
     whole, probes = draft.whole, _Probes(draft)
     found: list[tuple[str, str]] = []
-    for call, nonlinearity in wanted:
+    for call, scopes in wanted:
         if whole is not None and not any(scope in whole.opaque for scope in call.scopes):
             found.append(("", ""))
             continue
         around = [other.scopes for other, _ in wanted if other.path == call.path]
         if behind:
-            around.append(tuple(nonlinearity.meta.get(SCOPES, call.scopes)))
-        common = [scope for scope in call.scopes if all(scope in scopes for scopes in around)]
+            around.append(scopes)
+        common = [scope for scope in call.scopes if all(scope in other for other in around)]
         region = next(
             (
                 scope

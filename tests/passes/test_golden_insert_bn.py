@@ -196,6 +196,12 @@ def test_its_output_leaves_a_part_that_is_traced(golden: Golden) -> None:
     golden.insert(net("y * 2 if y.sum() > 1e9 else y", "y = self.part(x)", part=part), ROWS)
 
 
+def test_behind_the_nonlinearity_in_a_part_of_what_is_not_traced(golden: Golden) -> None:
+    part = net("torch.relu(self.fc(x))", fc=linear(2, 2))
+    model = net("y * 2 if y.sum() > 1e9 else y", "y = self.part(x)", part=part)
+    golden.insert(model, ROWS, placement="post_activation")
+
+
 def test_called_twice_from_code_that_is_not_traced(golden: Golden) -> None:
     model = net(
         "y",
