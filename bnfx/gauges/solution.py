@@ -17,6 +17,7 @@ from bnfx.gauges.choice import Gauges, Solver
 from bnfx.gauges.constraints import CONSTANTS, Constraints, Kind, Site
 from bnfx.gauges.elimination import Refused, absorber
 from bnfx.gauges.new_weights import Ends, bounds_of, is_changed
+from bnfx.gauges.ranges import beyond_range
 from bnfx.gauges.rules import propagate
 from bnfx.gauges.soundness import NARROW, WIDE
 from bnfx.gauges.walk import FoldOptions, Walk
@@ -100,10 +101,21 @@ def solve(problem: Problem) -> Solution:
     """The best gauges that the rules allow."""
     found = problem.demands(problem.runs, Constraints())
     candidates, refused = _candidates(problem, found)
-    solution = Solution(found, _gauges(problem, found, candidates), candidates, {})
-    solution = _guarded(problem, solution)
-    solution.gauges.refused.update(refused)
-    return solution
+    while True:
+        solution = Solution(found, _gauges(problem, found, candidates), candidates, {})
+        solution = _guarded(problem, solution)
+        beyond = _beyond_range(problem, solution)
+        if not beyond:
+            solution.gauges.refused.update(refused)
+            return solution
+        refused |= beyond
+        candidates = [site for site in candidates if site.node not in beyond]
+
+
+def _beyond_range(problem: Problem, solution: Solution) -> dict[fx.Node, Refused]:
+    module, dead = problem.module, solution.constant_outputs()
+    first, values = problem.runs[0], problem.values
+    return beyond_range(module, first, values, solution.found, solution.gauges, dead)
 
 
 def _gauges(problem: Problem, found: Constraints, candidates: list[Site]) -> Gauges:

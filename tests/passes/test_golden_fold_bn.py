@@ -53,6 +53,12 @@ def test_between_two_layers_one_takes_it(golden: Golden) -> None:
     golden.fold(chain(conv(2, 2), norm([2, 4], [1, -1]), conv(2, 2)), X)
 
 
+def test_beyond_the_range_of_half_precision(golden: Golden) -> None:
+    layer = linear(2, 2)
+    bn = norm([1, 1], mean=[900, 900], std=[0.01, 0.01], kind=nn.BatchNorm1d)
+    golden.fold(chain(layer, bn).half())
+
+
 def test_two_in_a_row(golden: Golden) -> None:
     golden.fold(chain(conv(2, 2), norm([2, 4], [1, -1]), norm([3, 5])), X)
 
