@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from bnfx.errors import ExportError
 from bnfx.graphs.agreement import outputs
-from bnfx.graphs.examples import Example, clone, lazy_parts, training_modules
+from bnfx.graphs.examples import Example, clone, lazy_parts, obstacle, training_modules
 from bnfx.graphs.tracing import attributes_kept
 from bnfx.onnx_files.placing import data_files, move_into_place, name_by_content, real_target
 from bnfx.onnx_files.reading import FOLDED, VERSION, all_nodes, describe_type, opset_of
@@ -106,6 +106,8 @@ def export_onnx(
     """
     if not isinstance(model, nn.Module):
         raise ExportError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+    if said := obstacle(model):
+        raise ExportError(said)
     _require_eval(model)
     if lazy := lazy_parts(model):
         raise ExportError(

@@ -16,7 +16,7 @@ from bnfx.editing.driver import run
 from bnfx.editing.inserted import Origin
 from bnfx.editing.preservation import require_reached, require_same_outputs
 from bnfx.errors import InsertError
-from bnfx.graphs.examples import Example, example, modes_kept
+from bnfx.graphs.examples import Example, example, modes_kept, obstacle
 from bnfx.graphs.parameters import attribute
 from bnfx.optimizers import patch_optimizer, require_patchable
 from bnfx.passes import InsertBatchNorm, InsertFilter, InsertPlacement
@@ -194,12 +194,8 @@ def _require_model(model: nn.Module) -> None:
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise InsertError(f"the model is a {kind}, not a torch.nn.Module")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InsertError(
-            f"{kind} is TorchScript, which cannot be changed; give the original model"
-        )
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise InsertError(f"{kind} is a wrapper; give model.module, and wrap the result")
+    if said := obstacle(model):
+        raise InsertError(said)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise InsertError(

@@ -21,7 +21,7 @@ from bnfx.editing.inserted import InsertedGraph, Origin
 from bnfx.editing.preservation import agrees, floats
 from bnfx.errors import BnfxError, CaptureError
 from bnfx.graphs.agreement import outputs
-from bnfx.graphs.examples import Example, clone, untouched
+from bnfx.graphs.examples import Example, clone, obstacle, untouched
 from bnfx.graphs.observed import SCOPES, observe
 from bnfx.graphs.parameters import attribute
 from bnfx.graphs.training import ByMode, module_graph
@@ -83,6 +83,8 @@ class Draft:
     origins: dict[str, Origin]
 
     def __init__(self, model: nn.Module, given: Example | None) -> None:
+        if isinstance(model, nn.Module) and (said := obstacle(model)):
+            raise CaptureError(said)
         self.source, self.given, self.root = model, given, clone(model)
         self.changes, self.origins = [], {}
         self._edited: dict[str, Region] = {}

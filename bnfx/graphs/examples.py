@@ -60,6 +60,29 @@ def example(inputs: Any, kwargs: Mapping[str, Any] | None) -> Example | None:
     return Example(tuple(inputs), dict(kwargs or {}))
 
 
+def obstacle(model: nn.Module, *, wrappers: bool = True) -> str:
+    """Why nobody can look into a model, or into a part of it, and what to give instead; or "".
+
+    Args:
+        model: Any module.
+        wrappers: Whether those that spread a model over devices or processes are in the way too.
+    """
+    for path, part in model.named_modules():
+        place = f"the part {path!r}, a {type(part).__name__}," if path else type(part).__name__
+        if isinstance(part, torch.jit.ScriptModule):
+            there = "in its place" if path else "instead"
+            return (
+                f"{place} is TorchScript, which has no forward to capture or to change; give the "
+                f"module that it was made from {there}"
+            )
+        if wrappers and isinstance(part, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            give = (
+                "put its .module in its place" if path else "give model.module, and wrap the result"
+            )
+            return f"{place} is a wrapper; {give}"
+    return ""
+
+
 def clone(model: nn.Module) -> nn.Module:
     """A deep copy; what it shares inside, such as tied weights, it goes on sharing."""
     return _copied(model, {})

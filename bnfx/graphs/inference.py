@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from bnfx.errors import CaptureError
 from bnfx.graphs.agreement import alike, bound, outputs, reordered
 from bnfx.graphs.constants import is_torch
-from bnfx.graphs.examples import HOOKS, Example, clone, has_hooks, skeleton
+from bnfx.graphs.examples import HOOKS, Example, clone, has_hooks, obstacle, skeleton
 from bnfx.graphs.export_guards import rewrite_guards
 from bnfx.graphs.naming import OWNER
 from bnfx.graphs.norms import holds_norm
@@ -158,11 +158,9 @@ def inference_graph(model: nn.Module, given: Example | None) -> Captured:
     Raises:
         CaptureError: Neither way works; the message holds both causes.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError(
-            f"{type(model).__name__} is TorchScript, which has no forward to capture; take the "
-            "module that it was made from"
-        )
+    spread = isinstance(model, nn.parallel.DistributedDataParallel)
+    if isinstance(model, nn.Module) and (said := obstacle(model, wrappers=spread)):
+        raise CaptureError(said)
     root = skeleton(model)
     try:
         graph, _ = trace(_FunctionalTracer, root, frozenset(), given)

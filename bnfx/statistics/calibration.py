@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfx.errors import CalibrationError
-from bnfx.graphs.examples import Example, lazy_parts
+from bnfx.graphs.examples import Example, lazy_parts, obstacle
 from bnfx.graphs.tracing import attributes_kept
 from bnfx.statistics.batches import BatchReader, refuse_nan, with_progress
 from bnfx.statistics.moments import Moments
@@ -99,6 +99,8 @@ def recalibrate_bn(
     if estimator not in ("exact", "paper"):
         raise CalibrationError(f"estimator={estimator!r} is unknown; use 'exact' or 'paper'")
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if said := obstacle(inner, wrappers=False):
+        raise CalibrationError(said)
     if lazy := lazy_parts(inner):
         raise CalibrationError(
             f"{lazy[0]!r} has no shape yet; run the model once, so that its lazy modules get theirs"
@@ -188,7 +190,8 @@ def _run_over(
     """Run `model` on every batch; the arguments of the first one."""
     reader = BatchReader(model, given)
     first: Example | None = None
-    with torch.no_grad(), watch.open():
+    # What is compiled runs as it is written: nobody can watch inside compiled code.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), watch.open():
         for i, batch in enumerate(with_progress(batches, task, shown=shown)):
             watch.where = f"batch {i}"
             arguments = reader.read(batch)
