@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,14 @@ def test_no_circles() -> None:
             del graph[name]
     graph = {} if _DEBT else graph
     assert not graph, {n: sorted(t for t in graph[n] if t in graph) for n in graph}
+
+
+def test_the_map_names_every_room() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = {path.parent.name for path in (ROOT / "bnfx").glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `(\w+)` \| \S", text, re.M)) == rooms
+    folders = {path.name for path in (ROOT / "tests").iterdir() if (path / "__init__.py").is_file()}
+    assert folders == rooms | {"passes", "support"}
 
 
 def _room(name: str) -> str:
