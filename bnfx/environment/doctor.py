@@ -17,13 +17,13 @@ from bnfx.reports.document import Headline, Status
 from bnfx.reports.report import Report, table
 from bnfx.runtime.packages import mismatch
 
-_INSTALL = "pip install 'bnfx[gpu]' (serves on the CPU too) or 'bnfx[cpu]', never both"
-_OPTIONAL = {
-    "matplotlib": "bnfx[plots]",
-    "safetensors": "safetensors",
-    "timm": "bnfx[zoo]",
-    "torchvision": "bnfx[zoo]",
-}
+#: bnfx itself is on no package index: what it needs is named, not its extras.
+_INSTALL = "pip install onnxruntime-gpu (serves on the CPU too) or onnxruntime, never both"
+_OPTIONAL = ("matplotlib", "safetensors", "timm", "torchvision")
+#: What depends on torch: installed from PyPI it would bring a torch for CUDA in place of one for
+#: the CPU.
+_OF_TORCH = ("torch", "torchvision", "timm")
+_CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
 
 
 @dataclass(frozen=True)
@@ -99,22 +99,31 @@ def _checks(facts: Facts) -> Iterator[EnvCheck]:
     yield from _runtime(facts)
     yield _provider_cpu(facts)
     yield from _cuda(facts)
-    for name, extra in _OPTIONAL.items():
+    for name in _OPTIONAL:
         version = facts.versions.get(name)
-        remedy = "" if version else f"optional; pip install {extra}"
+        remedy = "" if version else f"optional; {_wanted(facts, name)}"
         yield EnvCheck(name, "ok", version or "not installed", remedy)
 
 
+def _wanted(facts: Facts, name: str, least: str = "") -> str:
+    """The command that installs a package and leaves a torch for the CPU one for the CPU."""
+    package = f"'{name}>={least}'" if least else name
+    keeps_cpu = name in _OF_TORCH and facts.versions.get("torch") and not facts.torch_cuda
+    if keeps_cpu and name == "torch":
+        return f"pip install {package} --index-url https://download.pytorch.org/whl/cpu"
+    return f"pip install {package} {_CPU_INDEX}" if keeps_cpu else f"pip install {package}"
+
+
 def _python(facts: Facts) -> EnvCheck:
-    if facts.python >= (3, 11):
-        return EnvCheck("Python", "ok", ".".join(map(str, facts.python)))
     found = ".".join(map(str, facts.python))
+    if facts.python >= (3, 11):
+        return EnvCheck("Python", "ok", found)
     return EnvCheck("Python", "error", found, "use Python 3.11 or later")
 
 
 def _package(facts: Facts, name: str) -> EnvCheck:
     version, least = facts.versions[name], facts.least.get(name, "")
-    wanted = f"pip install '{name}>={least}'" if least else f"pip install {name}"
+    wanted = _wanted(facts, name, least)
     if version is None:
         return EnvCheck(name, "error", "not installed", wanted)
     if broken := facts.import_errors.get(name):
@@ -169,67 +178,56 @@ def _cuda(facts: Facts) -> Iterator[EnvCheck]:
     if not reason:
         yield EnvCheck("provider cuda", "ok", "ran a node, and none fell back to the CPU")
     elif not facts.runtime_cuda:
-        remedy = "for NVIDIA GPUs: pip install 'bnfx[gpu]' in its place"
+        other = f"pip uninstall -y {' '.join(facts.runtimes)}, then pip install onnxruntime-gpu"
+        remedy = f"for NVIDIA GPUs: {other}"
         yield EnvCheck("provider cuda", "ok", "not built into this onnxruntime", remedy)
         return
     else:
         remedy = "see the lines on CUDA below; on the CPU bnfx works without"
         yield EnvCheck("provider cuda", "warning", reason, remedy)
-    missing = bool(reason)
-    yield _majors(facts)
-    yield _libraries(facts, missing=missing)
-    yield _driver(facts, missing=missing)
-    yield _cudnn(facts, missing=missing)
-
-
-def _majors(facts: Facts) -> EnvCheck:
     assert facts.runtime_cuda is not None
-    wanted = facts.runtime_cuda.partition(".")[0]
+    yield _majors(facts, facts.runtime_cuda)
+    for name, found, lacking, remedy in _parts(facts, facts.runtime_cuda):
+        if not lacking:
+            yield EnvCheck(name, "ok", found)
+        else:  # which is no matter where CUDA runs all the same
+            yield EnvCheck(name, "warning" if reason else "ok", lacking, remedy)
+
+
+def _parts(facts: Facts, cuda: str) -> Iterator[tuple[str, str, str, str]]:
+    """Name, what was found, what is lacking and what brings it, of each part that CUDA needs."""
+    missing = [n for n in facts.missing_libraries or () if not n.startswith("libcuda.so")]
+    known = "all found" if facts.missing_libraries is not None else "not looked at: no ldd here"
+    packages = " ".join(sorted({package_of(name, cuda) for name in missing}))
+    lacking = f"missing: {', '.join(missing)}" if missing else ""
+    yield "CUDA libraries", known, lacking, f"pip install {packages}"
+    if facts.driver is None:
+        lacking, remedy = "libcuda.so.1 does not load", "install NVIDIA's driver; in a container, "
+        yield "driver", "", lacking, f"{remedy}run it with --gpus all"
+    else:
+        found = f"{facts.driver}; {', '.join(facts.devices) or 'no device'}"
+        yield "driver", found, "" if facts.devices else found, "attach a GPU"
+    lacking = "" if facts.cudnn else "libcudnn.so.9 does not load"
+    yield "cuDNN", facts.cudnn or "", lacking, f"pip install {package_of('libcudnn.so.9', cuda)}"
+
+
+def _majors(facts: Facts, cuda: str) -> EnvCheck:
+    wanted = cuda.partition(".")[0]
     if facts.torch_cuda is None:
-        detail = f"torch is built for the CPU, onnxruntime for CUDA {facts.runtime_cuda}"
-        remedy = f"for GPUs: install a torch built for CUDA {wanted}, which brings the libraries"
+        detail = f"torch is built for the CPU, onnxruntime for CUDA {cuda}"
+        remedy = (
+            f"nothing on a machine without a GPU; with one, a torch built for CUDA {wanted} brings "
+            "the libraries"
+        )
         return EnvCheck("CUDA versions", "ok", detail, remedy)
-    detail = f"torch {facts.torch_cuda}, onnxruntime {facts.runtime_cuda}"
-    if mismatch(facts.runtime_cuda, facts.torch_cuda) is None:
+    detail = f"torch {facts.torch_cuda}, onnxruntime {cuda}"
+    if mismatch(cuda, facts.torch_cuda) is None:
         return EnvCheck("CUDA versions", "ok", detail)
     remedy = (
         f"install a torch built for CUDA {wanted}, or an onnxruntime-gpu for CUDA "
         f"{facts.torch_cuda.partition('.')[0]} (1.23 to 1.26 are CUDA 12, 1.28 and later CUDA 13)"
     )
     return EnvCheck("CUDA versions", "warning", f"{detail}: majors differ", remedy)
-
-
-def _libraries(facts: Facts, *, missing: bool) -> EnvCheck:
-    if facts.missing_libraries is None:
-        return EnvCheck("CUDA libraries", "ok", "not looked at: there is no ldd here")
-    lacking = [name for name in facts.missing_libraries if not name.startswith("libcuda.so")]
-    if not lacking:
-        return EnvCheck("CUDA libraries", "ok", "all found")
-    assert facts.runtime_cuda is not None
-    packages = sorted({package_of(name, facts.runtime_cuda) for name in lacking})
-    remedy = f"pip install {' '.join(packages)}"
-    status: Literal["ok", "warning"] = "warning" if missing else "ok"
-    return EnvCheck("CUDA libraries", status, f"missing: {', '.join(lacking)}", remedy)
-
-
-def _driver(facts: Facts, *, missing: bool) -> EnvCheck:
-    if facts.driver is not None:
-        devices = ", ".join(facts.devices) or "no device"
-        if facts.devices:
-            return EnvCheck("driver", "ok", f"{facts.driver}; {devices}")
-        return EnvCheck("driver", "warning", f"{facts.driver}; {devices}", "attach a GPU")
-    remedy = "install NVIDIA's driver; in a container, run it with --gpus all"
-    found = "libcuda.so.1 does not load"
-    return EnvCheck("driver", "warning" if missing else "ok", found, remedy)
-
-
-def _cudnn(facts: Facts, *, missing: bool) -> EnvCheck:
-    assert facts.runtime_cuda is not None
-    if facts.cudnn is not None:
-        return EnvCheck("cuDNN", "ok", facts.cudnn)
-    package = package_of("libcudnn.so.9", facts.runtime_cuda)
-    status: Literal["ok", "warning"] = "warning" if missing else "ok"
-    return EnvCheck("cuDNN", status, "libcudnn.so.9 does not load", f"pip install {package}")
 
 
 def package_of(library: str, cuda: str) -> str:

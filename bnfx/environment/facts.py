@@ -32,40 +32,24 @@ _PATIENCE = 180.0  # seconds; starting CUDA for the first time takes up to a min
 
 @dataclass(frozen=True)
 class Facts:
-    """The environment as found.
+    """The environment as found."""
 
-    Attributes:
-        bnfx: Version of bnfx.
-        python: Version of Python.
-        versions: Distribution -> version, None where it is not installed.
-        runtimes: Every installed distribution of onnxruntime -> version.
-        least: Distribution -> the least version that bnfx declares.
-        import_errors: Package -> why its import fails; without those that import.
-        torch_cuda: CUDA that torch is built for, None for the CPU.
-        runtime_owner: The distribution that onnxruntime's files belong to.
-        runtime_cuda: CUDA that onnxruntime is built for, None for the CPU.
-        providers: "cpu" and "cuda" -> why no node runs there; "" where one ran.
-        missing_libraries: What the CUDA provider's library links to and the loader does not find;
-            None where that could not be asked.
-        driver: What the NVIDIA driver says of itself; None without one.
-        devices: Names of the GPUs.
-        cudnn: Version of cuDNN or where it is; None where it does not load.
-    """
-
-    bnfx: str
+    bnfx: str  #: its version
     python: tuple[int, ...]
-    versions: Mapping[str, str | None]
-    runtimes: Mapping[str, str]
-    least: Mapping[str, str]
-    import_errors: Mapping[str, str]
-    torch_cuda: str | None
-    runtime_owner: str | None
-    runtime_cuda: str | None
-    providers: Mapping[str, str]
+    versions: Mapping[str, str | None]  #: distribution -> version, None where not installed
+    runtimes: Mapping[str, str]  #: every installed distribution of onnxruntime -> version
+    least: Mapping[str, str]  #: distribution -> the least version that bnfx declares
+    import_errors: Mapping[str, str]  #: package -> why its import fails
+    torch_cuda: str | None  #: CUDA that torch is built for, None for the CPU
+    runtime_owner: str | None  #: the distribution that onnxruntime's files belong to
+    runtime_cuda: str | None  #: CUDA that onnxruntime is built for, None for the CPU
+    providers: Mapping[str, str]  #: "cpu" and "cuda" -> why no node runs there; "" where one ran
+    #: What the CUDA provider's library links to and the loader does not find; None where that could
+    #: not be asked.
     missing_libraries: tuple[str, ...] | None
-    driver: str | None
-    devices: tuple[str, ...]
-    cudnn: str | None
+    driver: str | None  #: what NVIDIA's driver says of itself; None without one
+    devices: tuple[str, ...]  #: names of the GPUs
+    cudnn: str | None  #: its version; None where it does not load
 
 
 def collect() -> Facts:

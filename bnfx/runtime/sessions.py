@@ -24,7 +24,7 @@ from bnfx.runtime.packages import cuda_mismatch, without_telemetry
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _REMEDY = (
-    "install bnfx[gpu] on a machine with an NVIDIA GPU and driver, with CUDA libraries of the same "
+    "install onnxruntime-gpu on a machine with an NVIDIA GPU and driver, with CUDA libraries of the same "
     "major version as onnxruntime-gpu (torch brings them), or use provider='cpu'"
 )
 
@@ -41,8 +41,8 @@ def load_onnxruntime(*, cuda: bool = False) -> Any:
     without_telemetry()
     if importlib.util.find_spec("onnxruntime") is None:
         raise ProviderError(
-            "onnxruntime is not installed; install bnfx[gpu] (NVIDIA GPUs, serves on CPU too) or "
-            "bnfx[cpu], never both"
+            "onnxruntime is not installed; install onnxruntime-gpu (NVIDIA GPUs, serves on the CPU "
+            "too) or onnxruntime, never both"
         )
     if cuda:
         importlib.import_module("torch")  # its import loads them

@@ -154,8 +154,21 @@ def test_a_runtime_for_the_cpu_has_no_lines_on_cuda() -> None:
     )
     report = judge(facts)
     assert report.status == "ok"
-    assert "bnfx[gpu]" in line(report, "provider cuda").remedy
+    assert "pip install onnxruntime-gpu" in line(report, "provider cuda").remedy
     assert not [check for check in report.checks if check.name == "driver"]
+
+
+@pytest.mark.parametrize("broken", ["torch", "torchvision", "timm"])
+def test_no_remedy_takes_a_torch_for_the_cpu_away(broken: str) -> None:
+    """From PyPI, a torch is one for CUDA, and what depends on torch brings it along."""
+    gone = None if broken != "torch" else "2.1.0+cpu"
+    facts = dataclasses.replace(
+        with_versions(torch="2.13.0+cpu") if gone is None else SOUND, torch_cuda=None
+    )
+    facts = dataclasses.replace(facts, versions={**facts.versions, broken: gone})
+    assert "https://download.pytorch.org/whl/cpu" in line(judge(facts), broken).remedy
+    for check in judge(facts).checks:
+        assert "bnfx[" not in check.remedy, "bnfx is on no package index"
 
 
 def test_packages_of_libraries() -> None:
