@@ -69,6 +69,20 @@ class Factory:
     kwargs: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Takes:
+    """What a command works on."""
+
+    #: Whether its MODEL may be one of torch.
+    modules: bool = True
+    #: Whether it may be an `.onnx` file.
+    onnx: bool = False
+    #: Whether a model of torch needs example inputs.
+    inputs: bool = False
+    #: Endings of the FILE that it writes; none where FILE is read.
+    writes: tuple[str, ...] = ()
+
+
 def check(options: argparse.Namespace) -> None:
     """Refuse arguments that cannot be meant, and an environment that cannot do it.
 
@@ -77,17 +91,18 @@ def check(options: argparse.Namespace) -> None:
             written in the end.
         ProviderError: onnxruntime is asked for and cannot run here.
     """
-    given = vars(options)
-    if options.command == "doctor":
+    given, takes = vars(options), options.takes
+    if takes is None:
         return
-    if (target := given.get("file")) is not None and options.command != "verify":
-        check_target(Path(target), _SUFFIXES[options.command])
-    for name in (options.model, given.get("file") if options.command == "verify" else None):
-        if name is not None and name.endswith((".onnx", ".pt2")):
+    target = given.get("file")
+    if target is not None and takes.writes:
+        check_target(Path(target), takes.writes)
+    for name in (options.model, None if takes.writes else target, given.get("baseline")):
+        if name is not None and (name != options.model or name.endswith((".onnx", ".pt2"))):
             require_file(name)
-    if options.command == "verify":
-        require_file(options.file)
-    file = options.command in ("inspect", "verify", "bench") and options.model.endswith(".onnx")
+    file = takes.onnx and options.model.endswith(".onnx")
+    if not (file or takes.modules):
+        raise UsageError(f"{options.model}: this takes an .onnx file")
     if not file and not options.model.endswith(".pt2"):
         _module(parse_factory(options.model).module, options.model)
     if given.get("init") == "calibrate" and not options.calibration:
@@ -101,17 +116,8 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError(
             f"--opset {options.opset} cannot be written: {OPSETS[0]} to {OPSETS[-1]} can"
         )
-    if options.command in ("verify", "deploy", "bench"):
+    if "provider" in given:
         _runtime(options.provider)
-
-
-#: Endings of what a command writes.
-_SUFFIXES = {
-    "insert": CHECKPOINTS,
-    "fold": (".pt2", *CHECKPOINTS),
-    "export": (".onnx",),
-    "deploy": (".onnx",),
-}
 
 
 def require_file(name: str) -> None:
@@ -230,11 +236,11 @@ def no_module(name: str, spec: str) -> UsageError:
 
 def _inputs(options: argparse.Namespace, *, file: bool) -> None:
     given = vars(options)
-    own = file or options.model.endswith(".pt2")
-    if not (own or options.input) and needs_inputs(options):
+    own, specs = file or options.model.endswith(".pt2"), given.get("input", ())
+    if not (own or specs) and needs_inputs(options):
         raise UsageError("this needs example inputs: --input NAME:1x3x224x224 or --input FILE.npz")
     drawn, free = [], bool(given.get("dynamic_batch"))
-    for spec in options.input:
+    for spec in specs:
         if spec.endswith(".npz"):
             check_archive(Path(spec))
         else:
@@ -246,16 +252,15 @@ def _inputs(options: argparse.Namespace, *, file: bool) -> None:
         raise UsageError(f"input {twice[0]!r} is given twice")
     for spec in given.get("dynamic") or ():
         free |= parse_dynamic(spec)[1] == 0
-    if len(drawn) == len(options.input) and drawn and options.command == "deploy" and not own:
+    if len(drawn) == len(specs) and drawn and "dynamic" in given and not own:
         batches = [one.shape[0] for one in drawn if one.shape]
-        require_batches(options.batch_sizes, batches, free=free)
+        require_batches(given.get("batch_sizes"), batches, free=free)
 
 
 def needs_inputs(options: argparse.Namespace) -> bool:
     """Whether the command cannot do without example inputs of its model."""
-    if options.command == "fold":
-        return options.file is not None and options.file.endswith(".pt2")
-    return options.command in ("export", "verify", "deploy", "bench")
+    takes: Takes = options.takes
+    return takes.inputs or (bool(takes.writes) and (options.file or "").endswith(".pt2"))
 
 
 def require_batches(sizes: Sequence[int] | None, own: Iterable[int], *, free: bool) -> None:

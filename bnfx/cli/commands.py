@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import bnfx
 from bnfx.cli.checkpoints import save_state
-from bnfx.cli.checks import needs_inputs, parse_dynamic, require_batches, require_file
+from bnfx.cli.checks import needs_inputs, parse_dynamic, require_batches
 from bnfx.cli.inputs import (
     Inputs,
     bind,
@@ -315,8 +315,6 @@ def _bench(options: argparse.Namespace, steps: Steps) -> Outcome:
         return _bench_model(options, steps, measured)
     if _asks_folding(options):
         raise UsageError("an .onnx file is measured as it is: leave options of folding out")
-    if options.baseline is not None:
-        require_file(options.baseline)
     steps.total = 1
     args = _inputs_of_file(options)
     with steps("measuring"):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from bnfx.cli.checks import CHECKPOINTS, Takes
 from bnfx.cli.terminal import tell
 from bnfx.version import __version__
 
@@ -241,6 +242,7 @@ def _provider_name(text: str) -> str:
 
 
 def _inspect(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(takes=Takes(onnx=True))
     _model(command, "a model, or an .onnx file")
     _inputs(command)
     _folding(command)
@@ -248,6 +250,7 @@ def _inspect(command: argparse.ArgumentParser) -> None:
 
 
 def _insert(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(takes=Takes(writes=CHECKPOINTS))
     _model(command)
     command.add_argument(
         "file", nargs="?", metavar="FILE", help="state dict to write: .pt, .pth or .safetensors"
@@ -270,6 +273,7 @@ def _insert(command: argparse.ArgumentParser) -> None:
 
 
 def _fold(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(takes=Takes(writes=(".pt2", *CHECKPOINTS)))
     _model(command)
     command.add_argument(
         "file",
@@ -284,6 +288,7 @@ def _fold(command: argparse.ArgumentParser) -> None:
 
 
 def _export(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(takes=Takes(inputs=True, writes=(".onnx",)))
     _model(command)
     command.add_argument("file", metavar="FILE", help="the .onnx file to write")
     _inputs(command)
@@ -293,6 +298,7 @@ def _export(command: argparse.ArgumentParser) -> None:
 
 
 def _verify(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(takes=Takes(onnx=True, inputs=True))
     _model(command, "the unfolded reference, or an .onnx file to compare with")
     command.add_argument("file", metavar="FILE", help="the .onnx file to check")
     _inputs(command)
@@ -301,6 +307,7 @@ def _verify(command: argparse.ArgumentParser) -> None:
 
 
 def _deploy(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(takes=Takes(inputs=True, writes=(".onnx",)))
     _model(command)
     command.add_argument("file", metavar="FILE", help="the .onnx file to write once it has passed")
     _inputs(command)
@@ -317,6 +324,7 @@ def _deploy(command: argparse.ArgumentParser) -> None:
 
 
 def _bench(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(takes=Takes(onnx=True, inputs=True))
     _model(command, "an .onnx file, or a model, which is exported unfolded and folded")
     command.add_argument("--baseline", metavar="FILE", help="an .onnx file to measure in turns")
     _inputs(command)
@@ -329,6 +337,7 @@ def _bench(command: argparse.ArgumentParser) -> None:
 
 
 def _doctor(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(takes=None)
     command.add_argument(
         "--require",
         action="append",

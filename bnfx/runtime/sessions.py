@@ -24,8 +24,8 @@ from bnfx.runtime.packages import cuda_mismatch, without_telemetry
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _REMEDY = (
-    "install onnxruntime-gpu on a machine with an NVIDIA GPU and driver, with CUDA libraries of the same "
-    "major version as onnxruntime-gpu (torch brings them), or use provider='cpu'"
+    "install onnxruntime-gpu on a machine with an NVIDIA GPU and driver, with CUDA libraries of "
+    "its own major version (torch brings them), or use provider='cpu'"
 )
 
 
