@@ -82,7 +82,9 @@ class Explanation:
 
     def reason(self, site: Site) -> str:
         """What keeps the site."""
-        refused = self.gauges.refused[site.node]
+        refused = self.gauges.refused.get(site.node)
+        if refused is None:  # seen at ranks that others than the assumed ones would have
+            return "the shape of its input is unknown without example_inputs; pass them"
         if refused.words:
             where = f" ({channels(refused.channels)})" if len(refused.channels) else ""
             return refused.words + where

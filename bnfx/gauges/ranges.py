@@ -19,10 +19,11 @@ from bnfx.gauges.elimination import Refused
 from bnfx.gauges.linear_system import Flags
 from bnfx.gauges.new_weights import Ends, change_of
 from bnfx.graphs.constants import Values
-from bnfx.graphs.shapes import EXACT, Shapes, is_tensor
+from bnfx.graphs.shapes import Shapes, is_tensor
 from bnfx.numbers import Floats
 
-_HALF = (torch.float16, torch.bfloat16)
+#: Dtypes of 16 bits.
+HALF = (torch.float16, torch.bfloat16)
 #: Of the largest number: what is added may take a quarter, what flows half.
 _ADDED, _FLOWING = 0.25, 0.5
 #: How far a tensor may be from its mean, in standard deviations.
@@ -30,7 +31,7 @@ _SPREAD = 8.0
 
 
 def beyond_range(
-    module: fx.GraphModule,
+    dtypes: Mapping[str, torch.dtype],
     shapes: Shapes,
     values: Values,
     found: Constraints,
@@ -40,29 +41,25 @@ def beyond_range(
     """Eliminated sites whose fold leaves the range, and why; empty where all is well.
 
     Args:
-        module: The graph.
+        dtypes: Constants by name -> the dtype in which they end.
         shapes: Its values' shapes and dtypes.
         values: Values of its constants.
         found: Its sites.
         gauges: The solution.
         dead: Layers whose outputs become constant on some channels.
     """
-    exact: Mapping[str, torch.dtype] = module.meta.get(EXACT, {})
-    stored = {tensor.dtype for tensor in values.known.tensors.values()} | {*exact.values()}
-    if not gauges.eliminated or not stored & {*_HALF}:
-        return {}
     gone = {site.node for site in gauges.eliminated}
     bad: dict[fx.Node, Refused] = {}
     for site in found.sites.values():
-        dtype = _stored(site, values, exact)
+        dtype = _stored(site, values, dtypes)
         flowing = shapes.values.get(site.node)
-        if is_tensor(flowing) and flowing.dtype in _HALF:
+        if is_tensor(flowing) and flowing.dtype in HALF:
             lanes = _too_large(site, gauges, flowing.dtype)
-        elif dtype in _HALF:
+        elif dtype in HALF:
             lanes = np.zeros(len(site.y), bool)
         else:
             continue
-        if site.node not in gone and dtype in _HALF:
+        if site.node not in gone and dtype in HALF:
             change = change_of(site, Ends.of(site, gauges), values, dead.get(site.node, {}))
             if change is not None and any(_spoiled(v, n, dtype) for n, v in change.tensors.items()):
                 lanes = np.ones(len(site.y), bool)
@@ -76,11 +73,10 @@ def beyond_range(
     return bad
 
 
-def _stored(site: Site, values: Values, exact: Mapping[str, torch.dtype]) -> torch.dtype:
+def _stored(site: Site, values: Values, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
     """The dtype in which the parameters of a site end."""
     names = [name for node in site.node.all_input_nodes for name in values.sources(node)]
-    dtypes = [exact.get(name, values.known.tensors[name].dtype) for name in names]
-    half = [dtype for dtype in dtypes if dtype in _HALF]
+    half = [dtypes[name] for name in names if dtypes[name] in HALF]
     if half and site.kind in (*LINEAR, Kind.NORM):
         return half[0]
     return site.like.dtype if site.like is not None else torch.float64

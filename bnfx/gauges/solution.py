@@ -6,6 +6,7 @@ other ranks give the same gauges, these hold for all; otherwise the result must 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,13 +18,13 @@ from bnfx.gauges.choice import Gauges, Solver
 from bnfx.gauges.constraints import CONSTANTS, Constraints, Kind, Site
 from bnfx.gauges.elimination import Refused, absorber
 from bnfx.gauges.new_weights import Ends, bounds_of, is_changed
-from bnfx.gauges.ranges import beyond_range
+from bnfx.gauges.ranges import HALF, beyond_range
 from bnfx.gauges.rules import propagate
 from bnfx.gauges.soundness import NARROW, WIDE
 from bnfx.gauges.walk import FoldOptions, Walk
 from bnfx.graphs.constants import Values, readers
 from bnfx.graphs.in_place import Aliases, aliases
-from bnfx.graphs.shapes import Shapes, at_other_ranks, is_tensor
+from bnfx.graphs.shapes import EXACT, Shapes, at_other_ranks, is_tensor
 from bnfx.graphs.tracing import RANKS
 from bnfx.operators.table import Passage, Role, affine_of, is_batch_norm, passage_of, role_of
 
@@ -70,7 +71,7 @@ class Solution:
     #: Nodes whose rank the result must check, and that rank.
     guards: Mapping[fx.Node, int]
 
-    @property
+    @functools.cached_property
     def vanished(self) -> frozenset[fx.Node]:
         """The calls that give way to their operand."""
         return frozenset(site.node for site in self.gauges.eliminated)
@@ -79,9 +80,12 @@ class Solution:
         """Channels with s = 0: the layer before gives y' = a_y (t + d_y) there."""
         values: dict[fx.Node, dict[int, float]] = {}
         for site in self.gauges.eliminated:
-            for channel in self.gauges.backward(site):
-                layer = absorber(self.found, site, self.vanished)
-                assert layer is not None
+            channels = self.gauges.backward(site)
+            if not len(channels):
+                continue
+            layer = absorber(self.found, site, self.vanished)
+            assert layer is not None
+            for channel in channels:
                 label = site.y[channel]
                 value = self.gauges.scale[label] * (site.t[channel] + self.gauges.shift[label])
                 values.setdefault(layer.node, {})[int(channel)] = float(value)
@@ -113,9 +117,13 @@ def solve(problem: Problem) -> Solution:
 
 
 def _beyond_range(problem: Problem, solution: Solution) -> dict[fx.Node, Refused]:
-    module, dead = problem.module, solution.constant_outputs()
+    exact, known = problem.module.meta.get(EXACT, {}), problem.values.known.tensors
+    dtypes = {name: exact.get(name, tensor.dtype) for name, tensor in known.items()}
+    if not solution.vanished or not {*dtypes.values()} & {*HALF}:
+        return {}
+    dead = solution.constant_outputs()
     first, values = problem.runs[0], problem.values
-    return beyond_range(module, first, values, solution.found, solution.gauges, dead)
+    return beyond_range(dtypes, first, values, solution.found, solution.gauges, dead)
 
 
 def _gauges(problem: Problem, found: Constraints, candidates: list[Site]) -> Gauges:
