@@ -15,6 +15,8 @@ from bnfx.text import printable
 #: Width of a character of the pictures' monospaced font at 11 px.
 CHARACTER = 6.7
 _WIDTH = 760
+#: Beyond these a scale cannot be reckoned; such values are drawn at its ends.
+_TINY, _HUGE = 1e-300, 1e300
 _LABEL = 250.0  # left margin for the labels of bars
 
 
@@ -91,7 +93,7 @@ def bars(title: str, description: str, rows: Sequence[Bar], unit: str) -> str:
     height = top + step * len(rows) + 30
     root = picture(_WIDTH, height, title, description, "picture chart")
     room = _WIDTH - _LABEL - 110
-    largest = max((row.high for row in rows if math.isfinite(row.high)), default=0.0) or 1.0
+    largest = max((row.high for row in rows if _TINY < row.high < _HUGE), default=1.0)
     whole = all(float(row.value).is_integer() for row in rows)
     for tick in (t for t in ticks(largest) if not whole or t.is_integer()):
         x = _LABEL + room * tick / largest
@@ -104,12 +106,15 @@ def bars(title: str, description: str, rows: Sequence[Bar], unit: str) -> str:
         add(group, "title", f"{row.label}: {row.text}")
         label = shorten(row.label, int((_LABEL - 10) / CHARACTER))
         add(group, "text", label, x=_LABEL - 8, y=y + 18, kind="label", text_anchor="end")
-        end = room * min(row.value, largest) / largest
+        low, end, high = (  # what is no number has no length
+            0.0 if math.isnan(v) else room * min(v, largest) / largest
+            for v in (row.low, row.value, row.high)
+        )
         add(group, "rect", x=_LABEL, y=y + 5, width=max(end, 0.5), height=18.0, kind=row.kind)
-        low, high = (_LABEL + room * min(v, largest) / largest for v in (row.low, row.high))
         if high > low:
-            add(group, "path", d=f"M{low:.1f} {y + 14:.1f}H{high:.1f}", kind="spread")
-        add(group, "text", row.text, x=max(_LABEL + end, high) + 6, y=y + 18, kind="value")
+            d = f"M{_LABEL + low:.1f} {y + 14:.1f}H{_LABEL + high:.1f}"
+            add(group, "path", d=d, kind="spread")
+        add(group, "text", row.text, x=_LABEL + max(end, high) + 6, y=y + 18, kind="value")
     return markup(root)
 
 
@@ -121,7 +126,7 @@ def said(rows: Sequence[Bar]) -> str:
 def dots(title: str, description: str, rows: Sequence[Dot], limit: float | None, unit: str) -> str:
     """Values in order, on a logarithmic scale, with the limit that they must stay below."""
     height, left, right, top, bottom = 250.0, 64.0, 12.0, 14.0, 52.0
-    finite = [row.value for row in rows if row.value > 0 and math.isfinite(row.value)]
+    finite = [row.value for row in rows if _TINY < row.value < _HUGE]
     known = [*finite, *([limit] if limit else [])] or [1.0]
     zeros = any(row.value == 0 for row in rows)
     low = math.floor(math.log10(min(known)) - 1e-9) - zeros
