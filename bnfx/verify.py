@@ -13,7 +13,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -307,7 +307,7 @@ def _report(
     start: float,
 ) -> VerifyReport:
     wrong = [*found.faults, *(output_fault(check) for check in outputs if not check.passed)]
-    first = _first(wrong, found.hint) if localize else None
+    first = _first(wrong, found) if localize else None
     own = batch_of(plan.pooled[0])
     notes = [*staged.notes, *found.notes]
     if answer.proof.get("checker"):
@@ -337,11 +337,17 @@ def _report(
     )
 
 
-def _first(wrong: Sequence[Divergence], hint: Divergence | None) -> Divergence | None:
+def _first(wrong: Sequence[Divergence], found: Findings) -> Divergence | None:
     """Wrong weights and settings say most; then where values part; then the outputs."""
     if not wrong:
         return None
-    return hint if wrong[0].tier == "outputs" and hint is not None else wrong[0]
+    if wrong[0].tier == "outputs" and found.hint is not None:
+        return found.hint
+    known = [fault for fault in found.faults if fault.cause]
+    if len(found.weights) > 1 and not known and not any(w.passed for w in found.weights):
+        told = f"every weight differs: another checkpoint? The first is {wrong[0].message}"
+        return replace(wrong[0], message=told)
+    return wrong[0]
 
 
 def _tiers(

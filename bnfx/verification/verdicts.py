@@ -15,6 +15,9 @@ from bnfx.reports.drawing import Dot, dots
 from bnfx.reports.report import Report, table
 from bnfx.verification.outputs import OutputCheck
 
+#: Wrong weights that a printed report lists; a page has all of them.
+_MOST_ROWS = 6
+
 Status = Literal["passed", "failed", "skipped"]
 
 
@@ -248,15 +251,17 @@ class VerifyReport(Report):
         rows = [
             (
                 *(o.name, str(list(o.shape)), o.dtype, f"{o.err:.2e}", f"{o.budget:.2e}"),
-                *(f"{o.ratio:.2f} of {limit:g}", "passed" if o.passed else o.reason),
+                *(f"{_times(o.ratio)} of {limit:g}", "passed" if o.passed else o.reason),
             )
             for o in self.outputs
         ]
+        wrong = [weight for weight in self.weights if not weight.passed]
         rows += [
-            (w.name, "", "weight", "", "", f"{w.ratio:.3g} of {limits['weights']:g}", w.reason)
-            for w in self.weights
-            if not w.passed
+            (w.name, "", "weight", "", "", f"{_times(w.ratio)} of {limits['weights']:g}", w.reason)
+            for w in wrong[:_MOST_ROWS]
         ]
+        if more := wrong[_MOST_ROWS:]:
+            rows.append((f"{len(more)} more", "", "weights", "", "", "", "wrong too"))
         if rows:
             lines.append(
                 f"budget: the error of the reference itself in {self.precision}, against float64; "
@@ -276,8 +281,15 @@ def _series(title: str, series: list[Dot], limit: float | None, unit: str) -> Pi
     return Picture(title, said, dots(title, said, series, limit, unit))
 
 
+def _times(ratio: float) -> str:
+    """By how many units something is off, as far as the number still says anything."""
+    return "over 1e6" if ratio > 1e6 else f"{ratio:.3g}"
+
+
 def _tier_line(tier: TierCheck) -> str:
     if tier.status == "skipped":
         return f"skipped: {tier.reason}"
-    text = f"{tier.status}, {tier.checked} of {tier.of}, worst {tier.worst:.3g} of {tier.limit:g}"
+    text = (
+        f"{tier.status}, {tier.checked} of {tier.of}, worst {_times(tier.worst)} of {tier.limit:g}"
+    )
     return f"{text}; {tier.reason}" if tier.reason else text

@@ -138,3 +138,15 @@ def test_tables_take_the_width_there_is(here: Path) -> None:
     assert reason in piped, "a pipe has no width"
     assert "\x1b" not in narrow + wide + piped, "colours are for nobody here"
     assert on_terminal(0, *argv, NO_COLOR="1")
+
+
+def test_another_checkpoint_is_told_as_such(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "tiny:small", "a.onnx", *X, "--fold"]) == 0
+    capsys.readouterr()
+    source = (here / "tiny.py").read_text()
+    (here / "tiny.py").write_text(source.replace("manual_seed(0)", "manual_seed(1)"))
+    sys.modules.pop("tiny")
+    assert main(["verify", "tiny:small", "a.onnx", *X]) == 1
+    out, err = capsys.readouterr()
+    assert "every weight differs: another checkpoint?" in err
+    assert "over 1e6 of 8" in out
