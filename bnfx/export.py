@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from bnfx.errors import ExportError
 from bnfx.graphs.agreement import outputs
-from bnfx.graphs.examples import Example, clone, lazy_parts, obstacle, training_modules
+from bnfx.graphs.examples import Example, clone, obstacle, training_modules
 from bnfx.graphs.tracing import attributes_kept
 from bnfx.onnx_files.placing import data_files, move_into_place, name_by_content, real_target
 from bnfx.onnx_files.reading import FOLDED, VERSION, all_nodes, describe_type, opset_of
@@ -109,10 +109,6 @@ def export_onnx(
     if said := obstacle(model):
         raise ExportError(said)
     _require_eval(model)
-    if lazy := lazy_parts(model):
-        raise ExportError(
-            f"{lazy[0]!r} has no shape yet; run the model once, so that its lazy modules get theirs"
-        )
     _require_opset(opset_version)
     target = real_target(f)
     opset = opset_version if opset_version is not None else _least_opset(model)

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 
 from bnfx.editing.affine_calls import Evidence
 from bnfx.editing.draft import Draft
@@ -196,8 +195,3 @@ def _require_model(model: nn.Module) -> None:
         raise InsertError(f"the model is a {kind}, not a torch.nn.Module")
     if said := obstacle(model):
         raise InsertError(said)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            raise InsertError(
-                f"{name!r} has no shape yet (a lazy module); run the model once first"
-            )

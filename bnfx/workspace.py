@@ -26,7 +26,8 @@ def workspace(beside: Path | None = None) -> Iterator[Path]:
             is one step. None takes the folder of temporary files.
     """
     parent = Path(tempfile.gettempdir()) if beside is None else beside.parent
-    prefix = "bnfx-" if beside is None else f".{beside.name}."
+    # A name may be as long as a name can be.
+    prefix = "bnfx-" if beside is None else f".{beside.name[:60]}."
     _sweep(parent, prefix)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as name, _locked(Path(name)):
         yield Path(name)

@@ -112,6 +112,13 @@ def check(options: argparse.Namespace) -> None:
     _inputs(options, file=file)
     if given.get("checkpoint") is not None:
         _checkpoint(Path(options.checkpoint))
+    elif given.get("checkpoint_key") is not None:
+        raise UsageError("--checkpoint-key needs a --checkpoint to look into")
+    outputs = given.get("output_name") or ()
+    if "" in outputs or len(set(outputs)) < len(outputs):
+        raise UsageError(
+            f"--output-name: {', '.join(map(repr, outputs))} are no names to tell apart"
+        )
     if given.get("opset") is not None and options.opset not in OPSETS:
         raise UsageError(
             f"--opset {options.opset} cannot be written: {OPSETS[0]} to {OPSETS[-1]} can"
@@ -140,6 +147,10 @@ def check_target(path: Path, suffixes: Sequence[str]) -> None:
     """
     if suffixes and path.suffix not in suffixes:
         raise UsageError(f"{path}: its name must end in {', '.join(suffixes)}")
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:  # too long, or with a null character
+        raise UsageError(f"{path} cannot be the name of a file: {error}") from error
     if not path.parent.is_dir():
         raise UsageError(f"{path}: there is no folder {path.parent}")
     if path.is_dir():

@@ -6,7 +6,7 @@ import argparse
 import fnmatch
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from bnfx.cli.inputs import (
     in_order,
     inputs_of,
     parse_inputs,
+    require_fit,
 )
 from bnfx.cli.models import load_model, save_exported
 from bnfx.cli.parser import FOLDING
@@ -328,7 +329,11 @@ def _inputs_of_file(options: argparse.Namespace) -> tuple[Tensor, ...]:
         raise UsageError("an .onnx file holds its weights: leave --checkpoint out")
     found = bnfx.inspect_onnx(options.model)
     given = parse_inputs(options.input)
-    return tuple(in_order(given, found.inputs).values() if given else inputs_of(found).values())
+    if not given:
+        return tuple(inputs_of(found).values())
+    ordered = in_order(given, found.inputs)
+    require_fit(ordered.values(), found, cast=options.command == "verify")
+    return tuple(ordered.values())
 
 
 def _bench_model(options: argparse.Namespace, steps: Steps, measured: Mapping[str, Any]) -> Outcome:
@@ -350,7 +355,11 @@ def _bench_model(options: argparse.Namespace, steps: Steps, measured: Mapping[st
             done = bnfx.benchmark_onnx(
                 files[0], inputs.args, baseline=files[1], kwargs=inputs.kwargs, **measured
             )
-    return Outcome(done)
+    arms = (
+        replace(arm, path=f"{options.model}, {Path(arm.path).stem}" if arm.arm != "floor" else "-")
+        for arm in done.arms
+    )
+    return Outcome(replace(done, arms=tuple(arms)))
 
 
 def _policy(options: argparse.Namespace, left: int) -> str:

@@ -122,6 +122,33 @@ def in_order(values: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Te
     return {name: values[name] for name in wanted} if set(values) == set(wanted) else dict(values)
 
 
+def require_fit(values: Iterable[Tensor], found: InspectReport, *, cast: bool) -> None:
+    """Refuse tensors that are none of the inputs that a file declares.
+
+    Args:
+        values: The tensors, in order.
+        found: The file.
+        cast: Whether floats go into it in the dtype that it takes.
+
+    Raises:
+        UsageError: The rank, a fixed size or the kind of number of one is another.
+    """
+    for value, (name, kind) in zip(values, found.inputs.items(), strict=True):
+        dtype, _, sizes = kind.rstrip("]").partition("[")
+        wanted = [size for size in sizes.split(",") if size]
+        declared = getattr(torch, dtype, value.dtype)
+        floats = cast and declared.is_floating_point and value.is_floating_point()
+        fits = len(wanted) == value.dim() and (floats or declared is value.dtype)
+        fits = fits and all(
+            not size.isdecimal() or int(size) == own
+            for size, own in zip(wanted, value.shape, strict=True)
+        )
+        if not fits:
+            shape = ",".join(map(str, value.shape))
+            own = str(value.dtype).removeprefix("torch.")
+            raise UsageError(f"{found.path} takes {name!r} as {kind}; given was {own}[{shape}]")
+
+
 def bind(model: nn.Module, values: Mapping[str, Tensor]) -> Inputs:
     """Give `values` to the arguments of the model's forward.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from bnfx.cli.results import (
 )
 from bnfx.cli.terminal import Stops, tell
 from bnfx.errors import BnfxError, MissingPackageError, ProviderError, UsageError, VerificationError
+from bnfx.text import printable
 
 
 def run(argv: Sequence[str] | None, stops: Stops) -> int:
@@ -89,8 +91,7 @@ def _run(options: argparse.Namespace, steps: Steps, out: IO[str]) -> int:
         return _give_up(options, out, said, USAGE)
     except Exception as error:  # noqa: BLE001  # a defect must not end like a failed verification
         steps.stops.heed()  # an import that a signal cut short fails with anything
-        for line in traceback.format_exc().splitlines():
-            tell(line)
+        sys.stderr.write(printable(traceback.format_exc()))
         tell("this is a defect of bnfx, or of the model's own code: see the lines above")
         return _give_up(options, out, error, NOT_CAPTURED)
     if outcome.failure:

@@ -68,6 +68,6 @@ def stoppable(stops: Stops) -> Iterator[None]:
 
 
 def tell(line: str) -> None:
-    """A line on standard error."""
-    sys.stderr.write(f"bnfx: {printable(line)}\n")
+    """A line on standard error; of what has more, such as a library's error, one is made."""
+    sys.stderr.write(f"bnfx: {printable(' '.join(line.split()))}\n")
     sys.stderr.flush()

@@ -80,6 +80,12 @@ def obstacle(model: nn.Module, *, wrappers: bool = True) -> str:
                 "put its .module in its place" if path else "give model.module, and wrap the result"
             )
             return f"{place} is a wrapper; {give}"
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            return (
+                f"{name!r} has no shape yet (uninitialized, of a lazy module); run the model once, "
+                "so that its lazy modules get theirs"
+            )
     return ""
 
 
@@ -197,12 +203,6 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether code of the user runs around this module's forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def lazy_parts(model: nn.Module) -> list[str]:
-    """Names of the parameters and buffers that get their shape when the model first runs."""
-    state = (*model.named_parameters(), *model.named_buffers())
-    return [name for name, tensor in state if is_lazy(tensor)]
 
 
 def training_modules(model: nn.Module) -> list[str]:

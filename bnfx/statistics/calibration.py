@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfx.errors import CalibrationError
-from bnfx.graphs.examples import Example, lazy_parts, obstacle
+from bnfx.graphs.examples import Example, obstacle
 from bnfx.graphs.tracing import attributes_kept
 from bnfx.statistics.batches import BatchReader, refuse_nan, with_progress
 from bnfx.statistics.moments import Moments
@@ -101,10 +101,6 @@ def recalibrate_bn(
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     if said := obstacle(inner, wrappers=False):
         raise CalibrationError(said)
-    if lazy := lazy_parts(inner):
-        raise CalibrationError(
-            f"{lazy[0]!r} has no shape yet; run the model once, so that its lazy modules get theirs"
-        )
     watch = Watch(inner)
     others: set[str] = set()
     with attributes_kept(inner), _buffers_kept(inner, others) as put_back:

@@ -209,6 +209,10 @@ def test_the_examples_in_the_help_run(
         (("fold", "nets:small", "--input", "x:0x3x16x16"), 2, "is empty"),
         (("bench", "nets:small", *X, "--num-runs", "10"), 2, "too few"),
         (("fold", "nets:small", "-q", "-v"), 2, "not allowed with"),
+        (("fold", "nets:small", "--checkpoint-key", "ema"), 2, "needs a --checkpoint"),
+        (("fold", "nets:small", f"{'n' * 300}.pt"), 2, "cannot be the name of a file"),
+        (("export", "nets:small", "a.onnx", *X, *("--output-name", "") * 2), 2, "no names"),
+        (("fold", "nets:nn.LazyConv2d(3,1)"), 4, "CaptureError: 'weight' has no shape yet"),
         (("insert", "nets:Small.forward"), 2, "factory failed"),
         (("inspect", "nets:small(stubborn=True)", "--require-folded"), 1, "policy"),
         (("fold", "nets:small(stubborn=True)", "--max-batch-norms-left", "0"), 1, "policy"),
@@ -390,6 +394,12 @@ def test_one_file_against_another(
     for inputs in ((), X, ("--input", "image:1x3x16x16")):
         assert main(["verify", "a.onnx", "b.onnx", *inputs]) == 0, capsys.readouterr().err
     assert main(["verify", "a.onnx", "b.onnx", *X, "--input", "z:3"]) == 2
+    for wrong in ("x:1x3x17x16", "x:1x3x16x16:int64", "x:3x16x16"):
+        assert main(["verify", "a.onnx", "b.onnx", "--input", wrong]) == 2
+        assert main(["bench", "a.onnx", "--input", wrong]) == 2
+    half = ["--input", "x:1x3x16x16:float16"]
+    assert main(["verify", "a.onnx", "b.onnx", *half]) == 0, "it goes in as float32"
+    assert main(["bench", "a.onnx", *half]) == 2
     assert main(["verify", "a.onnx", "b.onnx", "--checkpoint", "c.pt", *X]) == 2
     change(here / "b.onnx", "conv.weight", 0.5)
     assert main(["verify", "a.onnx", "b.onnx"]) == 1
