@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import bnfx
 from bnfx.cli.checkpoints import save_state
-from bnfx.cli.checks import needs_inputs, parse_dynamic, require_batches
+from bnfx.cli.checks import needs_inputs, require_batches
 from bnfx.cli.inputs import (
     Inputs,
     bind,
@@ -28,6 +28,7 @@ from bnfx.cli.inputs import (
 from bnfx.cli.models import load_model, save_exported
 from bnfx.cli.parser import FOLDING
 from bnfx.cli.results import DONE, FAILED, Outcome, Steps
+from bnfx.cli.specs import parse_dynamic
 from bnfx.cli.terminal import tell
 from bnfx.errors import ProviderError, UsageError, VerificationError
 from bnfx.reports.report import FoldReport, InsertReport, Report

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnfx.cli.checks import DTYPES, Drawn, check_archive, parse_dynamic, parse_input
+from bnfx.cli.checks import check_archive
+from bnfx.cli.specs import DTYPES, Drawn, parse_dynamic, parse_input
 from bnfx.errors import UsageError
 from bnfx.graphs.examples import clone
 from bnfx.inspection import InspectReport

@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bnfx.cli.checkpoints import load_checkpoint
-from bnfx.cli.checks import no_module, parse_factory
+from bnfx.cli.checks import no_module
 from bnfx.cli.inputs import Inputs
 from bnfx.cli.results import place
+from bnfx.cli.specs import parse_factory
 from bnfx.errors import CaptureError, ExportError, MissingPackageError, UsageError
 
 

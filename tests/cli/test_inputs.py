@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bnfx.cli.checks import DTYPES
 from bnfx.cli.inputs import bind, dynamic_shapes, parse_inputs
+from bnfx.cli.specs import DTYPES
 from bnfx.errors import UsageError
 from tests.support.networks import net
 
