@@ -197,12 +197,12 @@ class InsertBatchNorm:
         here = {(call.path, call.index): call for call in Evidence(region).calls}
         wanted = [(site, here[site.call.path, site.call.index]) for site in sites]
         made = {site: self._insert(region, site, call) for site, call in wanted}
-        region.origins += made.values()
         dropped = {}
         for bias in {origin.bias: None for origin in made.values() if origin.bias is not None}:
             dropped[bias] = _names_of(root, region.value(bias))
             readers = [call for site, call in wanted if made[site].bias == bias]
             _drop_bias(region, bias, readers)
+        region.origins += [alias for origin in made.values() for alias in _aliases(region, origin)]
         return {
             site: Change(
                 self.name,
@@ -261,6 +261,20 @@ def _names_of(root: nn.Module, parameter: object) -> list[str]:
     """Every name of a parameter in the state_dict."""
     named = root.named_parameters(remove_duplicate=False)
     return [name for name, other in named if other is parameter]
+
+
+def _aliases(region: Region, origin: Origin) -> list[Origin]:
+    """`origin`, and the same under the other names that its layer has."""
+    modules = dict(region.root.named_modules(remove_duplicate=False))
+    layer, norm = modules.get(origin.layer), modules[origin.norm]
+    norms = {p.rpartition(".")[0]: p for p, m in reversed(modules.items()) if m is norm}
+    leaf = (origin.bias or "").removeprefix(f"{origin.layer}.")
+    found = [origin]
+    for path, module in modules.items():
+        if module is layer and path != origin.layer:
+            bias = None if origin.bias is None else join(path, leaf)
+            found.append(Origin(path, bias, norms.get(path.rpartition(".")[0], origin.norm)))
+    return found
 
 
 def _state_of(root: nn.Module, region: Region, norm: str) -> list[str]:
@@ -369,12 +383,15 @@ def _may_drop(evidence: Evidence, call: AffineCall, served: set[fx.Node]) -> boo
     if call.bias is None or call.node not in served:
         return False
     parameter = evidence.parameter(call.bias)
-    if evidence.names[id(parameter)] != [call.bias]:
+    if len(evidence.names[id(parameter)]) > 1:
         return False
     same = [other.node for other in evidence.calls if other.path == call.path]
     users = {user for _, user in evidence.users[id(parameter)]}
     if not served >= users.union(same):
         return False
+    layer = evidence.modules.get(call.path[len(evidence.prefix) :].removeprefix("."))
+    if layer is not None and layer._forward_hooks:
+        return False  # a hook may change the output, and then its constant is none of beta's
     inside = any(call.bias.startswith(f"{path}.") for path in evidence.whole if path != call.path)
     return call.node.op == "call_module" or not inside
 

@@ -94,9 +94,12 @@ class Evidence:
 
     @cached_property
     def names(self) -> Mapping[int, Sequence[str]]:
-        """The names of a parameter, more than one if it is tied."""
+        """The names of a parameter, more than one if it is tied; those of one module once."""
         found: defaultdict[int, list[str]] = defaultdict(list)
+        once = {id(module): path for path, module in reversed([*self.modules.items()])}
         for path, module in self.modules.items():
+            if once[id(module)] != path:
+                continue
             for name, parameter in module._parameters.items():
                 found[id(parameter)].append(join(path, name))
         return found

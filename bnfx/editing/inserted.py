@@ -56,16 +56,21 @@ class InsertedGraph(fx.GraphModule):
         graph.lint()
         module = InsertedGraph(root, graph, class_name=type(root).__name__)
         module._bnfx_origins = tuple(origins)
-        theirs = dict(root.named_modules(remove_duplicate=False))
-        for path, made in module.named_modules(remove_duplicate=False):
-            made.training = theirs[path].training
-        _take_hooks(module, root)
+        _resemble(module, root)
         if like is not None:
             _take_absent(module, like)
             for name, value in vars(like).items():
                 if not name.startswith("_") and name not in module.__dict__:
                     setattr(module, name, value)
         return module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module; an error of a BatchNorm that is inside says behind which layer it is."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except ValueError as error:
+            _name_the_layer(self, error)
+            raise
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -80,8 +85,7 @@ class InsertedGraph(fx.GraphModule):
             if name not in made.__dict__:
                 made.__dict__[name] = copy.deepcopy(value, memo)
         _take_absent(made, self)
-        _take_modes(made, self)
-        _take_hooks(made, self)
+        _resemble(made, self)
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -107,21 +111,55 @@ def _rebuilt(rebuild: Callable[..., fx.GraphModule], arguments: tuple[Any, ...])
     made = InsertedGraph(plain, plain.graph, class_name=type(plain).__name__)
     for name, value in plain.__dict__.items():
         made.__dict__.setdefault(name, value)
-    body = arguments[0]
-    for name, parameter in body["_parameters"].items():
-        if parameter is None:
-            made.register_parameter(name, None)
-    for hooks in HOOKS:
-        getattr(made, hooks).update(body.get(hooks, {}))
-    _take_modes(made, plain)
-    made.training = bool(body["training"])
+    pickled = nn.Module()
+    pickled.__dict__.update(arguments[0])
+    _take_absent(made, pickled)
+    _resemble(made, pickled)
     return made
 
 
-def _take_modes(made: nn.Module, source: nn.Module) -> None:
+def _resemble(made: nn.Module, source: nn.Module) -> None:
+    """Give `made` the modes, the outer hooks and the names of `source`.
+
+    A module under several names is one module, and names come in one order: torch.fx makes modules
+    anew along the names that a graph reads.
+    """
     theirs = dict(source.named_modules(remove_duplicate=False))
-    for path, module in made.named_modules(remove_duplicate=False):
-        module.training = theirs[path].training
+    ours = dict(made.named_modules(remove_duplicate=False))
+    first: dict[int, str] = {}
+    for path, module in theirs.items():
+        if path in ours:
+            ours[path].training = module.training
+        original = first.setdefault(id(module), path)
+        if original != path and original in ours:
+            parent, _, leaf = path.rpartition(".")
+            if parent in ours:
+                ours[parent]._modules[leaf] = ours[original]
+    for path, module in made.named_modules():
+        order = list(theirs[path]._modules) if path in theirs else []
+        children = module._modules
+        names = [name for name in order if name in children]
+        names += [name for name in children if name not in order]
+        module._modules = {name: children[name] for name in names}
+    for hooks in HOOKS:
+        getattr(made, hooks).update(getattr(source, hooks))
+
+
+def _name_the_layer(module: InsertedGraph, error: ValueError) -> None:
+    """Note on an error the inserted BatchNorm that raised it: that of a batch too small, mostly."""
+    norms = {id(module.get_submodule(o.norm)): o for o in reversed(module._bnfx_origins)}
+    trace = error.__traceback__
+    while trace is not None:
+        origin = norms.get(id(trace.tb_frame.f_locals.get("self")))
+        if origin is not None:
+            layer = origin.layer or type(module).__name__
+            error.add_note(
+                f"raised by the BatchNorm that bnfx put behind {layer!r} ({origin.norm!r}); in "
+                "train mode it needs more than one value per channel: give larger batches, exclude "
+                "the layer, or call eval()"
+            )
+            return
+        trace = trace.tb_next
 
 
 def _take_absent(made: nn.Module, source: nn.Module) -> None:
@@ -131,23 +169,19 @@ def _take_absent(made: nn.Module, source: nn.Module) -> None:
             made.register_parameter(name, None)
 
 
-def _take_hooks(made: nn.Module, source: nn.Module) -> None:
-    for hooks in HOOKS:
-        getattr(made, hooks).update(getattr(source, hooks))
-
-
 def _translate(module: InsertedGraph, state_dict: dict[str, Any], prefix: str) -> None:
     """Turn a checkpoint from before the insertion into one of `module`."""
     spent: set[str] = set()
+    given = list(state_dict)
     for origin in module._bnfx_origins:
         norm = module.get_submodule(origin.norm)
         own, layer = f"{prefix}{origin.norm}.", f"{prefix}{origin.layer}"
-        known = any(key == layer or key.startswith(f"{layer}.") for key in state_dict)
+        known = any(key == layer or key.startswith(f"{layer}.") for key in given)
         if origin.layer == "":
-            known = any(key.startswith(prefix) for key in state_dict)
+            known = any(key.startswith(prefix) for key in given)
         if not isinstance(norm, _BatchNorm) or not known:
             continue
-        if any(key.startswith(own) for key in state_dict):
+        if any(key.startswith(own) for key in given):
             continue
         bias = None if origin.bias is None else state_dict.get(f"{prefix}{origin.bias}")
         for name, value in _identity(norm, bias).items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
-from torch.utils import _pytree as pytree
+from torch.fx.node import map_aggregate
 
 from bnfx.errors import CaptureError
 from bnfx.graphs.examples import Example, modes_kept
@@ -56,6 +56,7 @@ def module_graph(root: nn.Module, given: Example | None) -> ModuleGraph:
         CaptureError: The root's own forward cannot be traced, or depends on the mode in structure.
     """
     opaque: frozenset[str] = frozenset()
+    modes = {path: m.training for path, m in root.named_modules(remove_duplicate=False)}
     with modes_kept(root):
         while True:
             root.train()
@@ -67,13 +68,17 @@ def module_graph(root: nn.Module, given: Example | None) -> ModuleGraph:
                 continue
             culprit = _merge_modes(root, graph, in_eval)
             if culprit is None:
-                return ModuleGraph(root, graph)
+                break
             if culprit == "" or culprit in opaque:
                 raise CaptureError(
                     f"the forward of {type(root).__name__} does different things in train mode "
                     "and in eval mode, so that no single graph can be both"
                 )
             opaque |= {culprit}
+    for path, module in root.named_modules():
+        if path not in modes:  # new: it has the mode of the module around it from the start
+            module.training = modes[path.rpartition(".")[0]]
+    return ModuleGraph(root, graph)
 
 
 class ByMode(nn.Module):
@@ -93,22 +98,28 @@ def _merge_modes(root: nn.Module, train: fx.Graph, evaluation: fx.Graph) -> str 
     """Make `train` serve both modes. The path of the module that forbids it; None if it worked."""
     pairs = list(zip(train.nodes, evaluation.nodes, strict=False))
     twin = dict(pairs)
-    constants: list[tuple[fx.Node, list[Any], list[Any], Any]] = []
+    constants: list[tuple[fx.Node, list[Any], list[Any]]] = []
     for ours, theirs in pairs:
-        mine, spec = pytree.tree_flatten((ours.args, ours.kwargs))
-        other, other_spec = pytree.tree_flatten((theirs.args, theirs.kwargs))
-        if (ours.op, ours.target) != (theirs.op, theirs.target) or spec != other_spec:
+        (mine, form), (other, other_form) = _leaves(ours), _leaves(theirs)
+        if (ours.op, ours.target) != (theirs.op, theirs.target) or form != other_form:
             return _owner(ours)
         if not all(_matches(a, b, twin) for a, b in zip(mine, other, strict=True)):
             return _owner(ours)
         if any(not _same(a, b) for a, b in zip(mine, other, strict=True)):
-            constants.append((ours, mine, other, spec))
+            constants.append((ours, mine, other))
     if len(train.nodes) != len(evaluation.nodes):
         longer = max((train, evaluation), key=lambda graph: len(graph.nodes))
         return _owner(list(longer.nodes)[len(pairs)])
-    for node, mine, other, spec in constants:
-        _choose_at_run_time(root, node, mine, other, spec)
+    for node, mine, other in constants:
+        _choose_at_run_time(root, node, mine, other)
     return None
+
+
+def _leaves(node: fx.Node) -> tuple[list[Any], Any]:
+    """What a call is given, containers and slices opened, and these with nothing in them."""
+    leaves: list[Any] = []
+    form = map_aggregate((node.args, node.kwargs), leaves.append)
+    return leaves, form
 
 
 def _matches(a: Any, b: Any, twin: dict[fx.Node, fx.Node]) -> bool:
@@ -122,18 +133,21 @@ def _same(a: Any, b: Any) -> bool:
     return isinstance(a, fx.Node) or (type(a) is type(b) and bool(a == b))
 
 
-def _choose_at_run_time(
-    root: nn.Module, node: fx.Node, mine: list[Any], other: list[Any], spec: Any
-) -> None:
-    leaves = list(mine)
-    for i, (a, b) in enumerate(zip(mine, other, strict=True)):
-        if _same(a, b):
-            continue
-        name = free_name(root, f"mode_of_{node.name}")
-        root.add_module(name, ByMode(a, b))
-        with node.graph.inserting_before(node):
-            leaves[i] = node.graph.call_module(name)
-    node.args, node.kwargs = pytree.tree_unflatten(leaves, spec)
+def _choose_at_run_time(root: nn.Module, node: fx.Node, mine: list[Any], other: list[Any]) -> None:
+    """Read the constants that differ from modules that stand where `self.training` was read."""
+    chosen = iter([_by_mode(root, node, a, b) for a, b in zip(mine, other, strict=True)])
+    given: Any = map_aggregate((node.args, node.kwargs), lambda _: next(chosen))
+    node.args, node.kwargs = given
+
+
+def _by_mode(root: nn.Module, node: fx.Node, a: Any, b: Any) -> Any:
+    if _same(a, b):
+        return a
+    name = free_name(root, f"{_owner(node)}.mode_of_{node.name}".removeprefix("."))
+    parent, _, leaf = name.rpartition(".")
+    root.get_submodule(parent).add_module(leaf, ByMode(a, b))
+    with node.graph.inserting_before(node):
+        return node.graph.call_module(name)
 
 
 def _owner(node: fx.Node) -> str:
