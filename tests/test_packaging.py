@@ -16,6 +16,7 @@ import pytest
 import bnfx
 
 ROOT = Path(__file__).parent.parent
+PAGE = "bnfx/reports/report.html.jinja"
 HEAVY = ("matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "sympy")
 
 # One worker builds; the others would only build the same again.
@@ -47,23 +48,25 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def modules_of_the_tree() -> set[str]:
-    core = {f"bnfx/{path.name}" for path in (ROOT / "bnfx").glob("*.py")}
+    core = {str(path.relative_to(ROOT)) for path in (ROOT / "bnfx").rglob("*.py")}
     passes = {f"bnfx/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
     return core | passes
 
 
-def test_the_packages_are_flat() -> None:
-    nested = {
-        path.parent for folder in ("bnfx", "passes") for path in (ROOT / folder).rglob("*.py")
-    }
-    assert nested == {ROOT / "bnfx", ROOT / "passes"}, "a sub-package would miss the wheel"
+def test_every_room_is_a_package_of_the_wheel() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    told = set(project["tool"]["setuptools"]["packages"])
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "bnfx").rglob("*.py")}
+    rooms = {".".join(folder.parts) for folder in folders}
+    assert told == rooms | {"bnfx.passes"}, "another folder would miss the wheel"
+    assert {path.parent for path in (ROOT / "passes").rglob("*.py")} == {ROOT / "passes"}
 
 
 def test_wheel_holds_the_tree(archives: Path) -> None:
     (wheel,) = archives.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert files == modules_of_the_tree() | {"bnfx/py.typed", "bnfx/report.html.jinja"}
+    assert files == modules_of_the_tree() | {"bnfx/py.typed", PAGE}
 
 
 def test_source_archive_holds_what_the_build_and_the_tests_need(archives: Path) -> None:
