@@ -199,7 +199,7 @@ class InsertBatchNorm:
         made = {site: self._insert(region, site, call) for site, call in wanted}
         dropped = {}
         for bias in {origin.bias: None for origin in made.values() if origin.bias is not None}:
-            dropped[bias] = _names_of(root, region.value(bias))
+            dropped[bias] = _names_of(root, [region.value(bias)])
             readers = [call for site, call in wanted if made[site].bias == bias]
             _drop_bias(region, bias, readers)
         region.origins += [alias for origin in made.values() for alias in _aliases(region, origin)]
@@ -210,7 +210,10 @@ class InsertBatchNorm:
                 site.call.row.kind,
                 "changed",
                 f"feeds {describe(site.nonlinearity)!r}",
-                values=(*dropped.get(origin.bias or "", ()), *_state_of(root, region, origin.norm)),
+                values=(
+                    *dropped.get(origin.bias or "", ()),
+                    *_names_of(root, _state(region, origin)),
+                ),
                 into=(region.name(origin.norm),),
                 channels=site.channels,
             )
@@ -257,10 +260,14 @@ def _path(entry: Site | Change) -> str:
     return entry.call.path if isinstance(entry, Site) else entry.path
 
 
-def _names_of(root: nn.Module, parameter: object) -> list[str]:
-    """Every name of a parameter in the state_dict."""
-    named = root.named_parameters(remove_duplicate=False)
-    return [name for name, other in named if other is parameter]
+def _names_of(root: nn.Module, tensors: Iterable[object]) -> list[str]:
+    """Every name that these tensors have in the state_dict."""
+    wanted = {id(tensor) for tensor in tensors}
+    return [n for n, value in root.state_dict(keep_vars=True).items() if id(value) in wanted]
+
+
+def _state(region: Region, origin: Origin) -> Iterable[object]:
+    return region.root.get_submodule(origin.norm).state_dict(keep_vars=True).values()
 
 
 def _aliases(region: Region, origin: Origin) -> list[Origin]:
@@ -275,13 +282,6 @@ def _aliases(region: Region, origin: Origin) -> list[Origin]:
             bias = None if origin.bias is None else join(path, leaf)
             found.append(Origin(path, bias, norms.get(path.rpartition(".")[0], origin.norm)))
     return found
-
-
-def _state_of(root: nn.Module, region: Region, norm: str) -> list[str]:
-    """The names that a new BatchNorm has in the state_dict."""
-    inserted = region.root.get_submodule(norm)
-    slots = (p for p, m in root.named_modules(remove_duplicate=False) if m is inserted)
-    return [f"{path}.{name}" for path in slots for name in inserted.state_dict()]
 
 
 def _put_behind(graph: fx.Graph, node: fx.Node, name: str, *, per_row: bool) -> None:

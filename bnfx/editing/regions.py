@@ -50,7 +50,7 @@ def share_out(
             (
                 scope
                 for scope in reversed(common)
-                if runs.get(scope, 1) == 1 and probes.calls(scope)[call.path] == calls[call.path]
+                if runs.get(scope, 1) <= 1 and probes.calls(scope)[call.path] == calls[call.path]
             ),
             None,
         )

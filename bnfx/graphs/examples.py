@@ -135,10 +135,10 @@ def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
                 memo[id(value)] = value.detach().clone()
     try:
         return copy.deepcopy(model, dict[int, Any](memo))
-    except (RuntimeError, TypeError, ValueError) as error:  # the last from lazy modules
+    except Exception as error:  # copying is up to the classes in it, which raise anything
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {error}. bnfx never changes the model that "
-            "it is given; make copy.deepcopy(model) work"
+            "it is given; make copy.deepcopy(model) work, or shard and wrap what bnfx returns"
         ) from error
 
 

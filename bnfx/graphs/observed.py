@@ -114,7 +114,7 @@ class _Recorder(TorchFunctionMode):
         """Record while this is open, and which modules are running."""
         with ExitStack() as hooks:
             for path, module in model.named_modules():
-                hooks.enter_context(_hook(module, self._enter(path), self._leave))
+                hooks.enter_context(_hook(module, self._enter(path), self._leave(path)))
             with self:
                 yield
 
@@ -182,12 +182,15 @@ class _Recorder(TorchFunctionMode):
     def _enter(self, path: str) -> Callable[..., None]:
         def enter(*_: object) -> None:
             self._scopes.append(path)
-            self.runs[path] += 1
 
         return enter
 
-    def _leave(self, *_: object) -> None:
-        self._scopes.pop()
+    def _leave(self, path: str) -> Callable[..., None]:
+        def leave(_module: nn.Module, _args: object, out: object) -> None:
+            self._scopes.pop()
+            self.runs[path] += out is not None  # there is none where the forward has failed
+
+        return leave
 
 
 @contextmanager

@@ -19,7 +19,13 @@ class _ModuleTracer(Tracer):
     """Keeps the modules of torch.nn, and bnfx's own constants by mode, as calls."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, ByMode) or super().is_leaf_module(m, module_qualified_name)
+        keeps = isinstance(m, ByMode) or names_its_state(m)
+        return keeps or super().is_leaf_module(m, module_qualified_name)
+
+
+def names_its_state(module: nn.Module) -> bool:
+    """Whether it has a hook that gives its state_dict other names, as torch's wrappers have."""
+    return bool(module._state_dict_hooks)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,10 @@ def module_graph(root: nn.Module, given: Example | None) -> ModuleGraph:
     Raises:
         CaptureError: The root's own forward cannot be traced, or depends on the mode in structure.
     """
+    if names_its_state(root):
+        raise CaptureError(
+            f"{type(root).__name__} gives its state_dict other names, which a graph would not"
+        )
     opaque: frozenset[str] = frozenset()
     modes = {path: m.training for path, m in root.named_modules(remove_duplicate=False)}
     with modes_kept(root):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import bnfx
 
@@ -179,3 +180,74 @@ def test_twice_behind_the_nonlinearity_adds_nothing() -> None:
     once = bnfx.insert_bn(model, x, placement="post_activation")
     twice = bnfx.insert_bn(once, x, placement="post_activation")
     assert sum(isinstance(m, nn.BatchNorm2d) for m in twice.modules()) == 1
+
+
+class Detector(nn.Module):
+    """Keeps the rows that pass a threshold, and other ones in float64."""
+
+    def __init__(self, takes: int | None) -> None:
+        super().__init__()
+        self.body, self.takes = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), takes
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.body(x)
+        kept = y[: 4 if y.dtype is torch.float32 else 2]
+        return kept if self.takes is None else (kept, kept[self.takes])
+
+
+@pytest.mark.parametrize("takes", [None, 1, 3])
+def test_outputs_of_data_dependent_length(takes: int | None) -> None:
+    model, x = Detector(takes).eval(), torch.randn(8, 4)
+    done = bnfx.insert_bn(model, x, init="identity")
+    assert any(isinstance(m, nn.BatchNorm1d) for m in done.modules())
+    torch.testing.assert_close(done(x), model(x))
+
+
+class Tries(nn.Module):
+    """Calls a layer in the way of another library first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.out = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            y = self.near(x, lengths=None)
+        except TypeError:
+            y = self.near(x)
+        out: Tensor = self.out(torch.relu(y))
+        return out
+
+
+def wrapped() -> nn.Module:
+    body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    return nn.Sequential(checkpoint_wrapper(body), nn.ReLU(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("build", [Tries, wrapped])
+def test_other_libraries_ways(build: Callable[[], nn.Module], given: bool) -> None:  # noqa: FBT001  # drawn by pytest
+    model, x = build().eval(), torch.randn(5, 4)
+    done = bnfx.insert_bn(model, x if given else None, init="identity")
+    assert any(isinstance(m, nn.BatchNorm1d) for m in done.modules())
+    torch.testing.assert_close(done(x), model(x))
+    before = {key for key in model.state_dict() if "bias" not in key}
+    assert before <= set(done.state_dict())
+    done.load_state_dict(model.state_dict(), strict=True)
+    torch.testing.assert_close(done(x), model(x))
+    assert_it_trains(done, x)
+
+
+def assert_it_trains(model: nn.Module, x: Tensor) -> None:
+    model.train()(x).sum().backward()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+    assert all(norm.weight.grad is not None for norm in norms)
+
+
+def test_what_cannot_be_copied_is_told_in_a_sentence() -> None:
+    class Sharded(nn.Module):
+        def __deepcopy__(self, memo: object) -> nn.Module:
+            raise AssertionError("no copies of shards")
+
+    with pytest.raises(bnfx.CaptureError, match=r"no copies of shards.*shard and wrap what bnfx"):
+        bnfx.insert_bn(Sharded())
