@@ -137,10 +137,10 @@ def _resemble(made: nn.Module, source: nn.Module) -> None:
                 ours[parent]._modules[leaf] = ours[original]
     for path, module in made.named_modules():
         order = list(theirs[path]._modules) if path in theirs else []
-        children = module._modules
-        names = [name for name in order if name in children]
-        names += [name for name in children if name not in order]
-        module._modules = {name: children[name] for name in names}
+        children = dict(module._modules)
+        module._modules.clear()
+        module._modules.update({name: children[name] for name in order if name in children})
+        module._modules.update(children)
     for hooks in HOOKS:
         getattr(made, hooks).update(getattr(source, hooks))
 
