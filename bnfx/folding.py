@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from bnfx.editing.driver import repeat, run
@@ -24,6 +25,7 @@ from bnfx.reports.report import FoldRecord, FoldReport, remember, report, takes_
 _STAGES = 5
 
 
+@torch.inference_mode(mode=False)  # what it returns is used outside of that, too
 def fold_bn(
     model: nn.Module,
     example_inputs: Any = None,
@@ -102,6 +104,7 @@ class Folded:
     exact: fx.GraphModule
 
 
+@torch.inference_mode(mode=False)
 def fold_exactly(
     model: nn.Module,
     example_inputs: Any = None,

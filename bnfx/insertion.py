@@ -25,6 +25,7 @@ from bnfx.statistics.calibration import calibrate
 Init = Literal["fresh", "identity", "calibrate"]
 
 
+@torch.inference_mode(mode=False)  # what it returns is trained
 def insert_bn(
     model: nn.Module,
     example_inputs: Any = None,

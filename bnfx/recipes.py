@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import nn
@@ -102,6 +103,7 @@ class Recipe(Report):
         return Group(numbers, edits, *(Text(f"Still to do: {line}.") for line in self.advice))
 
 
+@torch.inference_mode(mode=False)  # what it returns is trained
 def recipe(
     model: nn.Module,
     *,

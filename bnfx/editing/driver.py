@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
+import torch
 from torch import nn
 
 from bnfx.editing.declarations import Preserved
@@ -120,6 +121,7 @@ class Edited:
     changes: tuple[Change, ...]
 
 
+@torch.inference_mode(mode=False)  # what it returns is trained
 def apply_pass(
     edit: Pass[Draft],
     model: nn.Module,

@@ -117,9 +117,18 @@ def in_float64(model: nn.Module) -> nn.Module:
 
 
 def _sharing(tensor: Tensor) -> Tensor:
+    if tensor.is_inference():  # made under torch.inference_mode, and no good outside
+        return _normal(tensor)
     if type(tensor) is not nn.Parameter:
         return tensor
     return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """A copy of an inference tensor that is none."""
+    copied = tensor.detach().clone()
+    trained = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(copied, requires_grad=tensor.requires_grad) if trained else copied
 
 
 def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
@@ -133,6 +142,9 @@ def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_inference():
+            memo.setdefault(id(tensor), _normal(tensor))
     try:
         return copy.deepcopy(model, dict[int, Any](memo))
     except Exception as error:  # copying is up to the classes in it, which raise anything
