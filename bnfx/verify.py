@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 from torch import fx, nn
 
 from bnfx.errors import VerificationError
@@ -109,8 +110,11 @@ def verify_onnx(
     execution_provider(provider)
     path = Path(f)
     proto = read_onnx(path)
-    reference = _reference(model, precision, timeout, len(proto.graph.output), exact)
-    if args is None and not kwargs and isinstance(reference, OnnxReference):
+    reference = _reference(
+        model, precision, timeout, len(proto.graph.output), exact, isolate=isolate
+    )
+    drawn = args is None and not kwargs and isinstance(reference, OnnxReference)
+    if isinstance(reference, OnnxReference) and drawn:
         example = reference.example()
     else:
         example = as_sample(() if args is None else args, kwargs)
@@ -120,21 +124,19 @@ def verify_onnx(
             f"{path} takes {len(names)} inputs ({', '.join(names)}), the example has "
             f"{len(reference.leaves(example))} tensors"
         )
-    pooled = pool(example, inputs, num_inputs)
+    began = time.perf_counter()
+    pooled, runs = pool(reference, example, inputs, num_inputs, drawn_too=drawn)
+    each = (time.perf_counter() - began) / len(pooled)
     fixed = isinstance(reference, OnnxReference) and symbolic_batch(reference.inputs) is None
     sizes = () if fixed and batch_sizes is None else other_batches(values, example, batch_sizes)
     if batch_of(pooled[0]) == 0:
         raise VerificationError("the first input has a batch of 0, which verifies nothing")
     small = [resized(pooled, size) for size in sizes]
     plan = _Plan(path, proto, provider, reference, pooled, small, sizes, names, values)
-    began = time.perf_counter()
-    first = reference.run(pooled[:1])
-    each = time.perf_counter() - began
-    reference.require_one_answer(pooled[0], first)
+    reference.require_one_answer(pooled[0], runs)
     limit = max(120.0, 100 * each * (len(pooled) + sum(sizes))) if timeout is None else timeout
     reference.release()  # while onnxruntime holds the weights too
     staged, answer = _run(plan, localize=localize, timeout=limit, isolate=isolate)
-    runs = first + reference.run(pooled[1:])
     rows = [rows_of(pooled, size) for size in sizes]
     runs += reference.run(small, RowTruths(runs, batch_of(pooled[0]), rows))
     reference.release()
@@ -149,6 +151,8 @@ def _reference(
     timeout: float | None,
     outputs: int,
     exact: fx.GraphModule | None,
+    *,
+    isolate: bool,
 ) -> Reference:
     if not isinstance(model, nn.Module | str | os.PathLike):
         raise VerificationError(
@@ -156,7 +160,7 @@ def _reference(
             "ONNX file"
         )
     if not isinstance(model, nn.Module):
-        return OnnxReference(Path(model), precision, timeout or 600.0)
+        return OnnxReference(Path(model), precision, timeout or 600.0, isolate=isolate)
     if found := training_modules(model):
         raise VerificationError(
             f"the reference is in train mode at {found[:8]}, so it has no one answer; call "
@@ -211,7 +215,7 @@ def _run(plan: _Plan, *, localize: bool, timeout: float, isolate: bool) -> tuple
             runs=len(plan.samples),
             tf32=plan.reference.precision == "tf32",
             values_model=staged.values_model,
-            values=staged.graph.wanted if staged.values_model else (),
+            values=staged.graph.wanted if localize else (),
             values_run=plan.shown,
             weights=staged.weights,
         )
@@ -266,19 +270,12 @@ def _check_group(
         same = mine[0].dtype == own[0].dtype
         like = [a.astype(b.dtype) for a, b in zip(budget, own, strict=True)] if same else budget
         truth = [runs.exact[i][k] for i in group]
-        check = check_output(name, mine, like, truth, unit=unit, max_ratio=max_ratio)
+        check = check_output(
+            name, mine, like, truth, unit=unit, max_ratio=max_ratio, sound=plan.reference.sound
+        )
         if runs.dtypes[k] == "bfloat16" and declared[name] not in ("bfloat16", "float32"):
             reason = f"its dtype is {declared[name]}, not bfloat16"
-            check = OutputCheck(
-                name,
-                check.shape,
-                declared[name],
-                check.err,
-                check.budget,
-                check.ratio,
-                False,
-                reason,
-            )
+            check = replace(check, dtype=declared[name], passed=False, reason=reason)
         checks.append(check)
     return checks
 
@@ -306,8 +303,12 @@ def _report(
     localize: bool,  # noqa: FBT001  # a private function with one caller
     start: float,
 ) -> VerifyReport:
-    wrong = [*found.faults, *(output_fault(check) for check in outputs if not check.passed)]
+    wrong = [*found.faults]
+    wrong += [output_fault(check) for check in outputs if not check.passed and check.comparable]
     first = _first(wrong, found) if localize else None
+    parted = next((check for check in outputs if not check.comparable), None)
+    if parted is not None and not wrong:
+        first = _without_truth(plan, parted)
     own = batch_of(plan.pooled[0])
     notes = [*staged.notes, *found.notes]
     if answer.proof.get("checker"):
@@ -316,7 +317,7 @@ def _report(
         notes.append(f"layers: not compared, onnxruntime cannot show them: {answer.values_failure}")
     counts = Counter(node.op_type for node in all_nodes(plan.proto))
     return VerifyReport(
-        status="failed" if wrong else "passed",
+        status="failed" if wrong else "passed" if parted is None else "skipped",
         path=str(plan.path),
         reference=plan.reference.name,
         provider=plan.provider,
@@ -335,6 +336,18 @@ def _report(
         divergence=first,
         seconds=time.perf_counter() - start,
     )
+
+
+def _without_truth(plan: _Plan, check: OutputCheck) -> Divergence:
+    """Why nothing is verified, and where float32 and float64 part."""
+    message, where = f"not verified: output {check.name!r}: {check.reason}", ""
+    leaves = enumerate(plan.reference.leaves(plan.pooled[0]))
+    odd = next(((i, n) for i, leaf in leaves if (n := int(torch.isnan(leaf).sum()))), None)
+    if odd is not None:
+        message += f"; input {odd[0]} holds {odd[1]} NaN: give numbers"
+    elif where := plan.reference.parting(plan.pooled[0]):
+        message += f"; they part at {where}"
+    return Divergence("reference", "", where, None, math.nan, check.reason, message=message)
 
 
 def _first(wrong: Sequence[Divergence], found: Findings) -> Divergence | None:

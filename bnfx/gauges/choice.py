@@ -291,7 +291,8 @@ def values(found: Constraints, systems: Systems, limit: float) -> tuple[Floats, 
     signs = systems.sign.substituted(Rows.of((which, 1.0))).constant
     shifts = systems.shift.substituted(Rows.of((which, 1.0))).constant
     logs[np.abs(logs) < 1e-14] = 0.0
-    scale = np.exp(logs) * np.where(signs % 2 == 1, -1.0, 1.0)
+    with np.errstate(over="ignore"):  # a scale beyond every number is refused for its size
+        scale = np.exp(logs) * np.where(signs % 2 == 1, -1.0, 1.0)
     return scale[of], shifts[of]
 
 

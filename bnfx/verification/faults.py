@@ -191,7 +191,7 @@ def structure_faults(pair: Pair, layer: LayerCheck, *, same_input: bool) -> Iter
     """Settings of a node that are not those of the layer."""
     truth, ours = pair.truth, pair.ours
     wrong = []
-    if ours.training:
+    if ours.training and not truth.training:
         wrong.append("it normalises with batch statistics (training_mode=1)")
     if truth.eps and abs(truth.eps - ours.eps) > 1e-6 * truth.eps:
         wrong.append(f"epsilon is {ours.eps:.6g}, not {truth.eps:.6g}")

@@ -1,192 +1,438 @@
-"""Operators of ONNX that onnx's reference implementation computes slowly, computed by torch."""
+"""Operators of ONNX in float64 that onnx's reference computes slowly, wrongly or not at all.
+
+The meaning of each is that of its version in the file's operator set: attributes that are not there
+have that version's defaults, which onnx's own reference implementation takes from the newest one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+import onnx
 import torch
 import torch.nn.functional as F
 from onnx.reference.op_run import OpRun
+from torch import Tensor
 
 from bnfx.numbers import Array
 from bnfx.verification.layers import Geometry, Layer, apply, as_tensor
 
-
-def _given(value: Any, default: int, rank: int) -> tuple[int, ...]:
-    return tuple(value) if value is not None and len(value) else (default,) * rank
+Computed = Tensor | Array | tuple[Tensor | Array, ...]
 
 
-def _pads(
-    automatic: str | None,
-    pads: Any,
-    rank: int,
-    size: Sequence[int],
-    window: Sequence[int],
-    stride: Sequence[int],
+@dataclass(frozen=True)
+class Call:
+    """What a node says beside its inputs."""
+
+    #: Name -> value, the defaults of its version included; None where there is none.
+    attributes: Mapping[str, Any]
+    opset: int
+    #: How many outputs are asked for.
+    outputs: int
+
+    def __getitem__(self, name: str) -> Any:
+        return self.attributes.get(name)
+
+    def each(self, name: str, default: int, count: int) -> tuple[int, ...]:
+        """A list of numbers, `count` times `default` where it is not given."""
+        value = self[name]
+        return tuple(value) if value is not None and len(value) else (default,) * count
+
+
+OPERATORS: list[type[OpRun]] = []
+
+
+def _operator(*names: str) -> Callable[[Callable[..., Computed]], Callable[..., Computed]]:
+    """Register a function of a `Call` and the inputs as the evaluator of operators."""
+
+    def register(function: Callable[..., Computed]) -> Callable[..., Computed]:
+        for name in names:
+            kind = type(name, (_Evaluated,), {"function": staticmethod(function), "name": name})
+            OPERATORS.append(kind)
+        return function
+
+    return register
+
+
+class _Evaluated(OpRun):
+    """An operator computed by a function of this file."""
+
+    op_domain = ""
+    name: str
+    function: Callable[..., Computed]
+
+    def __init__(self, onnx_node: Any, run_params: dict[str, Any], schema: Any = None) -> None:  # noqa: ARG002  # the newest
+        self.opset = run_params["opsets"][onnx_node.domain]
+        versioned = onnx.defs.get_schema(onnx_node.op_type, self.opset)
+        super().__init__(onnx_node, run_params, versioned)
+
+    def _run(self, *inputs: Array | None, **attributes: Any) -> tuple[Array, ...]:
+        call = Call(attributes, self.opset, len(self.onnx_node.output))
+        given = [value if value is None else as_tensor(value) for value in inputs]
+        results = self.function(call, *given)
+        several = results if isinstance(results, tuple) else (results,)
+        return tuple(r.numpy() if isinstance(r, Tensor) else r for r in several)
+
+
+def _padding(
+    call: Call, size: Sequence[int], window: Sequence[int], stride: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Padding before and behind each axis.
 
     With SAME, an axis of n elements gives ceil(n / stride) results (ONNX, operator Conv).
     """
+    automatic, rank = call["auto_pad"], len(size)
     if automatic in (None, "", "NOTSET"):
-        flat = _given(pads, 0, 2 * rank)
+        flat = call.each("pads", 0, 2 * rank)
         return flat[:rank], flat[rank:]
     if automatic == "VALID":
         return (0,) * rank, (0,) * rank
     total = [
         max(0, (-(-n // s) - 1) * s + w - n) for n, s, w in zip(size, stride, window, strict=True)
     ]
+    return _halves(total, upper=automatic == "SAME_UPPER")
+
+
+def _halves(total: Sequence[int], *, upper: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Each number in two halves; `upper` gives the odd one to the second."""
     small = tuple(n // 2 for n in total)
     large = tuple(n - s for n, s in zip(total, small, strict=True))
-    return (small, large) if automatic == "SAME_UPPER" else (large, small)
+    return (small, large) if upper else (large, small)
 
 
-class Conv(OpRun):
-    """Convolution in the dtype of its input."""
-
-    op_domain = ""
-
-    def _run(
-        self,
-        x: Array,
-        w: Array,
-        b: Array | None = None,
-        auto_pad: str | None = None,
-        dilations: Any = None,
-        group: int | None = None,
-        kernel_shape: Any = None,  # noqa: ARG002  # the weight tells
-        pads: Any = None,
-        strides: Any = None,
-    ) -> tuple[Array]:
-        rank = w.ndim - 2
-        stride, dilation = _given(strides, 1, rank), _given(dilations, 1, rank)
-        window = [d * (k - 1) + 1 for d, k in zip(dilation, w.shape[2:], strict=True)]
-        begin, end = _pads(auto_pad, pads, rank, x.shape[2:], window, stride)
-        geometry = Geometry(stride, begin, end, dilation, group or 1)
-        return (_applied("conv", x, w, b, geometry),)
+def _spread(call: Call, kernel: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Strides, dilations and the sizes of the dilated windows."""
+    rank = len(kernel)
+    stride, dilation = call.each("strides", 1, rank), call.each("dilations", 1, rank)
+    return stride, dilation, tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
 
 
-class ConvTranspose(OpRun):
-    """Transposed convolution in the dtype of its input."""
-
-    op_domain = ""
-
-    def _run(
-        self,
-        x: Array,
-        w: Array,
-        b: Array | None = None,
-        auto_pad: str | None = None,
-        dilations: Any = None,
-        group: int | None = None,
-        kernel_shape: Any = None,  # noqa: ARG002  # the weight tells
-        output_padding: Any = None,
-        output_shape: Any = None,
-        pads: Any = None,
-        strides: Any = None,
-    ) -> tuple[Array]:
-        rank = w.ndim - 2
-        if output_shape is not None and len(output_shape):
-            raise NotImplementedError("ConvTranspose with output_shape")
-        if auto_pad not in (None, "", "NOTSET", "VALID"):
-            raise NotImplementedError(f"ConvTranspose with auto_pad={auto_pad}")
-        flat = _given(pads, 0, 2 * rank) if auto_pad != "VALID" else (0,) * (2 * rank)
-        geometry = Geometry(
-            _given(strides, 1, rank),
-            flat[:rank],
-            flat[rank:],
-            _given(dilations, 1, rank),
-            group or 1,
-            _given(output_padding, 0, rank),
-        )
-        return (_applied("conv_transpose", x, w, b, geometry),)
+@_operator("Conv")
+def _conv(call: Call, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    stride, dilation, window = _spread(call, w.shape[2:])
+    begin, end = _padding(call, x.shape[2:], window, stride)
+    geometry = Geometry(stride, begin, end, dilation, call["group"])
+    return _applied("conv", x, w, b, geometry)
 
 
-def _applied(kind: Any, x: Array, w: Array, b: Array | None, geometry: Geometry) -> Array:
-    parts = {"weight": as_tensor(w)} | ({} if b is None else {"bias": as_tensor(b)})
-    return np.asarray(apply(Layer(kind, "", parts, geometry=geometry), as_tensor(x)).numpy())
+@_operator("ConvTranspose")
+def _conv_transpose(call: Call, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """With a shape to reach, the padding is what is too much (ONNX, operator ConvTranspose)."""
+    stride, dilation, window = _spread(call, w.shape[2:])
+    size, rank, automatic = x.shape[2:], w.dim() - 2, call["auto_pad"]
+    added = call.each("output_padding", 0, rank)
+    begin, end = (
+        _padding(call, size, window, stride) if automatic == "NOTSET" else ((0,) * rank,) * 2
+    )
+    wanted = call.each("output_shape", 0, rank)[-rank:]
+    if automatic.startswith("SAME") and not any(wanted):
+        wanted = tuple(n * s for n, s in zip(size, stride, strict=True))
+    if any(wanted):
+        full = [(n - 1) * s + w for n, s, w in zip(size, stride, window, strict=True)]
+        over = [f + a - n for f, a, n in zip(full, added, wanted, strict=True)]
+        begin, end = _halves([max(0, n) for n in over], upper=automatic == "SAME_UPPER")
+        added = tuple(a + max(0, -n) for a, n in zip(added, over, strict=True))
+    geometry = Geometry(stride, begin, end, dilation, call["group"], added)
+    return _applied("conv_transpose", x, w, b, geometry)
 
 
-class MaxPool(OpRun):
-    """Maximum over windows; the positions are not computed."""
-
-    op_domain = ""
-
-    def _run(
-        self,
-        x: Array,
-        auto_pad: str | None = None,
-        ceil_mode: int | None = None,
-        dilations: Any = None,
-        kernel_shape: Any = None,
-        pads: Any = None,
-        storage_order: int | None = None,  # noqa: ARG002  # of the positions
-        strides: Any = None,
-    ) -> tuple[Array]:
-        if len(self.onnx_node.output) > 1:
-            raise NotImplementedError("MaxPool with positions")
-        rank = x.ndim - 2
-        stride, dilation = _given(strides, 1, rank), _given(dilations, 1, rank)
-        window = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_shape, strict=True)]
-        begin, end = _pads(auto_pad, pads, rank, x.shape[2:], window, stride)
-        if ceil_mode:
-            end = _ceiled(x.shape[2:], begin, end, window, stride)
-        flat = [n for pair in zip(reversed(begin), reversed(end), strict=True) for n in pair]
-        low = float("-inf") if x.dtype.kind == "f" else int(torch.iinfo(as_tensor(x).dtype).min)
-        padded = F.pad(as_tensor(x), flat, value=low)
-        pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[rank - 1]
-        out = pool(padded, tuple(kernel_shape), stride, 0, dilation)
-        return (np.asarray(out.numpy()),)
+def _applied(kind: Any, x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry) -> Tensor:
+    parts = {"weight": w} | ({} if b is None else {"bias": b})
+    return apply(Layer(kind, "", parts, geometry=geometry), x)
 
 
-class AveragePool(OpRun):
-    """Mean over windows."""
+@dataclass(frozen=True)
+class _Windows:
+    """The windows of a pooling, their elements along the last axis."""
 
-    op_domain = ""
-
-    def _run(
-        self,
-        x: Array,
-        auto_pad: str | None = None,
-        ceil_mode: int | None = None,
-        count_include_pad: int | None = None,
-        dilations: Any = None,
-        kernel_shape: Any = None,
-        pads: Any = None,
-        strides: Any = None,
-    ) -> tuple[Array]:
-        rank = x.ndim - 2
-        stride = _given(strides, 1, rank)
-        if any(d != 1 for d in _given(dilations, 1, rank)) or ceil_mode:
-            raise NotImplementedError("AveragePool with dilations or ceil_mode")
-        begin, end = _pads(auto_pad, pads, rank, x.shape[2:], kernel_shape, stride)
-        flat = [n for pair in zip(reversed(begin), reversed(end), strict=True) for n in pair]
-        pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
-        value = as_tensor(x)
-        total = pool(F.pad(value, flat), tuple(kernel_shape), stride)
-        if count_include_pad:
-            return (np.asarray(total.numpy()),)
-        share = pool(F.pad(torch.ones_like(value), flat), tuple(kernel_shape), stride)
-        return (np.asarray((total / share).numpy()),)
+    #: What is in them; `fill` outside of the input.
+    values: Tensor
+    #: Which elements lie in the input, and which in it or its padding.
+    inside: Tensor
+    padded: Tensor
+    #: Number of each element in the input, along its spatial axes.
+    places: Tensor
 
 
-def _ceiled(
-    size: Sequence[int],
-    begin: Sequence[int],
-    end: Sequence[int],
-    window: Sequence[int],
-    stride: Sequence[int],
-) -> tuple[int, ...]:
-    """Padding behind each axis so that a last, partial window counts, if it starts inside."""
-    result = []
-    for n, b, e, w, s in zip(size, begin, end, window, stride, strict=True):
-        count = -(-(n + b + e - w) // s) + 1
-        if (count - 1) * s >= n + b:
+def _windows(call: Call, x: Tensor, fill: float) -> _Windows:
+    """Gather the windows; one that would start behind the input is none (ONNX, MaxPool)."""
+    kernel, size = tuple(call["kernel_shape"]), x.shape[2:]
+    stride, dilation, window = _spread(call, kernel)
+    begin, end = _padding(call, size, window, stride)
+    rank, values = len(size), x
+    inside = padded = torch.ones((), dtype=torch.bool)
+    places, flat = torch.zeros((), dtype=torch.int64), 1
+    for axis in reversed(range(rank)):
+        n, s, w = size[axis], stride[axis], window[axis]
+        room = n + begin[axis] + end[axis] - w
+        count = (-(-room // s) if call["ceil_mode"] else room // s) + 1
+        if call["ceil_mode"] and (count - 1) * s >= n + begin[axis]:
             count -= 1
-        result.append(max(e, (count - 1) * s + w - n - b))
-    return tuple(result)
+        steps = torch.arange(kernel[axis]) * dilation[axis]
+        at = torch.arange(count)[:, None] * s - begin[axis] + steps
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = count, kernel[axis]
+        here = (at >= 0) & (at < n)
+        inside = inside & here.reshape(shape)
+        padded = padded & (at < n + end[axis]).reshape(shape)
+        places = places + (at.clamp(0, n - 1) * flat).reshape(shape)
+        flat *= n
+        taken = values.index_select(axis + 2, at.clamp(0, n - 1).reshape(-1))
+        values = taken.unflatten(axis + 2, (count, kernel[axis])).movedim(axis + 3, 2 + rank)
+    values = torch.where(inside, values, torch.as_tensor(fill, dtype=x.dtype))
+    last = -rank
+    return _Windows(
+        values.flatten(last),
+        *(t.expand(values.shape[2:]).flatten(last) for t in (inside, padded, places)),
+    )
 
 
-OPERATORS = (Conv, ConvTranspose, MaxPool, AveragePool)
+@_operator("MaxPool")
+def _max_pool(call: Call, x: Tensor) -> Computed:
+    low = -math.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
+    found = _windows(call, x, low)
+    best, which = found.values.max(-1)
+    if call.outputs == 1:
+        return best
+    place = found.places.expand(found.values.shape).gather(-1, which[..., None])[..., 0]
+    if call["storage_order"]:
+        place = _columns_first(place, x.shape[2:])
+    whole = torch.arange(x.shape[0] * x.shape[1]) * math.prod(x.shape[2:])
+    return best, place + whole.reshape(*x.shape[:2], *[1] * (x.dim() - 2))
+
+
+def _columns_first(place: Tensor, size: Sequence[int]) -> Tensor:
+    """Places counted along the last axis first, counted along the first axis first."""
+    result, rest, factor = torch.zeros_like(place), place, math.prod(size)
+    for n in reversed(size):
+        factor //= n
+        result, rest = result + rest % n * factor, rest // n
+    return result
+
+
+@_operator("AveragePool")
+def _average_pool(call: Call, x: Tensor) -> Tensor:
+    found = _windows(call, x, 0.0)
+    return found.values.sum(-1) / (found.padded if call["count_include_pad"] else found.inside).sum(
+        -1
+    )
+
+
+@_operator("LpPool")
+def _lp_pool(call: Call, x: Tensor) -> Tensor:
+    return _windows(call, x, 0.0).values.abs().pow(call["p"]).sum(-1).pow(1 / call["p"])
+
+
+@_operator("GlobalMaxPool")
+def _global_max_pool(call: Call, x: Tensor) -> Tensor:  # noqa: ARG001  # it has no attributes
+    return x.amax(tuple(range(2, x.dim())), keepdim=True)
+
+
+@_operator("GlobalAveragePool")
+def _global_average_pool(call: Call, x: Tensor) -> Tensor:  # noqa: ARG001  # it has no attributes
+    return x.mean(tuple(range(2, x.dim())), keepdim=True)
+
+
+@_operator("GlobalLpPool")
+def _global_lp_pool(call: Call, x: Tensor) -> Tensor:
+    axes = tuple(range(2, x.dim()))
+    return x.abs().pow(call["p"]).sum(axes, keepdim=True).pow(1 / call["p"])
+
+
+@_operator("BatchNormalization")
+def _batch_norm(call: Call, x: Tensor, *parts: Tensor) -> Computed:
+    """Statistics of the batch where training_mode says so; before opset 14 outputs say so.
+
+    Parameters with several axes are opset 7's `spatial=0`.
+    """
+    scale, bias, mean, var = (p.reshape(*p.shape, *[1] * (x.dim() - 1 - p.dim())) for p in parts)
+    trains = call["training_mode"] or (call.opset < 14 and call.outputs > 1)
+    if not trains:
+        even: Tensor = (x - mean) / (var + call["epsilon"]).sqrt() * scale + bias
+        return even
+    if call.opset < 14:
+        raise NotImplementedError("BatchNormalization that trains, before opset 14")
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    own_var, own_mean = torch.var_mean(x, axes, correction=0)
+    view, share = (-1, *[1] * (x.dim() - 2)), call["momentum"]
+    unit = (own_var.reshape(view) + call["epsilon"]).rsqrt()
+    y = (x - own_mean.reshape(view)) * unit * scale + bias
+    old = [part * share for part in parts[2:]]
+    return (y, old[0] + own_mean * (1 - share), old[1] + own_var * (1 - share))[: call.outputs]
+
+
+@_operator("LRN")
+def _lrn(call: Call, x: Tensor) -> Tensor:
+    """Channel c is divided by a power of the squares of c - (size-1)//2 to c + ceil((size-1)/2)."""
+    before = (call["size"] - 1) // 2
+    around = [0, 0] * (x.dim() - 2) + [before, call["size"] - 1 - before]
+    squares = F.pad(x.square(), around).unfold(1, call["size"], 1).sum(-1)
+    power: Tensor = (call["bias"] + call["alpha"] / call["size"] * squares) ** call["beta"]
+    return x / power
+
+
+def _row_wise(function: Callable[[Tensor], Tensor]) -> Callable[[Call, Tensor], Tensor]:
+    """A function of rows: along one axis from opset 13 on, before that along it and all behind."""
+
+    def computed(call: Call, x: Tensor) -> Tensor:
+        if call.opset >= 13:
+            return function(x.movedim(call["axis"], -1)).movedim(-1, call["axis"])
+        axis = call["axis"] + (x.dim() if call["axis"] < 0 else 0)
+        return function(x.reshape(math.prod(x.shape[:axis]), -1)).reshape(x.shape)
+
+    return computed
+
+
+_operator("Softmax")(_row_wise(lambda rows: rows.softmax(-1)))
+_operator("LogSoftmax")(_row_wise(lambda rows: rows.log_softmax(-1)))
+_operator("Hardmax")(_row_wise(lambda rows: F.one_hot(rows.argmax(-1), rows.shape[-1]).to(rows)))
+
+
+@_operator("DequantizeLinear")
+def _dequantize(call: Call, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """(x - zero) * scale, with one of each for the whole, an axis, or the blocks of an axis."""
+    spread = _along(call, x)
+    return (x.double() - (0 if zero is None else spread(zero).double())) * spread(scale)
+
+
+def _along(call: Call, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """How a scale lies along `x`."""
+
+    def spread(value: Tensor) -> Tensor:
+        if value.dim() == 0 or value.numel() == 1:
+            return value.reshape(())
+        axis = call["axis"] % x.dim()
+        if call["block_size"]:
+            return value.repeat_interleave(call["block_size"], axis).narrow(axis, 0, x.shape[axis])
+        return value.reshape(*[1] * axis, -1, *[1] * (x.dim() - axis - 1))
+
+    return spread
+
+
+#: Activations of recurrent layers: how many constants each takes, their defaults, the function.
+_ACTIVATIONS: Mapping[str, tuple[tuple[float, ...], Callable[..., Tensor]]] = {
+    "relu": ((), torch.relu),
+    "tanh": ((), torch.tanh),
+    "sigmoid": ((), torch.sigmoid),
+    "softsign": ((), F.softsign),
+    "softplus": ((), lambda x: torch.logaddexp(x, torch.zeros_like(x))),
+    "affine": ((1.0, 0.0), lambda x, a, b: a * x + b),
+    "leakyrelu": ((0.01,), lambda x, a: torch.where(x < 0, a * x, x)),
+    "thresholdedrelu": ((1.0,), lambda x, a: torch.where(x > a, x, 0.0)),
+    "scaledtanh": ((1.0, 1.0), lambda x, a, b: a * torch.tanh(b * x)),
+    "hardsigmoid": ((0.2, 0.5), lambda x, a, b: (a * x + b).clamp(0, 1)),
+    "elu": ((1.0,), lambda x, a: torch.where(x < 0, a * torch.expm1(x), x)),
+}
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One direction of a recurrent layer."""
+
+    call: Call
+    functions: Sequence[Activation]
+    weight: Tensor
+    #: Of the state; that of the input is in what it is given.
+    bias: Tensor
+    peepholes: Tensor
+
+
+def _lstm(cell: _Cell, gates: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    """Gates in the order input, output, forget, cell (ONNX, operator LSTM)."""
+    f, g, hidden = cell.functions
+    i, o, forget, new = (gates + h @ cell.weight.T + cell.bias).chunk(4, -1)
+    p_i, p_o, p_f = cell.peepholes.chunk(3)
+    i = f(i + p_i * c)
+    forget = 1 - i if cell.call["input_forget"] else f(forget + p_f * c)
+    c = forget * c + i * g(new)
+    return f(o + p_o * c) * hidden(c), c
+
+
+def _gru(cell: _Cell, gates: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    """Gates in the order update, reset, hidden (ONNX, operator GRU)."""
+    f, g = cell.functions
+    both = 2 * h.shape[-1]
+    weight, bias = cell.weight.T, cell.bias
+    update, reset = f(gates[:, :both] + h @ weight[:, :both] + bias[:both]).chunk(2, -1)
+    if cell.call["linear_before_reset"]:
+        kept = reset * (h @ weight[:, both:] + bias[both:])
+    else:
+        kept = (reset * h) @ weight[:, both:] + bias[both:]
+    return ((1 - update) * g(gates[:, both:] + kept) + update * h,)
+
+
+def _rnn(cell: _Cell, gates: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    return (cell.functions[0](gates + h @ cell.weight.T + cell.bias),)
+
+
+def _activations(call: Call, default: Sequence[str], directions: int) -> list[list[Activation]]:
+    """The functions of each direction; the gates that they are given are clipped first.
+
+    What an LSTM's third is given, the cell, is no gate: so onnxruntime reads the operator's text.
+    """
+    names = call["activations"] or list(default) * directions
+    alphas, betas = (iter(call[f"activation_{name}"] or ()) for name in ("alpha", "beta"))
+    made = []
+    for i, name in enumerate(names):
+        defaults, function = _ACTIVATIONS[name.lower()]
+        own = [next(given, d) for given, d in zip((alphas, betas), defaults, strict=False)]
+        gate = i % len(default) < 2
+        made.append(_clipped(function, own, call["clip"] or math.inf if gate else math.inf))
+    return [made[i : i + len(default)] for i in range(0, len(made), len(default))]
+
+
+def _clipped(function: Callable[..., Tensor], own: Sequence[float], clip: float) -> Activation:
+    return lambda x: function(x.clamp(-clip, clip), *own)
+
+
+def _recurrent(
+    step: Callable[..., tuple[Tensor, ...]], default: Sequence[str], states: int
+) -> Callable[..., Computed]:
+    """A recurrent layer: directions, sequences of several lengths, initial states."""
+
+    def computed(call: Call, x: Tensor, w: Tensor, r: Tensor, *more: Tensor | None) -> Computed:
+        bias, lengths, h, c, peepholes = [*more, None, None, None, None, None][:5]
+        batch_first = call["layout"] == 1
+        x = x.transpose(0, 1) if batch_first else x
+        initial = [s if s is None or not batch_first else s.transpose(0, 1) for s in (h, c)]
+        (steps, batch), (directions, rows, _) = x.shape[:2], w.shape
+        size = r.shape[-1]
+        long = torch.full((batch,), steps) if lengths is None else lengths.long()
+        functions = _activations(call, default, directions)
+        results = []
+        for d in range(directions):
+            both = x.new_zeros(2 * rows) if bias is None else bias[d]
+            holes = x.new_zeros(3 * size) if peepholes is None else peepholes[d]
+            cell = _Cell(call, functions[d], r[d], both[rows:], holes)
+            order = _order(long, steps, backward=call["direction"] == "reverse" or d == 1)
+            gates = x.gather(0, order.expand_as(x)) @ w[d].T + both[:rows]
+            state = [x.new_zeros(batch, size) if s is None else s[d] for s in initial[:states]]
+            outs = []
+            for t in range(steps):
+                goes_on = (t < long)[:, None]
+                new = step(cell, gates[t], *state)
+                state = [torch.where(goes_on, a, b) for a, b in zip(new, state, strict=True)]
+                outs.append(torch.where(goes_on, new[0], 0.0))
+            y = torch.stack(outs)
+            results.append([torch.zeros_like(y).scatter(0, order.expand_as(y), y), *state])
+        every, *last = (torch.stack(parts) for parts in zip(*results, strict=True))
+        if batch_first:
+            return (every.permute(2, 1, 0, 3), *(s.transpose(0, 1) for s in last))
+        return (every.transpose(0, 1), *last)
+
+    return computed
+
+
+def _order(long: Tensor, steps: int, *, backward: bool) -> Tensor:
+    """Place that each step takes of each sequence; backwards from its own end."""
+    t = torch.arange(steps)[:, None].expand(steps, len(long))
+    return (torch.where(t < long, long - 1 - t, t) if backward else t)[..., None]
+
+
+_operator("LSTM")(_recurrent(_lstm, ("Sigmoid", "Tanh", "Tanh"), 2))
+_operator("GRU")(_recurrent(_gru, ("Sigmoid", "Tanh"), 1))
+_operator("RNN")(_recurrent(_rnn, ("Tanh",), 1))

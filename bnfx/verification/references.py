@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from bnfx.graphs.observed import leaves_in
 from bnfx.numbers import UNIT, Array, relative_error
 from bnfx.reports.report import FoldReport, report
 from bnfx.verification.layers import composed, neighbours
+from bnfx.verification.outputs import parting
 from bnfx.verification.samples import RowTruths, Runs
 from bnfx.verification.torch_layers import Traced, Widened, trace_layers
 
@@ -34,6 +36,7 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+_SOUND = {"fp32": 1e-2, "tf32": 0.1, "fp16": 0.1, "bf16": 0.3}
 _UNITS = {"float16": UNIT["fp16"], "bfloat16": UNIT["bf16"]}
 #: Units of rounding that a sum whose order is left to the threads may differ by.
 _REPEATED = 64
@@ -65,6 +68,9 @@ class TorchReference:
 
     #: Whether a wrong weight is a failure.
     decides = True
+    #: Largest error in the deployed precision of a network that is one function in it and float64.
+    #: Of hundreds of layers it is 1e-4 in float32; above 1e-2 a network is chaotic.
+    sound = property(lambda self: _SOUND[self.precision])
 
     def __init__(
         self,
@@ -127,6 +133,35 @@ class TorchReference:
             VerificationError: The same input gives other outputs.
         """
         require_same(self.name, runs, arrays(self._call(self._own, sample, None)))
+
+    def parting(self, sample: Example) -> str:
+        """The first module that computes something else in float64; "" where none is seen to."""
+        ours = self._shown(self._own, sample, None)
+        with Widened():
+            exact = self._shown(self._exact(), sample, torch.float64)
+        for path in (path for path in ours if path in exact):
+            if parting([ours[path]], [exact[path]], self.sound):
+                module = self._own.get_submodule(path)
+                return f"{type(module).__name__} {path!r}"
+        return ""
+
+    def _shown(
+        self, module: nn.Module, sample: Example, dtype: torch.dtype | None
+    ) -> dict[str, Array]:
+        """What each module without parts gives in its first run, by path."""
+        found: dict[str, Array] = {}
+
+        def look(path: str, _module: nn.Module, _args: Any, out: Any) -> None:
+            if isinstance(out, Tensor) and path not in found:
+                (found[path],) = arrays([out])
+
+        with contextlib.ExitStack() as stack:
+            for path, part in module.named_modules():
+                if path and not any(True for _ in part.children()):
+                    handle = part.register_forward_hook(partial(look, path))
+                    stack.callback(handle.remove)
+            self._call(module, sample, dtype)
+        return found
 
     def _in_precision(self, sample: Example) -> list[Tensor]:
         if self.precision == "tf32":

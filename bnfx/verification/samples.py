@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -32,21 +33,56 @@ def as_sample(args: Any, kwargs: Any = None) -> Example:
     return Example((args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {}))
 
 
-def pool(example: Example, inputs: Sequence[Any] | None, num_inputs: int) -> list[Example]:
-    """The inputs to pool errors over: those given, or the example and others drawn like it.
+class Runnable(Protocol):
+    """A reference, as far as drawing inputs for it goes."""
+
+    def run(self, samples: Sequence[Example], known: RowTruths | None = None) -> Runs:
+        """What it gives for them."""
+
+
+def pool(
+    reference: Runnable,
+    example: Example,
+    inputs: Sequence[Any] | None,
+    num_inputs: int,
+    *,
+    drawn_too: bool,
+) -> tuple[list[Example], Runs]:
+    """The inputs to pool errors over, and what the reference gives for them.
+
+    These are the inputs given, or the example and others drawn like it: freely at first; where the
+    reference fails on those or gives NaN, floats are drawn positive, and then integers left as they
+    are in the example. Where nothing drawn will do, the example is the only one.
+
+    Args:
+        reference: What runs on them.
+        example: Shapes, dtypes and ranges.
+        inputs: Inputs to take as they are.
+        num_inputs: How many to make.
+        drawn_too: Whether the example was drawn itself, and may be drawn otherwise.
 
     Raises:
-        VerificationError: There is none.
+        VerificationError: There is none, or the reference fails on those that were given.
     """
     if inputs is not None:
         given = [_given(x) for x in inputs]
         if not given:
             raise VerificationError("inputs is empty; give at least one, or leave it out")
-        return given
+        return given, reference.run(given)
     if not isinstance(num_inputs, int) or num_inputs < 1:
         raise VerificationError(f"num_inputs={num_inputs} verifies nothing; use 8 or more")
-    generator = torch.Generator().manual_seed(0)
-    return [example, *(drawn(example, generator) for _ in range(num_inputs - 1))]
+    for positive, whole in ((False, True), (True, True), (False, False), (True, False)):
+        generator = torch.Generator().manual_seed(0)
+        draw = partial(_draw, generator=generator, positive=positive, whole=whole)
+        first = _mapped(_positive, example) if drawn_too and positive else example
+        made = [first, *(_mapped(draw, example) for _ in range(num_inputs - 1))]
+        try:
+            runs = reference.run(made)
+        except VerificationError:
+            continue
+        if runs.finite(0 if drawn_too else 1):
+            return made, runs
+    return [example], reference.run([example])
 
 
 def _given(x: Any) -> Example:
@@ -55,29 +91,48 @@ def _given(x: Any) -> Example:
     return as_sample(x)
 
 
-def drawn(example: Example, generator: torch.Generator) -> Example:
-    """Random tensors like those of `example`; everything else is the same."""
-    args, kwargs = pytree.tree_map(
-        lambda leaf: _draw(leaf, generator), (example.args, dict(example.kwargs))
-    )
+def _mapped(function: Callable[[Any], Any], example: Example) -> Example:
+    """The example with each leaf replaced."""
+    args, kwargs = pytree.tree_map(function, (example.args, dict(example.kwargs)))
     return Example(args, kwargs)
 
 
-def _draw(leaf: Any, generator: torch.Generator) -> Any:
-    """A random tensor like `leaf`: mean and spread of its floats, range of its integers."""
+def _positive(leaf: Any) -> Any:
+    return leaf.abs() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _draw(leaf: Any, *, generator: torch.Generator, positive: bool, whole: bool) -> Any:
+    """A random tensor like `leaf`: mean and spread of its floats, range of its integers.
+
+    Args:
+        leaf: The tensor; anything else is left as it is.
+        generator: Where the numbers come from.
+        positive: Whether floats get no sign.
+        whole: Whether integers are drawn too.
+    """
     if not isinstance(leaf, Tensor) or leaf.numel() == 0:
+        return leaf
+    floating = leaf.is_floating_point() or leaf.is_complex()
+    if not floating and not whole:
         return leaf
     if leaf.dtype is torch.bool:
         return (torch.rand(leaf.shape, generator=generator) < 0.5).to(leaf.device)
-    if not leaf.is_floating_point():
-        low, high = int(leaf.min()), int(leaf.max())
-        return torch.randint(low, high + 1, leaf.shape, generator=generator).to(leaf)
-    wide = leaf.detach().double().cpu()
-    spread = float(wide.std(correction=0)) or 1.0
-    noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
-    value = noise * spread + wide.mean()
+    if not floating:
+        values = leaf.cpu().numpy()  # torch has no least value of unsigned integers
+        low, high = int(values.min()), int(values.max())
+        if high - low >= 2**62:
+            return leaf
+        return (torch.randint(0, high - low + 1, leaf.shape, generator=generator) + low).to(leaf)
+    wide = leaf.detach().cpu().to(torch.complex128 if leaf.is_complex() else torch.float64)
+    wide = torch.view_as_real(wide) if leaf.is_complex() else wide
+    known = wide[torch.isfinite(wide)]
+    spread = (float(known.std(correction=0)) if known.numel() else 0.0) or 1.0
+    noise = torch.randn(wide.shape, generator=generator, dtype=torch.float64)
+    value = noise * spread + (known.mean() if known.numel() else 0.0)
     # What is not negative may have to stay so: a probability, a length, the argument of a root.
-    return (value.abs() if bool((wide >= 0).all()) and bool(wide.any()) else value).to(leaf)
+    if positive or (bool((known >= 0).all()) and bool(known.any())):
+        value = value.abs()
+    return (torch.view_as_complex(value) if leaf.is_complex() else value).to(leaf)
 
 
 def batch_of(example: Example) -> int | None:
@@ -178,6 +233,11 @@ class Runs:
     #: Names of the dtypes of its outputs as it is.
     dtypes: tuple[str, ...]
 
+    def finite(self, start: int) -> bool:
+        """Whether no output from input `start` on has more NaNs than that of the first input."""
+        counts = [sum(map(_nans, outs)) for outs in self.exact]
+        return all(count <= counts[0] * bool(start) for count in counts[start:])
+
     def __add__(self, more: Runs) -> Runs:
         """Both, one after the other."""
         own, rounded, exact = (
@@ -241,3 +301,7 @@ class RowTruths:
         before = [outs[k] for outs in self.runs.exact]
         budget = max(relative_error(own, before), _UNIT_OF.get(self.runs.dtypes[k], UNIT["fp32"]))
         return relative_error([mine], [truth]) <= _ROOM * budget
+
+
+def _nans(array: Array) -> int:
+    return int(np.isnan(array).sum()) if np.issubdtype(array.dtype, np.inexact) else 0

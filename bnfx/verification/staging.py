@@ -48,7 +48,7 @@ def stage(
     Raises:
         VerificationError: The model's functions cannot be inlined.
     """
-    model, run, notes = _inlined(proto, path), str(path), list[str]()
+    model, run, notes = inlined(proto, path), str(path), list[str]()
     same = model is proto
     if BFLOAT16 in float_types(model):
         model = retyped(model, path.parent, {BFLOAT16}, FLOAT)
@@ -61,12 +61,17 @@ def stage(
     )
     graph = layer_nodes(model, path.parent)
     shown = ""
-    if values and graph.wanted:
+    if values:
         shown = run if same else _save(model, folder / "values.onnx")
     return Staged(run, str(path.parent) if external else "", shown, graph, tuple(notes))
 
 
-def _inlined(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+def inlined(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The model without functions of its own.
+
+    Raises:
+        VerificationError: They cannot be inlined.
+    """
     if not proto.functions:
         return proto
     try:

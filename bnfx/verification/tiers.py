@@ -22,7 +22,7 @@ from bnfx.verification.faults import Origin, constant_fault, hint, structure_fau
 from bnfx.verification.file_layers import FileGraph, file_layers, stored_dtype
 from bnfx.verification.layer_checks import check_layer
 from bnfx.verification.layers import Layer, as_tensor, neighbours, samples
-from bnfx.verification.pairing import Pair, Pairing, close, pair_layers
+from bnfx.verification.pairing import Pair, Pairing, flow_error, pair_layers
 from bnfx.verification.references import Form
 from bnfx.verification.torch_layers import Traced
 from bnfx.verification.verdicts import Divergence, LayerCheck, WeightCheck
@@ -153,7 +153,7 @@ def check_layers(
         if layer is None or _fused(layer):
             continue
         layers.append(layer)
-        same_input = close(flow[pair.truth.x], found[pair.ours.x], math.inf)
+        same_input = flow_error(flow[pair.truth.x], found[pair.ours.x]) < math.inf
         faults += structure_faults(pair, layer, same_input=same_input)
     constants, missing = _constants(match, graph, rounding)
     weights += constants

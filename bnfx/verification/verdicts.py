@@ -88,8 +88,8 @@ class TierCheck:
 class Divergence:
     """The first thing that is wrong, in execution order."""
 
-    #: The tier that saw it first.
-    tier: Literal["weights", "structure", "layers", "outputs"]
+    #: The tier that saw it first; "reference" where that has no truth to compare with.
+    tier: Literal["weights", "structure", "layers", "outputs", "reference"]
     #: Module path in the reference; "" where unknown.
     module: str
     #: Node or output of the file.

@@ -1,0 +1,228 @@
+"""Verified against a truth, or not at all: what float64 gives is the reference's own function."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.backend.test.case.node import _NodeTestCases
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+
+import bnfx
+from bnfx.verification.file_operators import OPERATORS
+from bnfx.verification.outputs import parting
+
+#: Modules of onnx's own examples, for the operators that are evaluated here.
+EXAMPLES = (
+    *(
+        "averagepool",
+        "batch_normalization",
+        "conv",
+        "convtranspose",
+        "dequantizelinear",
+        "globalaveragepool",
+    ),
+    *("globalmaxpool", "gru", "hardmax", "logsoftmax", "lppool", "lrn", "lstm", "maxpool"),
+    *("rnn", "softmax"),
+)
+
+
+def examples() -> Iterator[tuple[onnx.ModelProto, Sequence[np.ndarray], Sequence[np.ndarray]]]:
+    """The examples that onnx gives of these operators: model, inputs, expected outputs."""
+    for name in EXAMPLES:
+        importlib.import_module(f"onnx.backend.test.case.node.{name}")
+    named = {kind.name for kind in OPERATORS}  # type: ignore[attr-defined]
+    for case in _NodeTestCases:
+        assert case.model is not None
+        assert case.data_sets
+        inputs, outputs = case.data_sets[0]
+        plain = all(isinstance(array, np.ndarray) for array in inputs)
+        if len(case.model.graph.node) == 1 and case.model.graph.node[0].op_type in named and plain:
+            yield case.model, inputs, outputs
+
+
+def test_own_evaluators_give_what_onnx_expects() -> None:
+    seen = set()
+    for model, inputs, outputs in examples():
+        kind = model.graph.node[0].op_type
+        names = [value.name for value in model.graph.input]
+        feed = {
+            name: array.astype(np.float64) if array.dtype == np.float32 else array
+            for name, array in zip(names, inputs, strict=True)
+        }
+        found = ReferenceEvaluator(model, new_ops=OPERATORS).run(None, feed)
+        for ours, expected in zip(found, outputs, strict=True):
+            unit = 1e-3 if expected.dtype.itemsize < 4 else 1e-5
+            close = np.allclose(ours.astype("f8"), expected.astype("f8"), rtol=unit, atol=6e-5)
+            assert ours.shape == expected.shape, kind
+            assert close, kind
+        seen.add(kind)
+    assert len(seen) == len(EXAMPLES), sorted(seen)
+
+
+def file_of(text: str, opset: int, path: Path) -> Path:
+    """A file written as text: a graph of one node on X, with what it stores."""
+    header = f'<ir_version: 7, opset_import: ["" : {opset}]> g '
+    onnx.save(onnx.parser.parse_model(header + text), path)
+    return path
+
+
+STATISTICS = (
+    "float[4] s = {1,2,3,4}, float[4] b = {0,1,0,1}, float[4] m = {%s}, float[4] v = {1,2,3,4}"
+)
+FILES = {
+    "batch norm": (
+        11,
+        f"(float[N,4,5,5] X) => (float[N,4,5,5] Y) <{STATISTICS % '1,0,2,0'}> "
+        "{ Y = BatchNormalization <momentum: float = 0.9> (X, s, b, m, v) }",
+    ),
+    "softmax": (11, "(float[2,3,4] X) => (float[2,3,4] Y) { Y = Softmax (X) }"),
+    "lrn": (11, "(float[2,6,5,5] X) => (float[2,6,5,5] Y) { Y = LRN <size = 3, alpha = 0.7> (X) }"),
+    "lp pool": (11, "(float[2,3,8] X) => (float[2,3,1] Y) { Y = GlobalLpPool <p = 3> (X) }"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_against_itself_has_a_budget_of_float32(tmp_path: Path, name: str) -> None:
+    opset, text = FILES[name]
+    f = file_of(text, opset, tmp_path / "a.onnx")
+    report = bnfx.verify_onnx(f, f, isolate=False)
+    assert report, str(report)
+    assert max(check.budget for check in report.outputs) < 1e-6
+
+
+def test_another_function_of_the_same_name_fails(tmp_path: Path) -> None:
+    old, new = (
+        file_of(FILES["softmax"][1], opset, tmp_path / f"{opset}.onnx") for opset in (11, 13)
+    )
+    assert not bnfx.verify_onnx(old, new, isolate=False)
+    opset, text = FILES["batch norm"]
+    f = file_of(text, opset, tmp_path / "right.onnx")
+    other = file_of(text.replace("m = {1,0,2,0}", "m = {1,0,2,1}"), opset, tmp_path / "wrong.onnx")
+    report = bnfx.verify_onnx(f, other, isolate=False)
+    assert report.status == "failed", str(report)
+
+
+def recurrent(folder: Path, **attributes: Any) -> Path:
+    rng = np.random.default_rng(0)
+    stored = {"W": (1, 12, 4), "R": (1, 12, 3), "B": (1, 24)}
+    node = onnx.helper.make_node("LSTM", ["X", *stored], ["Y"], hidden_size=3, **attributes)
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [node],
+        "g",
+        [value("X", onnx.TensorProto.FLOAT, [5, 2, 4])],
+        [value("Y", onnx.TensorProto.FLOAT, [5, 1, 2, 3])],
+        [
+            onnx.numpy_helper.from_array(rng.standard_normal(shape).astype("f4"), name)
+            for name, shape in stored.items()
+        ],
+    )
+    f = folder / f"{len(list(folder.iterdir()))}.onnx"
+    onnx.save(
+        onnx.helper.make_model(
+            graph, opset_imports=[onnx.helper.make_opsetid("", 14)], ir_version=8
+        ),
+        f,
+    )
+    return f
+
+
+def test_recurrent_layers_are_held_to_their_attributes(tmp_path: Path) -> None:
+    plain, clipped = recurrent(tmp_path), recurrent(tmp_path, clip=0.3)
+    for f in (plain, clipped):
+        report = bnfx.verify_onnx(f, f, isolate=False)
+        assert report, str(report)
+        assert report.outputs[0].budget < 1e-6
+    assert bnfx.verify_onnx(plain, clipped, isolate=False).status == "failed"
+    assert bnfx.verify_onnx(clipped, plain, isolate=False).status == "failed"
+
+
+def test_without_a_truth_nothing_is_verified(tmp_path: Path) -> None:
+    """Onnxruntime takes no dilation into account where padding is SAME, so the sources disagree."""
+    text = (
+        "(float[1,2,9,9] X) => (float[1,2,9,9] Y) { R = Relu (X) Y = MaxPool "
+        '<kernel_shape = [3, 3], dilations = [2, 2], auto_pad = "SAME_UPPER"> (R) }'
+    )
+    f = file_of(text, 12, tmp_path / "a.onnx")
+    report = bnfx.verify_onnx(f, f, isolate=False)
+    assert report.status == "skipped", str(report)
+    assert not report
+    assert "they part at MaxPool" in str(report.first_divergence)
+    with pytest.raises(bnfx.VerificationError, match="not verified"):
+        report.raise_for_failure()
+
+
+class Chaos(nn.Module):
+    """The logistic map: after 60 steps float32 and float64 have nothing in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.map = nn.Linear(4, 4), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(self.a(x))
+        for _ in range(60):
+            y = 3.9 * y * (1 - y)
+        out: Tensor = self.map(y)
+        return out
+
+
+def test_a_chaotic_network_is_not_verified(tmp_path: Path) -> None:
+    model, x, f = Chaos().eval(), torch.randn(3, 4), tmp_path / "chaos.onnx"
+    bnfx.export_onnx(model, x, f)
+    report = bnfx.verify_onnx(model, f, x, isolate=False)
+    assert report.status == "skipped", str(report)
+    assert "they part at Identity 'map'" in str(report.first_divergence)
+    with pytest.raises(bnfx.VerificationError, match="not verified"):
+        bnfx.deploy(model, x, tmp_path / "deployed.onnx")
+    assert not (tmp_path / "deployed.onnx").exists()
+
+
+def test_parting_is_told_by_shape_kind_share_and_size() -> None:
+    ones, ints = np.ones(1000), np.arange(1000)
+    assert parting([ones], [ones * (1 + 1e-6)], 1e-3) == ""
+    assert "difference of 1.0e-02" in parting([ones * 1.01], [ones], 1e-3)
+    assert "its shape" in parting([ones], [ones[:, None]], 1e-3)
+    assert "its dtype" in parting([ones], [ints], 1e-3)
+    assert parting([ints], [np.where(ints == 5, 6, ints)], 1e-3) == ""
+    assert "2 of 1000 values" in parting([ints], [np.where(ints < 2, -1, ints)], 1e-3)
+    holed = np.where(ints < 2, np.nan, ones)
+    assert "NaN or infinite in one alone" in parting([holed], [ones], 1e-3)
+    assert parting([holed], [holed], 1e-3) == ""
+    assert "difference" in parting([ones], [ones * 0], 1e-3)
+    assert parting([ones * 1e-8], [ones * 0], 1e-3) == ""
+
+
+def test_drawn_inputs_may_be_negative_and_nan_in_given_ones_is_told(tmp_path: Path) -> None:
+    text = "(float[N,4] X) => (float[N,4] Y) { R = Sqrt (X) Y = Add (R, X) }"
+    f = file_of(text, 13, tmp_path / "root.onnx")
+    assert bnfx.verify_onnx(f, f, isolate=False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    x = torch.randn(2, 3, 6, 6)
+    g = tmp_path / "conv.onnx"
+    bnfx.export_onnx(bnfx.fold_bn(model), x, g)
+    x[0, 0, 0, 0] = torch.nan
+    report = bnfx.verify_onnx(model, g, x, isolate=False)
+    assert report, str(report)  # the same NaNs as the model, and numbers elsewhere
+    report = bnfx.verify_onnx(model, g, torch.full_like(x, torch.nan), num_inputs=1, isolate=False)
+    assert report.status == "skipped"
+    assert "input 0 holds 216 NaN" in str(report.first_divergence)
+
+
+def test_integers_near_a_tie_may_be_either() -> None:
+    ones = np.ones(3, np.int64)
+    from bnfx.verification.outputs import check_output
+
+    for ours, passed in ((1, True), (2, True), (3, False)):
+        check = check_output(
+            "y", [ones * ours], [ones * 2], [ones], unit=1e-7, max_ratio=4.0, sound=1.0
+        )
+        assert check.passed is passed
