@@ -91,7 +91,8 @@ class Soundness:
     def _stretched(
         self, systems: Systems, chosen: list[Site], scale: Floats
     ) -> dict[fx.Node, Refused]:
-        logs = np.abs(np.log(np.abs(scale)))
+        with np.errstate(divide="ignore"):  # a scale that vanished is refused for its size
+            logs = np.abs(np.log(np.abs(scale)))
         private = np.zeros(len(scale), bool)
         for site in chosen:  # a layer's own output, which nothing but this site reads
             if site.node.args and site.kind is Kind.BATCH_NORM:
