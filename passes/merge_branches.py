@@ -25,7 +25,7 @@ from bnfx.editing.declarations import Preserved
 from bnfx.editing.inference_draft import InferenceDraft
 from bnfx.graphs.naming import norm_path, owner_of
 from bnfx.graphs.norms import affine_map_of, is_norm
-from bnfx.graphs.parameters import erase_dead
+from bnfx.graphs.parameters import sweep
 from bnfx.graphs.shapes import is_tensor
 from bnfx.operators.calls import argument, given_arguments
 from bnfx.operators.convolution import Branch, absorbed, joined
@@ -35,41 +35,35 @@ from bnfx.reports.report import Change
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """One operand of a sum, as a branch of `source`.
+    """One operand of a sum, as a branch of `source`."""
 
-    Attributes:
-        value: The operand.
-        source: What the branch reads.
-        branch: The linear map; None where the operand is a constant.
-        layer: The convolution in it, if there is one.
-        norms: BatchNorms in it.
-        names: Parameters and buffers that went in.
-    """
-
+    #: The operand.
     value: object
-    source: fx.Node | None
-    branch: Branch | None
+    #: What the branch reads.
+    source: fx.Node | None = None
+    #: The linear map; None where the operand is none.
+    branch: Branch | None = None
+    #: The convolution in it, if there is one.
     layer: fx.Node | None = None
+    #: BatchNorms in it.
     norms: tuple[fx.Node, ...] = ()
+    #: Parameters and buffers that went in.
     names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Site:
-    """A sum in which some operands become one convolution.
+    """A sum in which some operands become one convolution."""
 
-    Attributes:
-        root: The outermost addition.
-        rest: Operands that stay.
-        merged: Operands that are merged.
-        layer: The convolution that takes them up.
-        branch: Its new weight and bias, float64.
-    """
-
+    #: The outermost addition.
     root: fx.Node
+    #: Operands that stay.
     rest: tuple[object, ...]
+    #: Operands that are merged.
     merged: tuple[Leaf, ...]
+    #: The convolution that takes them up.
     layer: fx.Node
+    #: Its new weight and bias, float64.
     branch: Branch
 
 
@@ -106,32 +100,30 @@ class _Look:
         self.shapes, self.values, self.kept = draft.shapes, draft.values, draft.barred
 
     def at(self, root: fx.Node) -> Site | None:
-        shape = self._shape(root)
-        if shape is None:
-            return None
-        operands = list(_operands(root))
-        if any(isinstance(o, fx.Node) and o in self.kept for o in (root, *operands)):
+        """The merge with the densest layer that takes up another operand, if there is one."""
+        shape, operands = self._shape(root), list(_operands(root))
+        if shape is None or not self.kept.isdisjoint((root, *_nodes(operands))):
             return None
         if not _meet(operands):
             return None
         leaves = [self._leaf(operand, shape) for operand in operands]
-        layers = [leaf for leaf in leaves if leaf.layer is not None]
-        layers.sort(key=lambda leaf: (leaf.branch.groups, -leaf.branch.taps) if leaf.branch else ())
-        for target in layers:
-            assert target.branch is not None
-            merged, branch = [target], target.branch
+        layers = [
+            (leaf, leaf.layer, leaf.branch)
+            for leaf in leaves
+            if leaf.layer is not None and leaf.branch is not None
+        ]
+        layers.sort(key=lambda found: (found[2].groups, -found[2].taps))
+        for target, layer, branch in layers:
+            merged = [target]
             for leaf in leaves:
-                if leaf is target:
-                    continue
-                wider = self._with(branch, target, leaf)
+                wider = self._with(branch, target, leaf) if leaf is not target else None
                 if wider is not None:
                     merged.append(leaf)
                     branch = wider
             if sum(leaf.branch is not None for leaf in merged) > 1:
                 rest = tuple(leaf.value for leaf in leaves if leaf not in merged)
-                assert target.layer is not None
                 done = tuple(replace(leaf, branch=None) for leaf in merged)  # none is held on to
-                return Site(root, rest, done, target.layer, branch)
+                return Site(root, rest, done, layer, branch)
         return None
 
     def _with(self, branch: Branch, target: Leaf, leaf: Leaf) -> Branch | None:
@@ -141,60 +133,49 @@ class _Look:
         return None if known is None else absorbed(branch, known)
 
     def _leaf(self, value: object, shape: tuple[int, ...]) -> Leaf:
-        plain = Leaf(value, None, None)
         if not isinstance(value, fx.Node) or self.values.is_constant(value):
-            return replace(plain, names=self.values.sources(value))
-        if self._shape(value) != shape:
-            return plain
-        return self._branch(value, shape)
+            return Leaf(value, names=self.values.sources(value))
+        return self._branch(value, shape) if self._shape(value) == shape else Leaf(value)
 
     def _branch(self, value: fx.Node, shape: tuple[int, ...]) -> Leaf:
         """`value` as a linear map of the nearest tensor before it that others may read too."""
-        alone = _alone(value) and value not in self.kept
-        row = affine_of(value)
-        if alone and row is not None and not row.transposed:
-            call = layer_call(value)
-            weight, bias = self.values.of(call["weight"]), self.values.of(call["bias"])
-            known = weight is not None and (call["bias"] is None or bias is not None)
-            branch = Branch.of_layer(row, call, weight, bias) if known else None
-            if branch is not None and len(shape) == branch.rank and self._plain(call["weight"]):
-                names = self.values.sources(call["weight"]) + self.values.sources(call["bias"])
-                return Leaf(value, call["input"], branch, value, (), names)
-        if alone and passage_of(value) is Passage.IDENTITY:
+        found = None
+        if not _alone(value) or value in self.kept:
+            pass
+        elif affine_of(value) is not None:
+            found = self._layer(value, shape)
+        elif is_norm(value):
+            found = self._normed(value, shape)
+        elif passage_of(value) is Passage.IDENTITY:
             inner = value.args[0]
             if isinstance(inner, fx.Node) and self._same(inner, value):
-                return replace(self._branch(inner, shape), value=value)
-        if alone and is_norm(value):
-            affine = affine_map_of(value, self.values)
-            source = argument(value, 0, "input")
-            if not isinstance(affine, str) and isinstance(source, fx.Node) and len(shape) > 1:
-                inner_leaf = self._inside(source, shape)
-                s, t = torch.from_numpy(affine.s), torch.from_numpy(affine.t)
-                return self._after(value, inner_leaf, s, t)
-        if alone and passage_of(value) is Passage.MULTIPLY:
-            scaled = self._scaled(value, shape)
-            if scaled is not None:
-                return scaled
-        return Leaf(value, value, Branch.identity(shape, 1))
+                found = replace(self._branch(inner, shape), value=value)
+        elif passage_of(value) is Passage.MULTIPLY:
+            found = self._scaled(value, shape)
+        return found or Leaf(value, value, Branch.identity(shape, 1))
 
-    def _inside(self, source: fx.Node, shape: tuple[int, ...]) -> Leaf:
-        if _alone(source) and self._shape(source) == shape:
-            return self._branch(source, shape)
-        return Leaf(source, source, Branch.identity(shape, 1))
+    def _layer(self, value: fx.Node, shape: tuple[int, ...]) -> Leaf | None:
+        """A layer whose weight is read by name, not computed."""
+        row, call = affine_of(value), layer_call(value)
+        assert row is not None
+        weight, bias = self.values.of(call["weight"]), self.values.of(call["bias"])
+        named = isinstance(call["weight"], fx.Node) and call["weight"].op == "get_attr"
+        unknown = weight is None or (bias is None and call["bias"] is not None)
+        if row.transposed or unknown or not named:
+            return None
+        branch = Branch.of_layer(row, call, weight, bias)
+        if branch is None or len(shape) != branch.rank:
+            return None
+        names = self.values.sources(call["weight"]) + self.values.sources(call["bias"])
+        return Leaf(value, call["input"], branch, value, names=names)
 
-    def _after(self, value: fx.Node, leaf: Leaf, s: Tensor, t: Tensor) -> Leaf:
-        assert leaf.branch is not None
-        if leaf.branch.axis != 1 or leaf.branch.outputs != len(s):
-            return Leaf(value, value, Branch.identity(self._shape(value) or (), 1))
-        names = tuple(name for n in value.all_input_nodes for name in self.values.sources(n))
-        norms = (*leaf.norms, value) if is_norm(value) else leaf.norms
-        return replace(
-            leaf,
-            value=value,
-            branch=leaf.branch.scaled(s, t),
-            norms=norms,
-            names=leaf.names + names,
-        )
+    def _normed(self, value: fx.Node, shape: tuple[int, ...]) -> Leaf | None:
+        affine, source = affine_map_of(value, self.values), argument(value, 0, "input")
+        if isinstance(affine, str) or not isinstance(source, fx.Node) or len(shape) < 2:
+            return None
+        s, t = torch.from_numpy(affine.s), torch.from_numpy(affine.t)
+        leaf = self._after(value, self._inside(source, shape), s, t)
+        return leaf and replace(leaf, norms=(*leaf.norms, value))
 
     def _scaled(self, value: fx.Node, shape: tuple[int, ...]) -> Leaf | None:
         a, b = argument(value, 0, "input"), argument(value, 1, "other")
@@ -203,15 +184,23 @@ class _Look:
             if known is None or not isinstance(source, fx.Node) or self._shape(source) != shape:
                 continue
             leaf = self._inside(source, shape)
-            assert leaf.branch is not None
-            factor = leaf.branch.per_channel(known)
+            factor = leaf.branch.per_channel(known) if leaf.branch is not None else None
             if factor is not None:
                 return self._after(value, leaf, factor, torch.zeros_like(factor))
         return None
 
-    def _plain(self, weight: object) -> bool:
-        """Whether the weight is read by name, not computed."""
-        return isinstance(weight, fx.Node) and weight.op == "get_attr"
+    def _inside(self, source: fx.Node, shape: tuple[int, ...]) -> Leaf:
+        if _alone(source) and self._shape(source) == shape:
+            return self._branch(source, shape)
+        return Leaf(source, source, Branch.identity(shape, 1))
+
+    def _after(self, value: fx.Node, leaf: Leaf, s: Tensor, t: Tensor) -> Leaf | None:
+        """The branch `leaf`, and y -> s y + t behind it, which `value` computes."""
+        if leaf.branch is None or leaf.branch.outputs != len(s):
+            return None
+        names = tuple(name for n in value.all_input_nodes for name in self.values.sources(n))
+        branch = leaf.branch.scaled(s, t)
+        return replace(leaf, value=value, branch=branch, names=leaf.names + names)
 
     def _same(self, a: fx.Node, b: fx.Node) -> bool:
         x, y = self.shapes.values.get(a), self.shapes.values.get(b)
@@ -224,15 +213,18 @@ class _Look:
         return tuple(int(n) for n in value.shape)
 
 
+def _nodes(operands: Iterable[object]) -> list[fx.Node]:
+    return [operand for operand in operands if isinstance(operand, fx.Node)]
+
+
 def _meet(operands: Iterable[object]) -> bool:
     """Whether two operands may be branches of one tensor; asked before a weight is copied."""
     seen: set[fx.Node] = set()
-    for operand in operands:
-        if isinstance(operand, fx.Node):
-            behind = _behind(operand)
-            if seen & behind:
-                return True
-            seen |= behind
+    for operand in _nodes(operands):
+        behind = _behind(operand)
+        if seen & behind:
+            return True
+        seen |= behind
     return False
 
 
@@ -307,7 +299,7 @@ def _rewrite(draft: InferenceDraft, site: Site, rest: Sequence[Any]) -> tuple[fx
     for leaf in site.merged:
         _repoint(leaf.value, source)
     site.root.replace_all_uses_with(total)
-    _sweep(graph, site.root)
+    sweep([site.root])
     return total, names["weight"]
 
 
@@ -319,15 +311,3 @@ def _repoint(value: object, source: fx.Node) -> None:
                 user.replace_input_with(value, source)
         inputs = [n for n in value.all_input_nodes if n.op != "get_attr"]
         value = inputs[0] if inputs else None
-
-
-def _sweep(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node that nobody reads, and what only it read."""
-    queue = [node]
-    while queue:
-        last = queue.pop()
-        if last.users or last._erased or last.op == "placeholder":
-            continue
-        inputs = last.all_input_nodes
-        erase_dead(graph, [last])
-        queue.extend(inputs)

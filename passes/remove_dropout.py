@@ -26,8 +26,16 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from bnfx.editing.declarations import Preserved
 from bnfx.editing.draft import Draft, Region, argument, constant_by_mode
-from bnfx.editing.driver import OPTIONAL, OUT_OF_REACH, chosen, unseen_calls
-from bnfx.editing.sightings import SeenCall, seen_calls, source_of
+from bnfx.editing.sightings import (
+    OPTIONAL,
+    OUT_OF_REACH,
+    SeenCall,
+    chosen,
+    is_stock,
+    seen_calls,
+    source_of,
+    unseen_calls,
+)
 from bnfx.errors import RecipeError
 from bnfx.graphs.examples import has_hooks
 from bnfx.operators.calls import call_name, function_name
@@ -58,76 +66,51 @@ _ATTENTION = "it drops attention weights, which BatchNorm does not replace; atte
 
 
 @dataclass(frozen=True)
-class ModuleSite:
-    """A module whose rate changes.
-
-    Attributes:
-        path: Its slot.
-        attribute: Where it keeps the rate.
-        rate: The rate it has.
-    """
+class Site:
+    """A module, or a functional call in a graph, whose rate changes."""
 
     path: str
-    attribute: str
+    kind: str
+    #: The rate it has.
     rate: float
-
-
-@dataclass(frozen=True)
-class CallSite:
-    """A functional call in the graph of the root whose rate changes."""
-
-    node: fx.Node
-    path: str
-    form: _Form
-    rate: float
+    #: Where a module keeps it.
+    attribute: str = ""
+    #: The call, where it is one.
+    call: fx.Node | None = None
 
 
 @dataclass(frozen=True)
 class RemoveDropout:
-    """Remove every Dropout, or reduce its rate.
-
-    Attributes:
-        rate: What is left of rates above it; 0 removes.
-        attention: Whether to edit the dropout of attention weights as well.
-        exclude: Glob or globs over module paths to leave alone.
-    """
+    """Remove every Dropout, or reduce its rate."""
 
     name: ClassVar[str] = "remove_dropout"
     preserves: ClassVar[Preserved] = (
         Preserved.STATE_KEYS | Preserved.STATE_VALUES | Preserved.EVAL_OUTPUTS
     )
 
+    #: What is left of rates above it; 0 removes.
     rate: float = 0.0
+    #: Whether to edit the dropout of attention weights as well.
     attention: bool = False
+    #: Glob or globs over module paths to leave alone.
     exclude: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < 1:
             raise RecipeError(f"rate={self.rate} is no probability below 1; 0 removes Dropout")
 
-    def match(self, draft: Draft) -> list[ModuleSite | CallSite | Change]:
+    def match(self, draft: Draft) -> list[Site | Change]:
         """Modules in the order of the model, then functional calls."""
         seen = _Seen(draft)
-        found: list[ModuleSite | CallSite | Change] = []
-        for path, module in draft.modules():
-            site = self._look_at_module(path, module, seen)
-            if site is not None:
-                found.append(site)
-        for region in draft.regions:
-            for node in region.graph.nodes:
-                call = self._look_at_call(region, node)
-                if call is not None:
-                    found.append(call)
-        rest = unseen_calls(draft, self.name, _NAMES, _is_known, found, self._why_out_of_reach)
+        looks = [self._look_at_module(path, module, seen) for path, module in draft.modules()]
+        looks += [self._look_at_call(r, node) for r in draft.regions for node in r.graph.nodes]
+        found = [entry for entry in looks if entry is not None]
+        rest = unseen_calls(draft, self.name, _NAMES, _KINDS, found, self._why_out_of_reach)
         return [*found, *rest]
 
-    def rewrite(
-        self, draft: Draft, found: Sequence[ModuleSite | CallSite | Change]
-    ) -> tuple[Change, ...]:
+    def rewrite(self, draft: Draft, found: Sequence[Site | Change]) -> tuple[Change, ...]:
         """Carry out what `match` found."""
-        return tuple(
-            entry if isinstance(entry, Change) else self._edit(draft, entry) for entry in found
-        )
+        return tuple(e if isinstance(e, Change) else self._edit(draft, e) for e in found)
 
     def _why_out_of_reach(self, call: SeenCall) -> str:
         attention = call.after_softmax or call.function == "scaled_dot_product_attention"
@@ -136,29 +119,24 @@ class RemoveDropout:
     def _kept(self, path: str, kind: str, reason: str) -> Change:
         return Change(self.name, path, kind, "kept", reason)
 
-    def _look_at_module(
-        self, path: str, module: nn.Module, seen: _Seen
-    ) -> ModuleSite | Change | None:
+    def _look_at_module(self, path: str, module: nn.Module, seen: _Seen) -> Site | Change | None:
         attribute = "p" if isinstance(module, _DropoutNd) else "dropout"
-        rate = getattr(module, attribute) if _is_known(module) else 0.0
+        rate = getattr(module, attribute) if is_stock(module, _KINDS) else 0.0
         if rate <= self.rate:
             return None
         kind = type(module).__name__
         if chosen(path, self.exclude):
             return self._kept(path, kind, "chosen by exclude")
-        if not self.attention and isinstance(module, nn.MultiheadAttention):
+        if not self.attention and seen.attention(path, module):
             return self._kept(path, kind, _ATTENTION)
-        if not self.attention and isinstance(module, _DropoutNd) and seen.attention(path, module):
-            return self._kept(path, kind, _ATTENTION)
-        return ModuleSite(path, attribute, rate)
+        return Site(path, kind, rate, attribute)
 
-    def _look_at_call(self, region: Region, node: fx.Node) -> CallSite | Change | None:
+    def _look_at_call(self, region: Region, node: fx.Node) -> Site | Change | None:
         form = _FORMS.get(node.target)
         if node.op != "call_function" or form is None:
             return None
         rate, active = _rates(node, form, region.modules)
-        path = region.caller(node)
-        kind = function_name(node.target)
+        path, kind = region.caller(node), function_name(node.target)
         if rate is not None and (rate[0] <= self.rate or active == (False, False)):
             return None
         if chosen(path, self.exclude):
@@ -174,32 +152,23 @@ class RemoveDropout:
             return self._kept(path, kind, _ATTENTION)
         if not region.fixed:
             return self._kept(path, kind, OPTIONAL)
-        return CallSite(node, path, form, rate[0])
+        return Site(path, kind, rate[0], call=node)
 
-    def _edit(self, draft: Draft, site: ModuleSite | CallSite) -> Change:
-        left = f"rate {site.rate:g} reduced to {self.rate:g}" if self.rate else ""
-        if isinstance(site, CallSite):
-            form = site.form
+    def _edit(self, draft: Draft, site: Site) -> Change:
+        if site.call is not None:
+            form = _FORMS[site.call.target]
             if form.training is not None and not self.rate:
-                draft.bypass(site.node, argument(site.node, 0, "input", None))
+                draft.bypass(site.call, argument(site.call, 0, "input", None))
             else:
-                draft.set_in_train(site.node, form.position, form.rate, self.rate)
-            kind = function_name(site.node.target)
-            return Change(
-                self.name, site.path, kind, "changed", left or f"rate {site.rate:g} removed"
-            )
-        module = draft.root.get_submodule(site.path)
-        kind = type(module).__name__
-        if self.rate or site.attribute != "p" or has_hooks(module) or not site.path:
-            setattr(module, site.attribute, self.rate)
+                draft.set_in_train(site.call, form.position, form.rate, self.rate)
         else:
-            draft.replace(site.path, _identity().train(module.training))
-        return Change(self.name, site.path, kind, "changed", left or f"rate {site.rate:g} removed")
-
-
-def _is_known(module: nn.Module) -> bool:
-    """A module of torch.nn; a subclass with a forward of its own is code like any other."""
-    return isinstance(module, _KINDS) and type(module).forward.__module__.startswith("torch.nn")
+            module = draft.root.get_submodule(site.path)
+            if self.rate or site.attribute != "p" or has_hooks(module) or not site.path:
+                setattr(module, site.attribute, self.rate)
+            else:
+                draft.replace(site.path, _identity().train(module.training))
+        done = f"reduced to {self.rate:g}" if self.rate else "removed"
+        return Change(self.name, site.path, site.kind, "changed", f"rate {site.rate:g} {done}")
 
 
 class _Seen:
@@ -214,7 +183,7 @@ class _Seen:
                 if isinstance(module, _DropoutNd) and source_of(node).op != "placeholder":
                     behind = _behind_softmax(node, region.modules)
                     self._note(region.name(str(node.target)), behind=behind)
-        for call in seen_calls(draft.seen):
+        for call in seen_calls(draft.seen, _NAMES):
             if isinstance(draft.root.get_submodule(call.path), _DropoutNd):
                 self._note(call.path, behind=call.after_softmax)
 
@@ -224,6 +193,8 @@ class _Seen:
 
     def attention(self, path: str, module: nn.Module) -> bool:
         """As seen; by the names of the path and its modules where it was not seen."""
+        if not isinstance(module, _DropoutNd):
+            return isinstance(module, nn.MultiheadAttention)
         if id(module) in self.behind:
             return self.behind[id(module)]
         parts = path.split(".")

@@ -17,71 +17,54 @@ from torch import fx, nn
 
 from bnfx.editing.declarations import Preserved
 from bnfx.editing.draft import Draft, argument
-from bnfx.editing.driver import OPTIONAL, OUT_OF_REACH, chosen, unseen_calls
+from bnfx.editing.sightings import OPTIONAL, chosen, is_stock, unseen_calls
 from bnfx.graphs.examples import has_hooks
 from bnfx.reports.report import Change
 
 _KINDS = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
+_FUNCTION = "local_response_norm"
 
 
 @dataclass(frozen=True)
-class ModuleSite:
-    """A module to take out of its slot."""
+class Site:
+    """A module to take out of its slot, or a call to take out of a graph."""
 
     path: str
-
-
-@dataclass(frozen=True)
-class CallSite:
-    """A functional call to take out of the graph of the root."""
-
-    node: fx.Node
-    path: str
+    kind: str
+    call: fx.Node | None = None
 
 
 @dataclass(frozen=True)
 class RemoveLocalResponseNorm:
-    """Remove every local response normalisation.
-
-    Attributes:
-        exclude: Glob or globs over module paths to leave alone.
-    """
+    """Remove every local response normalisation."""
 
     name: ClassVar[str] = "remove_lrn"
     preserves: ClassVar[Preserved] = Preserved.STATE_KEYS | Preserved.STATE_VALUES | Preserved.RUNS
 
+    #: Glob or globs over module paths to leave alone.
     exclude: str | Sequence[str] = ()
 
-    def match(self, draft: Draft) -> list[ModuleSite | CallSite | Change]:
+    def match(self, draft: Draft) -> list[Site | Change]:
         """Modules in the order of the model, then functional calls."""
-        found: list[ModuleSite | CallSite | Change] = []
-        for path, module in draft.modules():
-            if _is_known(module):
-                reason = self._why_not(path, module)
-                kind = type(module).__name__
-                found.append(self._kept(path, kind, reason) if reason else ModuleSite(path))
+        found = [
+            self._look(Site(path, type(module).__name__), self._why_not(path, module))
+            for path, module in draft.modules()
+            if is_stock(module, _KINDS)
+        ]
         for region in draft.regions:
-            for node in region.graph.nodes:
-                if node.target is not F.local_response_norm:
-                    continue
+            for node in region.graph.find_nodes(op="call_function", target=F.local_response_norm):
                 path = region.caller(node)
-                reason = "chosen by exclude" if chosen(path, self.exclude) else ""
-                if not region.fixed and not reason:
-                    reason = OPTIONAL
-                kept = self._kept(path, "local_response_norm", reason)
-                found.append(kept if reason else CallSite(node, path))
-        rest = unseen_calls(
-            draft, self.name, {"local_response_norm"}, _is_known, found, lambda _: OUT_OF_REACH
-        )
-        return [*found, *rest]
+                left = "" if region.fixed else OPTIONAL
+                reason = "chosen by exclude" if chosen(path, self.exclude) else left
+                found.append(self._look(Site(path, _FUNCTION, node), reason))
+        return [*found, *unseen_calls(draft, self.name, {_FUNCTION}, _KINDS, found)]
 
-    def rewrite(
-        self, draft: Draft, found: Sequence[ModuleSite | CallSite | Change]
-    ) -> tuple[Change, ...]:
+    def rewrite(self, draft: Draft, found: Sequence[Site | Change]) -> tuple[Change, ...]:
         """Carry out what `match` found."""
-        return tuple(
-            entry if isinstance(entry, Change) else self._edit(draft, entry) for entry in found
-        )
+        return tuple(e if isinstance(e, Change) else self._edit(draft, e) for e in found)
+
+    def _look(self, site: Site, reason: str) -> Site | Change:
+        return Change(self.name, site.path, site.kind, "kept", reason) if reason else site
 
     def _why_not(self, path: str, module: nn.Module) -> str:
         if chosen(path, self.exclude):
@@ -92,18 +75,10 @@ class RemoveLocalResponseNorm:
             return "it has hooks, which would be lost; remove them first"
         return ""
 
-    def _kept(self, path: str, kind: str, reason: str) -> Change:
-        return Change(self.name, path, kind, "kept", reason)
-
-    def _edit(self, draft: Draft, site: ModuleSite | CallSite) -> Change:
-        if isinstance(site, CallSite):
-            draft.bypass(site.node, argument(site.node, 0, "input", None))
-            return Change(self.name, site.path, "local_response_norm", "changed", "removed")
-        module = draft.root.get_submodule(site.path)
-        draft.replace(site.path, nn.Identity().train(module.training))
-        return Change(self.name, site.path, type(module).__name__, "changed", "removed")
-
-
-def _is_known(module: nn.Module) -> bool:
-    """A module of torch.nn; a subclass with a forward of its own is code like any other."""
-    return isinstance(module, _KINDS) and type(module).forward.__module__.startswith("torch.nn")
+    def _edit(self, draft: Draft, site: Site) -> Change:
+        if site.call is not None:
+            draft.bypass(site.call, argument(site.call, 0, "input", None))
+        else:
+            training = draft.root.get_submodule(site.path).training
+            draft.replace(site.path, nn.Identity().train(training))
+        return Change(self.name, site.path, site.kind, "changed", "removed")

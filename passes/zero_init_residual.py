@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfx.editing.declarations import Preserved
 from bnfx.editing.draft import Draft, Region
-from bnfx.editing.driver import chosen
+from bnfx.editing.sightings import chosen
 from bnfx.graphs.naming import norm_path
 from bnfx.operators.calls import function_name
 from bnfx.operators.table import Role, affine_of, is_batch_norm, role_of

@@ -6,8 +6,7 @@ A pass looks with `match` and acts with `rewrite`, through the methods of a
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
@@ -15,17 +14,9 @@ import torch
 from torch import nn
 
 from bnfx.editing.declarations import Preserved
-from bnfx.editing.draft import Draft, below
-from bnfx.editing.sightings import SeenCall, seen_calls
+from bnfx.editing.draft import Draft
 from bnfx.graphs.examples import example
 from bnfx.reports.report import Change
-
-#: Why a functional call is left.
-OUT_OF_REACH = "a functional call in code that cannot be traced; edit it by hand"
-OPTIONAL = (
-    "a functional call in a module with optional arguments, inside code that cannot be traced, so "
-    "that it is not known which arguments it gets; edit it by hand"
-)
 
 
 class Facts(Protocol):
@@ -152,55 +143,3 @@ def apply_pass(
     draft = Draft(model, given)
     run(draft, edit)
     return Edited(draft.root, tuple(draft.changes))
-
-
-def chosen(path: str, globs: str | Sequence[str]) -> bool:
-    """Whether a module path is meant by a glob, or by one of several."""
-    patterns = (globs,) if isinstance(globs, str) else globs
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-
-
-def unseen_calls(
-    draft: Draft,
-    by: str,
-    functions: Collection[str],
-    known: Callable[[nn.Module], bool],
-    found: Iterable[Any],
-    reason: Callable[[SeenCall], str],
-) -> list[Change]:
-    """Records of functional calls that no graph shows, and of code that was not looked into.
-
-    Args:
-        draft: The model.
-        by: Name of the pass.
-        functions: Names of the functions it is about.
-        known: Whether a module that makes such calls is edited as a module.
-        found: Sites and records with a `path`, which are not reported again.
-        reason: Why a call that was seen is left.
-    """
-    done = {entry.path for entry in found}
-    records: dict[str, Change] = {}
-    for call in seen_calls(draft.seen):
-        caller = draft.root.get_submodule(call.path)
-        if call.function not in functions or known(caller) or call.path in done:
-            continue
-        if not draft.in_graph(call.path):
-            records[call.path] = Change(by, call.path, call.function, "kept", reason(call))
-    if draft.seen is not None:
-        return list(records.values())
-    outermost = (p for p in draft.untraced if not any(_inside(p, o) for o in draft.untraced))
-    return [
-        Change(
-            by,
-            path,
-            type(draft.root.get_submodule(path)).__name__,
-            "kept",
-            "functional calls were not looked for in what cannot be traced of it; give "
-            "example_inputs",
-        )
-        for path in outermost
-    ]
-
-
-def _inside(path: str, top: str) -> bool:
-    return path != top and below(path, top)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,9 @@ from bnfx.graphs.parameters import (
     Constants,
     Written,
     constants,
-    erase_dead,
     free_name,
     set_tensor,
+    sweep,
 )
 from bnfx.operators.calls import argument, given_arguments
 from bnfx.operators.table import Passage, affine_of, layer_call, passage_of
@@ -94,7 +94,7 @@ def write(
             source = instead[source]
         instead[site.node] = source
         _take_out(module.graph, site.node, source)
-    _erase(module.graph, before)
+    sweep(before)
     return done
 
 
@@ -293,17 +293,3 @@ def _take_out(graph: fx.Graph, node: fx.Node, source: fx.Node) -> None:
             graph.erase_node(user)
     node.replace_all_uses_with(source)
     graph.erase_node(node)
-
-
-def _erase(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
-    """Erase what only the old parameters fed."""
-    queue = list(dict.fromkeys(nodes))
-    while queue:
-        node = queue.pop()
-        if node.users or node.graph is not graph or node.op in ("placeholder", "output"):
-            continue
-        if node._erased:
-            continue
-        inputs = node.all_input_nodes
-        erase_dead(graph, [node])
-        queue.extend(inputs)

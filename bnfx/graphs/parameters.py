@@ -157,6 +157,18 @@ def _free(owner: nn.Module, wanted: str) -> str:
     return next(name for name in names if name not in taken)
 
 
+def sweep(nodes: Iterable[fx.Node]) -> None:
+    """Erase those of `nodes` that nobody uses, and what only they used."""
+    queue = list(dict.fromkeys(nodes))
+    while queue:
+        node = queue.pop()
+        if node.users or node._erased or node.op in ("placeholder", "output"):
+            continue
+        inputs = node.all_input_nodes
+        node.graph.erase_node(node)
+        queue.extend(inputs)
+
+
 def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
     """Erase those of `nodes` that nobody uses; never an operator with an effect of its own."""
     for node in nodes:

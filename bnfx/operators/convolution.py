@@ -68,11 +68,6 @@ class Branch:
         return Branch(weight, zeros, ones, (0,) * spatial, ones, channels, len(shape))
 
     @property
-    def axis(self) -> int:
-        """The axis of the channels."""
-        return 1
-
-    @property
     def outputs(self) -> int:
         """Number of output channels."""
         return len(self.weight)
