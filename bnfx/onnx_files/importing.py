@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor, fx, nn
 
 from bnfx.onnx_files import element_functions, layer_functions, move_functions
+from bnfx.onnx_files.expected import improve, inferred
 from bnfx.onnx_files.foreign import Arithmetic, Foreign, Language, captured, same_domain
 from bnfx.onnx_files.node_call import (
     ORIGIN,
@@ -29,7 +29,6 @@ from bnfx.onnx_files.node_call import (
     SIZES,
     VALUE,
     Call,
-    Known,
     NoFunction,
     Origin,
     Scope,
@@ -48,8 +47,6 @@ FUNCTIONS = {
 _RANDOM = words(
     "RandomNormal RandomUniform RandomNormalLike RandomUniformLike Multinomial Bernoulli"
 )
-#: Constants of more elements are not known to ONNX's inference of shapes.
-_SMALL = 4096
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,7 @@ def imported(model: onnx.ModelProto, folder: Path) -> Imported:
     for index in range(len(scope.nodes)):
         if index not in sums and not _constant(scope, index, folder):
             sums |= {made} if (made := _call(scope, index)) is not None else set()
+        improve(scope, index)
     outputs = tuple(dict.fromkeys(v.name for v in model.graph.output if v.name in scope.values))
     scope.graph.output(tuple(scope.values[name] for name in outputs))
     module = fx.GraphModule(scope.root, scope.graph, class_name="OnnxGraph").eval()
@@ -140,53 +138,6 @@ def titles_of(graph: onnx.GraphProto) -> dict[int, str]:
         taken.add(title)
         found[index] = title
     return found
-
-
-def inferred(model: onnx.ModelProto) -> dict[str, Known]:
-    """What ONNX infers of the values of a graph, from its inputs and nodes alone.
-
-    What the file says of other values may be wrong, and large constants need not be copied.
-    """
-    bare = onnx.ModelProto()
-    bare.ir_version = model.ir_version
-    bare.opset_import.extend(model.opset_import)
-    bare.functions.extend(model.functions)
-    graph = bare.graph
-    graph.name = "shapes"
-    graph.input.extend(model.graph.input)
-    listed = {value.name for value in graph.input}
-    for stored in model.graph.initializer:
-        if not _is_large(stored):
-            graph.initializer.append(stored)
-        elif stored.name not in listed:
-            graph.input.append(_typed(stored.name, stored))
-    for node in model.graph.node:
-        tensor = next((a.t for a in node.attribute if a.name == "value"), None)
-        if node.op_type == "Constant" and tensor is not None and _is_large(tensor):
-            graph.input.append(_typed(node.output[0], tensor))
-        else:
-            graph.node.append(node)
-    try:
-        found = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
-    except (onnx.shape_inference.InferenceError, ValueError):
-        found = graph
-    return {value.name: _known(value) for value in (*found.input, *found.value_info)}
-
-
-def _is_large(stored: onnx.TensorProto) -> bool:
-    return bool(stored.external_data) or int(np.prod(stored.dims, dtype=np.int64)) > _SMALL
-
-
-def _typed(name: str, stored: onnx.TensorProto) -> onnx.ValueInfoProto:
-    return onnx.helper.make_tensor_value_info(name, stored.data_type, list(stored.dims))
-
-
-def _known(value: onnx.ValueInfoProto) -> Known:
-    tensor = value.type.tensor_type
-    if not tensor.HasField("shape"):
-        return Known(tensor.elem_type, None)
-    sizes = (d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
-    return Known(tensor.elem_type, tuple(n if n is None or n >= 0 else None for n in sizes))
 
 
 def _inputs(scope: Scope, model: onnx.ModelProto, folder: Path) -> tuple[onnx.ValueInfoProto, ...]:
@@ -285,7 +236,7 @@ def _moved(scope: Scope, node: onnx.NodeProto) -> Tensor | None:
 def _call(scope: Scope, index: int) -> int | None:
     """Import a node; the place of another one that went into the same call."""
     node, call = scope.nodes[index], Call(scope, index)
-    read = [scope.values[name] for name in node.input if name in scope.values]
+    read = [scope.values[name] for name in node.input if scope.is_computed(name)]
     plain = same_domain(node.domain, "") and node.op_type in FUNCTIONS
     sizes = bool(read) and all(SIZES in value.meta for value in read)
     if not plain or sizes:
@@ -302,6 +253,8 @@ def _call(scope: Scope, index: int) -> int | None:
         if name:
             scope.values[name] = value
             value.meta[VALUE] = name
+    if call.result is not None:
+        scope.constants[names[0]] = call.result
     return call.sum
 
 
@@ -321,7 +274,7 @@ def _forget(scope: Scope, index: int) -> None:
 def _foreign(call: Call) -> fx.Node | list[fx.Node]:
     """A call that lets nothing through, or that computes with sizes."""
     node, scope, held = call.node, call.scope, captured(call.node)
-    read = [n for n in dict.fromkeys((*node.input, *held)) if n in scope.values]
+    read = [n for n in dict.fromkeys((*node.input, *held)) if scope.is_computed(n)]
     names = [n for n in dict.fromkeys((*node.input, *held)) if n in scope.constants]
     constants = {name: scope.constants[name] for name in names}
     sizes = bool(read) and all(SIZES in scope.values[name].meta for name in read)

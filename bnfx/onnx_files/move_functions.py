@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import fx
 
 from bnfx.numbers import Array
 from bnfx.onnx_files.node_call import SIZES, Call, NoFunction
+from bnfx.onnx_files.tensors import dtype_of
 
 _SLICE = torch.ops.aten.slice.Tensor
 _END = 2**63 - 1
@@ -81,9 +83,29 @@ def stacked(sizes: tuple[int, ...], block: int) -> tuple[int, ...]:
 
 def _shape(call: Call) -> fx.Node:
     sizes = call.size(call.data())
-    made = call.main(shape_array, sizes, call.attribute("start", 0), call.attribute("end"))
+    start, end = call.attribute("start", 0), call.attribute("end")
+    made = call.main(shape_array, sizes, start, end)
     made.meta[SIZES] = True
+    with contextlib.suppress(NoFunction):
+        fixed = call.shape()[start:end]
+        if None not in fixed:
+            call.result = torch.tensor(fixed, dtype=torch.int64)
     return made
+
+
+def nothing(sizes: tuple[int, ...]) -> None:
+    """What is left of reading a tensor for its dtype alone."""
+    del sizes
+
+
+def _cast_like(call: Call) -> fx.Node:
+    """A constant in the dtype of what is computed."""
+    value, known = call.wanted(0), call.scope.known.get(call.name_of(1))
+    kind = dtype_of(known.elem_type) if known is not None else None
+    if kind is None:
+        raise NoFunction
+    call.result = value.to(kind)
+    return call.main(nothing, call.size(call.data(1)))
 
 
 def _count(call: Call) -> fx.Node:
@@ -268,6 +290,7 @@ def _padded(call: Call) -> fx.Node:
 
 
 FUNCTIONS: dict[str, Callable[[Call], Any]] = {
+    "CastLike": _cast_like,
     "Concat": _concatenated,
     "DepthToSpace": _depth_to_space,
     "Expand": _expanded,

@@ -25,8 +25,10 @@ VALUE = "bnfx_onnx_value"
 SIZES = "bnfx_onnx_sizes"
 
 #: Characters that a path of modules can't hold, and those that stand for them in a graph.
-_ESCAPES = {c: chr(0xE000 + i) for i, c in enumerate(".\"\\\n\r'")}
-_MARK = chr(0xE0FF)  # so that no name of a node is one that modules have already
+#: They are printable, so that `repr` leaves them, and hardly in use.
+_ESCAPES = {".": "\u2024", '"': "\u02ba", "\\": "\u29f5", "\n": "\u2424", "\r": "\u240d"}
+_ESCAPES["'"] = "\u02bc"
+_MARK = "\u27d0"  # so that no name of a node is one that modules have already
 
 Restore = Callable[[Tensor], Tensor]
 
@@ -112,6 +114,10 @@ class Scope:
     #: Index of a BatchNormalization that is no affine map -> why.
     refused: dict[int, str] = field(default_factory=dict)
 
+    def is_computed(self, name: str) -> bool:
+        """Whether a value depends on the inputs."""
+        return name in self.values and name not in self.constants
+
     def read(self, path: str, value: Tensor, source: str) -> fx.Node:
         """A parameter of the graph at a path of its own."""
         owner, _, leaf = path.rpartition(".")
@@ -135,6 +141,8 @@ class Call:
         self.path = escaped(scope.titles[index])
         self.slots: list[Slot] = []
         self.sum: int | None = None
+        #: What the node always gives, where that is known though it reads what is computed.
+        self.result: Tensor | None = None
 
     # -- inputs --------------------------------------------------------------------------------
 
@@ -207,10 +215,9 @@ class Call:
         self.slots.append(Slot(at, position, name, restore=restore or _same))
 
     def _computed(self, at: int) -> fx.Node:
-        source = self.scope.values.get(self.name_of(at))
-        if source is None:
+        if not self.scope.is_computed(self.name_of(at)):
             raise NoFunction
-        return source
+        return self.scope.values[self.name_of(at)]
 
     # -- attributes and what is known ------------------------------------------------------------
 

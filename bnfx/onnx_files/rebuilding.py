@@ -68,7 +68,8 @@ class _Rebuilding:
         self.before = set(_read(self.old))
         del model.graph.node[:]
         self.nodes: list[onnx.NodeProto] = []
-        self.emitted: set[int] = set()
+        #: Identity of a node that was emitted -> its place in the file.
+        self.places: dict[int, int] = {}
         self.wishes: list[_Wish] = []
         self.names: dict[fx.Node, str] = {}
         #: Copies of values for subgraphs, by the nodes that have these.
@@ -91,7 +92,8 @@ class _Rebuilding:
         self.nodes += [self._node("Identity", [source], name) for source, name in ends]
         self._grant()
         self._sweep()
-        gone = sorted(self.read.called - self.emitted)
+        left = {self.places.get(id(node)) for node in self.nodes}
+        gone = sorted(at for at in self.read.called if at not in left)
         self.done.removed += [unescaped(self.read.titles[at]) for at in gone]
         self.graph.node.extend(self.nodes)
         return self.done
@@ -159,9 +161,9 @@ class _Rebuilding:
             self._emit_new(node)
             return
         made = _copy(self.old[origin.index])
-        if origin.index in self.emitted:
+        if origin.index in self.places.values():
             made.name = self._fresh(made.name)
-        self.emitted.add(origin.index)
+        self.places[id(made)] = origin.index
         for slot in origin.slots:
             self._fill(made, node, slot)
         self._rename_outputs(made, node, origin)
@@ -197,7 +199,7 @@ class _Rebuilding:
             made, inner = _copy(self.old[origin.sum]), product.output[0]
             at = 1 if made.input[0] == inner else 0
             made.output[0], old = self.names[node], made.input[at]
-            self.emitted.add(origin.sum)
+            self.places[id(made)] = origin.sum
         if self._is_new(str(bias.target), old):
             self._wish(made, at, old, str(bias.target))
         self.nodes.append(made)
