@@ -100,7 +100,7 @@ class Solver:
         self.candidates = candidates
         self.fixed = fixed
         self.hard = hard_systems(found, candidates)
-        self.sound = Soundness(found, self.hard.of, limit)
+        self.sound = Soundness(found, self.hard.of, candidates, limit)
         self.bound = Bound(self.hard, candidates)
         self.forward = Forward(found)
         self._soft: dict[fx.Node, list[Batch]] = {}
@@ -125,7 +125,7 @@ class Solver:
         else:
             words = "no numerically sound gauge was found"
             ill = {s.node: Refused("", np.zeros(0, np.int64), words) for s in self.candidates}
-            choice = _Choice(self.hard.copy(), refused=ill)
+            choice = _Choice(self.hard.copy(), refused=dict(ill))
         self._tried_again(choice, ill)
         return self._gauges(choice, *self._filled(choice.systems))
 

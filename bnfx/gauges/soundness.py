@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from torch import fx
 
-from bnfx.gauges.constraints import Constraints, Kind, Site, Systems
+from bnfx.gauges.constraints import Constraints, Kind, Site, Systems, components
 from bnfx.gauges.elimination import Refused
 from bnfx.gauges.linear_system import Flags, Rows
 from bnfx.numbers import Floats, Ints
@@ -33,17 +34,25 @@ class Soundness:
         limit: Largest |log a|.
     """
 
-    def __init__(self, found: Constraints, of: Ints, limit: float) -> None:
+    def __init__(
+        self, found: Constraints, of: Ints, candidates: Sequence[Site], limit: float
+    ) -> None:
         self.found = found
         self.limit = limit
+        self._of = of
+        self._candidates = candidates
         counts = np.zeros(len(of), np.int64)
         for labels in found.readers.values():
             np.add.at(counts, np.unique(of[labels]), 1)
         self.several: Flags = counts[of] > 1
         self._norms = [site for site in found.sites.values() if len(site.mean)]
 
+    @functools.cached_property
+    def _tied(self) -> Ints:
+        return components(self.found, self._of, self._candidates)
+
     def settled_too_far(self, systems: Systems, sites: Sequence[Site] | None = None) -> Flags:
-        """Whether displacements that are settled already move the inputs of norms too far.
+        """Whether displacements that are settled already move what norms read or give too far.
 
         Args:
             systems: What holds so far.
@@ -55,38 +64,82 @@ class Soundness:
         sites = self._norms if sites is None else [site for site in sites if len(site.mean)]
         if not sites:
             return np.zeros(0, bool)
-        labels = systems.of[np.concatenate([site.x for site in sites])]
-        known = systems.shift.substituted(Rows.of((labels, 1.0)))
+        labels = systems.of[np.concatenate([(site.x, site.y) for site in sites], axis=1)]
+        known = systems.shift.substituted(Rows.of((labels.reshape(-1), 1.0)))
         shift = np.where((known.unknowns < 0).all(axis=1), known.constant, 0.0)
         ends = np.cumsum([len(site.x) for site in sites])[:-1]
-        parts = zip(sites, np.split(shift, ends), strict=True)
-        return np.concatenate([self._far(site, part) for site, part in parts])
+        parts = zip(sites, np.split(shift.reshape(2, -1), ends, axis=1), strict=True)
+        return np.concatenate([self._far(site, *part) for site, part in parts])
 
     def ill(
         self, systems: Systems, chosen: Iterable[Site], scale: Floats, shift: Floats
     ) -> dict[fx.Node, Refused]:
         """Sites whose elimination costs digits, and why; empty where the gauges are sound."""
         chosen = list(chosen)
-        return self._displaced(chosen, shift) or self._stretched(systems, chosen, scale)
+        return (
+            self._displaced(chosen, shift)
+            or self._carried_off(chosen, shift)
+            or self._stretched(systems, chosen, scale)
+        )
 
-    def _far(self, site: Site, shift: Floats) -> Flags:
-        """(channels,): whether `shift` moves the input of a norm too far for its other readers."""
+    def _far(self, site: Site, before: Floats, after: Floats) -> Flags:
+        """(channels,): whether the input or the output of a norm moves too far for its readers.
+
+        The statistics of the output are those of the input behind the norm's own map.
+        """
         with np.errstate(all="ignore"):
-            moved = np.abs(site.mean + shift)
-            far = moved > np.maximum(_MAX_SHIFT * site.std, np.abs(site.mean) * 1.5)
-        return np.asarray(far & self.several[site.x] & (shift != 0))
+            mean, std = site.s * site.mean + site.t, np.abs(site.s) * site.std
+        far = self._moved_far(site.x, site.mean, site.std, before)
+        return far | self._moved_far(site.y, mean, std, after)
+
+    def _moved_far(self, labels: Ints, mean: Floats, std: Floats, shift: Floats) -> Flags:
+        with np.errstate(all="ignore"):
+            far = np.abs(mean + shift) > np.maximum(_MAX_SHIFT * std, np.abs(mean) * 1.5)
+        return np.asarray(far & self.several[labels] & (shift != 0))
 
     def _displaced(self, chosen: list[Site], shift: Floats) -> dict[fx.Node, Refused]:
         eliminated = {site.node for site in chosen}
         bad: dict[fx.Node, Refused] = {}
         for site in self._norms:
-            far = self._far(site, shift[site.x])
+            far = self._far(site, shift[site.x], shift[site.y])
             if not far.any():
                 continue
-            culprits = [site] if site.node in eliminated else _sharing(chosen, site.x[far])
+            culprits = (
+                [site]
+                if site.node in eliminated
+                else _sharing(chosen, np.append(site.x[far], site.y[far]))
+            )
             for culprit in culprits or chosen:
                 bad[culprit.node] = Refused("", np.flatnonzero(far), TOO_FAR)
         return bad
+
+    def _carried_off(self, chosen: list[Site], shift: Floats) -> dict[fx.Node, Refused]:
+        """The site that moves tensors of which no norm knows how far they spread.
+
+        The largest spread that is known of a tensor tied to them stands for theirs; where none is
+        known, the largest constant that is added there.
+        """
+        spread, known = np.zeros(self.found.count), np.zeros(self.found.count, bool)
+        for site in self._norms:
+            with np.errstate(all="ignore"):
+                after = np.abs(site.s) * site.std + np.abs(site.s * site.mean + site.t)
+            for labels, width in ((site.x, site.std + np.abs(site.mean)), (site.y, after)):
+                np.maximum.at(spread, self._tied[labels], np.nan_to_num(width, posinf=0.0))
+                known[self._of[labels]] = True
+        added = np.zeros(self.found.count)
+        for site in self.found.sites.values():
+            if site.kind is Kind.SHIFT:
+                np.maximum.at(added, self._tied[site.y], np.abs(site.t).max(initial=0.0))
+        limit = _MAX_SHIFT * np.where(spread > 0, spread, added)[self._tied]
+        far = self.several & ~known[self._of] & (limit > 0) & (np.abs(shift) > limit)
+        far[0] = False
+        if not far.any():
+            return {}
+        moving = _sharing(chosen, np.flatnonzero(np.isin(self._tied, self._tied[far])))
+        if not moving:
+            return {}
+        worst = max(moving, key=lambda site: np.abs(shift[np.append(site.x, site.y)]).max())
+        return {worst.node: Refused("", np.zeros(0, np.int64), TOO_FAR)}
 
     def _stretched(
         self, systems: Systems, chosen: list[Site], scale: Floats
