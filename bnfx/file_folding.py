@@ -106,6 +106,8 @@ def fold_onnx(
     border_maps: bool = False,
     merge_branches: bool = True,
     verify: bool = True,
+    verify_options: Mapping[str, Any] | None = None,
+    max_batch_norms_left: int | None = None,
 ) -> FoldOnnxReport:
     """Fold every BatchNormalization of a file that an exact rewrite can remove.
 
@@ -128,10 +130,14 @@ def fold_onnx(
             The sizes of images must be fixed, or given by `args` and never others.
         merge_branches: As in `fold_bn`.
         verify: Whether to compare the result with `f` before it is moved into place.
+        verify_options: Options of `verify_onnx`, such as `{"provider": "cuda"}`.
+        max_batch_norms_left: How many BatchNormalizations may stay; where more do, nothing is
+            written.
 
     Raises:
         VerificationError: `f` cannot be read; or the result does not compute what `f` computes, and
-            `.report` of the error is the `FoldOnnxReport`.
+            `.report` of the error is the `FoldOnnxReport`; or more BatchNormalizations stay than
+            may: the `FoldReport`.
         FoldError: The operator set is older than 7; `args` don't fit; a map has no fixed size.
         ExportError: `out` cannot be written.
     """
@@ -158,12 +164,21 @@ def fold_onnx(
     told = report(folded)
     assert isinstance(told, FoldReport)
     records = tuple(_records(names, read, told))
+    left = sum(bn.verdict != "folded" for bn in records)
+    if max_batch_norms_left is not None and left > max_batch_norms_left:
+        raise VerificationError(
+            f"{target} was not written: {left} BatchNormalizations stay, and at most "
+            f"{max_batch_norms_left} may. An older file is as it was",
+            replace(told, batch_norms=records),
+        )
     done = rebuilt(model, read, folded)
     with workspace(target) as folder:
         written = folder / target.name
         store(model, done.tensors, source, written)
         _check(written)
-        verified = verify_onnx(source, written, example.drawn()) if verify else None
+        verified = None
+        if verify:
+            verified = verify_onnx(source, written, example.drawn(), **dict(verify_options or {}))
         result = FoldOnnxReport(
             source=str(source),
             path=str(target),

@@ -34,6 +34,8 @@ class Takes:
     inputs: bool = False
     #: Endings of the FILE that it writes; none where FILE is read.
     writes: tuple[str, ...] = ()
+    #: Endings of the FILE that it must write where its MODEL is an `.onnx` file.
+    rewrites: tuple[str, ...] = ()
 
 
 def check(options: argparse.Namespace) -> None:
@@ -48,12 +50,14 @@ def check(options: argparse.Namespace) -> None:
     if takes is None:
         return
     target = given.get("file")
+    file = takes.onnx and options.model.endswith(".onnx")
+    if file and takes.rewrites and target is None:
+        raise UsageError("name the FILE to write; it may be the one that is read")
     if target is not None and takes.writes:
-        check_target(Path(target), takes.writes)
+        check_target(Path(target), (takes.rewrites if file else ()) or takes.writes)
     for name in (options.model, None if takes.writes else target, given.get("baseline")):
         if name is not None and (name != options.model or name.endswith((".onnx", ".pt2"))):
             require_file(name)
-    file = takes.onnx and options.model.endswith(".onnx")
     if not (file or takes.modules):
         raise UsageError(f"{options.model}: this takes an .onnx file")
     if not file and not options.model.endswith(".pt2"):

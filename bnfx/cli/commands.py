@@ -62,6 +62,23 @@ class Given:
         return self.inputs
 
 
+#: Options that are for models alone, and that an `.onnx` file leaves no choice in.
+_OF_MODELS = (
+    "checkpoint",
+    "dynamic",
+    "dynamic_batch",
+    "opset",
+    "output_name",
+    "external_data",
+    "benchmark",
+    "bundle",
+)
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
 def run(options: argparse.Namespace, steps: Steps) -> Outcome:
     """Carry out the command that `options` names."""
     return _RUN[options.command](options, steps)
@@ -170,6 +187,8 @@ def _reading(file: str) -> str:
 
 
 def _fold(options: argparse.Namespace, steps: Steps) -> Outcome:
+    if options.model.endswith(".onnx"):
+        return _fold_file(options, steps)
     steps.total = 3 if options.file else 2
     given = _given(options, steps)
     exporting = needs_inputs(options)
@@ -195,6 +214,31 @@ def _fold(options: argparse.Namespace, steps: Steps) -> Outcome:
                 f"has the state dict: bnfx.fold_bn(model).load_state_dict({_reading(options.file)})"
             )
     return Outcome(done, written=f"{options.file} {use}")
+
+
+def _fold_file(options: argparse.Namespace, steps: Steps) -> Outcome:
+    """Fold an `.onnx` file into another, or into itself, and verify it against what it was."""
+    for name in _OF_MODELS:
+        if getattr(options, name, None):
+            raise UsageError(f"an .onnx file stays as it is otherwise: leave --{_dashed(name)} out")
+    steps.total = 1
+    args = _inputs_of_file(options) if options.input else None
+    checks = _check_options(options) if options.command == "deploy" else {}
+    with steps("folding and verifying"):
+        try:
+            done = bnfx.fold_onnx(
+                options.model,
+                options.file,
+                args=args,
+                verify_options=checks,
+                max_batch_norms_left=options.max_batch_norms_left,
+                **_folding(options),
+            )
+        except VerificationError as error:
+            if not isinstance(error.report, Report):
+                raise
+            return Outcome(error.report, str(error).partition("\n")[0], FAILED)
+    return Outcome(done)
 
 
 def _folding(options: argparse.Namespace) -> dict[str, bool]:
@@ -275,6 +319,8 @@ def _batches(inputs: Inputs) -> list[int]:
 
 
 def _deploy(options: argparse.Namespace, steps: Steps) -> Outcome:
+    if options.model.endswith(".onnx"):
+        return _fold_file(options, steps)
     steps.total = 6 if options.benchmark else 5
     given = _given(options, steps)
     inputs = given.required()

@@ -273,13 +273,14 @@ def _insert(command: argparse.ArgumentParser) -> None:
 
 
 def _fold(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(takes=Takes(writes=(".pt2", *CHECKPOINTS)))
-    _model(command)
+    command.set_defaults(takes=Takes(onnx=True, writes=(".pt2", *CHECKPOINTS), rewrites=(".onnx",)))
+    _model(command, "the model, or an .onnx file")
     command.add_argument(
         "file",
         nargs="?",
         metavar="FILE",
-        help="to write: .pt2 for torch.export.load, or a state dict (.pt, .pth, .safetensors)",
+        help="to write: .pt2 for torch.export.load, or a state dict (.pt, .pth, .safetensors); an "
+        ".onnx file becomes one, verified first",
     )
     _inputs(command)
     _dynamic(command)
@@ -307,8 +308,10 @@ def _verify(command: argparse.ArgumentParser) -> None:
 
 
 def _deploy(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(takes=Takes(inputs=True, writes=(".onnx",)))
-    _model(command)
+    command.set_defaults(
+        takes=Takes(onnx=True, inputs=True, writes=(".onnx",), rewrites=(".onnx",))
+    )
+    _model(command, "the model, or an .onnx file")
     command.add_argument("file", metavar="FILE", help="the .onnx file to write once it has passed")
     _inputs(command)
     _folding(command)
@@ -371,6 +374,8 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
   bnfx fold nets:small --require-folded
   bnfx fold nets:small small.pt2 --input x:1x3x16x16 --html fold.html
   bnfx fold 'nets:small(width=4)' small.safetensors
+  bnfx export nets:small unfolded.onnx --input x:1x3x16x16
+  bnfx fold unfolded.onnx folded.onnx
 """,
         _fold,
     ),

@@ -766,3 +766,31 @@ def test_an_interrupt_is_clean(here: Path, number: signal.Signals) -> None:
     assert "interrupted" in rest
     assert "Traceback" not in rest
     assert (here / "old.pt2").read_bytes() == b"older"
+
+
+#: A convolution and a BatchNormalization, as many exporters write them.
+_TRAINED = """
+<ir_version: 8, opset_import: ["" : 17]>
+g (float[1,1,8,8] x) => (float[1,2,8,8] y) <
+  float[2,1,1,1] w = {1, 2}, float[2] s = {1, 2}, float[2] b = {3, 4}, float[2] m = {5, 6},
+  float[2] v = {7, 8}
+> { c = Conv (x, w) y = BatchNormalization (c, s, b, m, v) }
+"""
+
+
+def test_a_file_folds_into_another_or_into_itself(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = here / "trained.onnx"
+    onnx.save(onnx.parser.parse_model(_TRAINED), file)
+    assert main(["fold", "trained.onnx", "folded.onnx"]) == 0
+    assert [n.op_type for n in onnx.load(here / "folded.onnx").graph.node] == ["Conv"]
+    assert main(["fold", "trained.onnx", "folded.onnx", "--require-folded"]) == 0
+    assert main(["deploy", "trained.onnx", "trained.onnx", "--num-inputs", "2"]) == 0
+    assert [n.op_type for n in onnx.load(file).graph.node] == ["Conv"]
+    capsys.readouterr()
+    assert main(["fold", "folded.onnx"]) == 2
+    assert "name the FILE" in capsys.readouterr().err
+    assert main(["deploy", "folded.onnx", "other.onnx", "--opset", "18"]) == 2
+    assert "leave --opset out" in capsys.readouterr().err
+    assert main(["fold", "folded.onnx", "other.pt2"]) == 2
