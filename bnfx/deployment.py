@@ -28,6 +28,7 @@ from bnfx.errors import CaptureError, VerificationError
 from bnfx.export import ExportReport, export_onnx
 from bnfx.folding import fold_exactly
 from bnfx.graphs.examples import Example, clone, training_modules
+from bnfx.graphs.normalised import Values, normalised
 from bnfx.graphs.tracing import NO_PROXY, assemble
 from bnfx.onnx_files.placing import move_into_place, real_target
 from bnfx.removal import StageReport, ledger_of
@@ -128,6 +129,9 @@ def deploy(
     bundle: str | os.PathLike[str] | None = None,
     fold_options: Mapping[str, Any] | None = None,
     max_batch_norms_left: int | None = None,
+    input_scale: Values = None,
+    input_mean: Values = None,
+    input_std: Values = None,
     progress: Callable[[str], None] | None = None,
 ) -> DeployReport:
     """Fold `model`, export it, verify the file against `model`, then move it into place.
@@ -156,6 +160,12 @@ def deploy(
         max_batch_norms_left: How many BatchNorms may stay; where more do, nothing is exported.
         progress: Called with the name of each step as it starts: "fold", "export", "verify",
             "ledger", "benchmark", "report".
+        input_scale: With this, `input_mean` or `input_std`, the file takes x and computes
+            model((x * input_scale - input_mean) / input_std), x its first argument [N, C, ...] as
+            `args` gives it, such as pixels in uint8; one number or C. Scales always fold into the
+            first layers, means where these pad nothing; else one subtraction stays.
+        input_mean: What is subtracted, in units of the scaled input.
+        input_std: What that is divided by.
 
     Raises:
         VerificationError: The file does not compute what `model` computes, and `.report` of the
@@ -164,6 +174,9 @@ def deploy(
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+    if any(value is not None for value in (input_scale, input_mean, input_std)):
+        first = next(iter(as_sample(args).args), None)
+        model = normalised(model, first, scale=input_scale, mean=input_mean, std=input_std)
     execution_provider(provider)
     target, seconds = real_target(f), dict[str, float]()
     tell = progress or (lambda _: None)

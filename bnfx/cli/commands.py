@@ -26,11 +26,12 @@ from bnfx.cli.inputs import (
     require_fit,
 )
 from bnfx.cli.models import load_model, save_exported
-from bnfx.cli.parser import FOLDING
+from bnfx.cli.parser import FOLDING, NORMALISING
 from bnfx.cli.results import DONE, FAILED, Outcome, Steps
 from bnfx.cli.specs import parse_dynamic
 from bnfx.cli.terminal import tell
-from bnfx.errors import ProviderError, UsageError, VerificationError
+from bnfx.errors import CaptureError, ProviderError, UsageError, VerificationError
+from bnfx.graphs.normalised import normalised
 from bnfx.reports.report import FoldReport, InsertReport, Report
 from bnfx.workspace import workspace
 
@@ -72,6 +73,7 @@ _OF_MODELS = (
     "external_data",
     "benchmark",
     "bundle",
+    *NORMALISING,
 )
 
 
@@ -96,6 +98,13 @@ def _given(options: argparse.Namespace, steps: Steps, *, training: bool = False)
         inputs = bind(model, parse_inputs(options.input))
     if inputs is None:
         return Given(model, None)
+    scale, mean, std = (getattr(options, name, None) for name in NORMALISING)
+    if not scale is mean is std is None:
+        first = next(iter(inputs.args), None)
+        try:
+            model = normalised(model, first, scale=scale, mean=mean, std=std)
+        except CaptureError as error:
+            raise UsageError(str(error)) from None
     check_forward(model, inputs)
     dynamic, batch = getattr(options, "dynamic", []), getattr(options, "dynamic_batch", False)
     shapes = dynamic_shapes(inputs, dynamic, batch=batch)

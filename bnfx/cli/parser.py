@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any, NoReturn
 
 from bnfx.cli.checks import CHECKPOINTS, Takes
@@ -168,6 +169,22 @@ def _folding(command: argparse.ArgumentParser) -> None:
     )
 
 
+#: What the file does to its first input, by the names that `deploy` has for it.
+NORMALISING = ("input_scale", "input_mean", "input_std")
+
+
+def _normalising(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("normalisation, taken into the file (one number, or C)")
+    helps = (
+        "what the first input is multiplied by, such as 1/255",
+        "what is subtracted then",
+        "what that is divided by",
+    )
+    for name, told in zip(NORMALISING, helps, strict=True):
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, type=_numbers, metavar="X,X,X", help=told)
+
+
 def _policy(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("policy (exit code 1 where it is broken)")
     group.add_argument(
@@ -212,6 +229,15 @@ def _positive(text: str) -> int:
     if not _count(text):
         raise argparse.ArgumentTypeError(f"{text!r} is nothing to verify on; give 1 or more")
     return int(text)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(Fraction(part)) for part in text.split(","))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of numbers; write 0.485,0.456,0.406 or 1/255"
+        ) from None
 
 
 def _runs(text: str) -> int:
@@ -314,6 +340,7 @@ def _deploy(command: argparse.ArgumentParser) -> None:
     _model(command, "the model, or an .onnx file")
     command.add_argument("file", metavar="FILE", help="the .onnx file to write once it has passed")
     _inputs(command)
+    _normalising(command)
     _folding(command)
     _onnx(command)
     _checks(command)
@@ -403,6 +430,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
         """\
   bnfx deploy nets:small small.onnx --input x:1x3x16x16 --dynamic-batch --require-folded
   bnfx deploy nets:small small.onnx --input x:1x3x16x16 --html deploy.html --json deploy.json
+  bnfx deploy nets:small small.onnx --input x:1x3x16x16:uint8 --input-scale 1/255
 """,
         _deploy,
     ),

@@ -12,6 +12,7 @@ import termios
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
 import pytest
 
 from bnfx.cli import main
@@ -150,3 +151,17 @@ def test_another_checkpoint_is_told_as_such(here: Path, capsys: pytest.CaptureFi
     out, err = capsys.readouterr()
     assert "every weight differs: another checkpoint?" in err
     assert "over 1e6 of 8" in out
+
+
+def test_pixels_go_into_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels = ("--input", "x:1x3x8x8:uint8")
+    with folder_with(tmp_path):
+        wanted = ("--input-scale", "1/255", "--input-mean", "0.5,0.4,0.3", "--input-std", ".2")
+        assert main(["deploy", "tiny:small", "s.onnx", *pixels, *wanted]) == 0
+        assert [i.type.tensor_type.elem_type for i in onnx.load("s.onnx").graph.input] == [
+            onnx.TensorProto.UINT8
+        ]
+        capsys.readouterr()
+        assert main(["deploy", "tiny:small", "t.onnx", *pixels, "--input-mean", "1,2"]) == 2
+        assert "3 channels" in capsys.readouterr().err
+        assert main(["deploy", "s.onnx", "t.onnx", "--input-scale", "1/255"]) == 2
