@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfx.graphs.examples import HOOKS
+from bnfx.graphs.durable import DurableGraph
+from bnfx.graphs.examples import take_hooks
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Origin:
     norm: str
 
 
-class InsertedGraph(fx.GraphModule):
-    """A `torch.fx.GraphModule` with inserted BatchNorms.
+class InsertedGraph(DurableGraph):
+    """A graph with inserted BatchNorms.
 
     It loads checkpoints of the model from before the insertion: where a `state_dict` has a layer
     but not the BatchNorm behind it, the layer's old bias becomes beta, and the BatchNorm an
-    identity (mean 0, var 1, gamma sqrt(1 + eps)). It survives copying and pickling as what it is.
+    identity (mean 0, var 1, gamma sqrt(1 + eps)).
     """
 
     _bnfx_origins: tuple[Origin, ...] = ()
@@ -78,20 +78,6 @@ class InsertedGraph(fx.GraphModule):
         _translate(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> InsertedGraph:
-        made = super().__deepcopy__(memo)
-        assert isinstance(made, InsertedGraph)
-        for name, value in self.__dict__.items():
-            if name not in made.__dict__:
-                made.__dict__[name] = copy.deepcopy(value, memo)
-        _take_absent(made, self)
-        _resemble(made, self)
-        return made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        rebuild, arguments = super().__reduce__()
-        return _rebuilt, (rebuild, arguments)
-
 
 def _mention_everything(root: nn.Module, graph: fx.Graph) -> None:
     """Read every parameter and buffer of `root`: what a graph reads survives copy and pickle."""
@@ -103,19 +89,6 @@ def _mention_everything(root: nn.Module, graph: fx.Graph) -> None:
             continue
         with graph.inserting_before(first):
             graph.get_attr(name)
-
-
-def _rebuilt(rebuild: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]) -> InsertedGraph:
-    """Unpickle: torch rebuilds a plain GraphModule, with all attributes."""
-    plain = rebuild(*arguments)
-    made = InsertedGraph(plain, plain.graph, class_name=type(plain).__name__)
-    for name, value in plain.__dict__.items():
-        made.__dict__.setdefault(name, value)
-    pickled = nn.Module()
-    pickled.__dict__.update(arguments[0])
-    _take_absent(made, pickled)
-    _resemble(made, pickled)
-    return made
 
 
 def _resemble(made: nn.Module, source: nn.Module) -> None:
@@ -141,8 +114,7 @@ def _resemble(made: nn.Module, source: nn.Module) -> None:
         module._modules.clear()
         module._modules.update({name: children[name] for name in order if name in children})
         module._modules.update(children)
-    for hooks in HOOKS:
-        getattr(made, hooks).update(getattr(source, hooks))
+    take_hooks(made, source)
 
 
 def _name_the_layer(module: InsertedGraph, error: ValueError) -> None:

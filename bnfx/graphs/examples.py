@@ -21,7 +21,7 @@ HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 )
-
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 #: Where a module keeps its tensors and modules.
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -145,8 +145,13 @@ def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_inference():
             memo.setdefault(id(tensor), _normal(tensor))
+    known = dict[int, Any](memo)
     try:
-        return copy.deepcopy(model, dict[int, Any](memo))
+        copied = copy.deepcopy(model, known)
+        for module in model.modules():
+            if isinstance(module, fx.GraphModule) and (has_hooks(module) or trains_hooks(module)):
+                take_hooks(known[id(module)], module, known)
+        return copied
     except Exception as error:  # copying is up to the classes in it, which raise anything
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {error}. bnfx never changes the model that "
@@ -215,6 +220,27 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether code of the user runs around this module's forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def trains_hooks(module: nn.Module) -> bool:
+    """Whether code of the user runs around this module's backward."""
+    return any(getattr(module, name) for name in _BACKWARD_HOOKS)
+
+
+def take_hooks(made: nn.Module, source: nn.Module, memo: dict[int, Any] | None = None) -> None:
+    """Give `made` the hooks of `source`, or their copies where there is a memo of copying.
+
+    The exporter's own, which check the inputs of the module that it made, are none of a copy's.
+    """
+    for name in (*HOOKS, *_BACKWARD_HOOKS):
+        kept = {i: hook for i, hook in getattr(source, name).items() if not _of_exporter(hook)}
+        getattr(made, name).update(kept if memo is None else copy.deepcopy(kept, memo))
+    made._is_full_backward_hook = source._is_full_backward_hook
+
+
+def _of_exporter(hook: object) -> bool:
+    home = getattr(hook, "__module__", None) or ""
+    return home.startswith(("torch.export.", "torch._export."))
 
 
 def training_modules(model: nn.Module) -> list[str]:

@@ -7,7 +7,6 @@ with.
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -22,6 +21,7 @@ from torch.utils import _pytree as pytree
 from bnfx.errors import CaptureError
 from bnfx.graphs.agreement import alike, bound, outputs, reordered
 from bnfx.graphs.constants import is_torch
+from bnfx.graphs.durable import InPlaceProxy
 from bnfx.graphs.examples import HOOKS, Example, clone, has_hooks, obstacle, skeleton
 from bnfx.graphs.export_guards import rewrite_guards
 from bnfx.graphs.naming import OWNER
@@ -40,26 +40,6 @@ _RANKS: tuple[tuple[type[nn.Module], frozenset[int]], ...] = (
 )
 
 
-class _Proxy(fx.Proxy):
-    """Records augmented assignment as what it is; torch.fx takes `y += 1` for `y = y + 1`."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("data", "real", "imag"):
-            raise fx.proxy.TraceError(f"it assigns to .{name} of a tensor, which no graph records")
-        super().__setattr__(name, value)
-
-
-def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
-    def method(self: fx.Proxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return method
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand",
-              "ior", "ixor", "ilshift", "irshift"):  # fmt: skip
-    setattr(_Proxy, f"__{_name}__", _augmented(getattr(operator, _name)))
-
 #: node.meta key of a module that is kept whole: why torch.export could not help.
 NOT_EXPORTED = "bnfx_not_exported"
 
@@ -73,7 +53,7 @@ class _FunctionalTracer(Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A value under tracing."""
-        return _Proxy(node, self)
+        return InPlaceProxy(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """As torch.fx does it, which goes through all names for each tensor that is read."""

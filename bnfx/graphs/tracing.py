@@ -20,7 +20,8 @@ import torch
 from torch import fx, nn
 
 from bnfx.errors import CaptureError
-from bnfx.graphs.examples import HOOKS, Example, has_hooks
+from bnfx.graphs.durable import DurableGraph
+from bnfx.graphs.examples import Example, has_hooks, take_hooks
 
 #: node.meta key: the ranks that the BatchNorm module behind a functional call accepts.
 RANKS = "bnfx_ranks"
@@ -255,15 +256,14 @@ def _require_quotable(node: fx.Node) -> None:
         )
 
 
-def assemble(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+def assemble(root: nn.Module, graph: fx.Graph) -> DurableGraph:
     """`graph` with what it reads of `root`, in the mode and with the outer hooks of `root`."""
     graph.lint()
-    module = fx.GraphModule(root, graph, class_name=type(root).__name__)
+    module = DurableGraph(root, graph, class_name=type(root).__name__)
     theirs = dict(root.named_modules(remove_duplicate=False))
     for path, made in module.named_modules(remove_duplicate=False):
         made.training = theirs[path].training
-    for hooks in HOOKS:
-        getattr(module, hooks).update(getattr(root, hooks))
+    take_hooks(module, root)
     return module
 
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 from bnfx.errors import CaptureError
-from bnfx.graphs.examples import Example, modes_kept
+from bnfx.graphs.examples import Example, modes_kept, trains_hooks
 from bnfx.graphs.parameters import free_name
 from bnfx.graphs.tracing import Tracer, trace
 from bnfx.operators.table import affine_module
@@ -19,7 +19,7 @@ class _ModuleTracer(Tracer):
     """Keeps the modules of torch.nn, and bnfx's own constants by mode, as calls."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        keeps = isinstance(m, ByMode) or names_its_state(m)
+        keeps = isinstance(m, ByMode) or names_its_state(m) or trains_hooks(m)
         return keeps or super().is_leaf_module(m, module_qualified_name)
 
 
