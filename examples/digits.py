@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
+from demo_page import DemoReport
 from networks import ConvNet, sigmoid_mlp
 from pictures import draw_curves
 from rich.console import Console
@@ -189,7 +190,7 @@ def accuracy_table(results: list[Deployed]) -> Table:
 
 
 def write(results: list[Deployed], out: Path, seed: int) -> None:
-    """The JSON report and the picture."""
+    """The JSON report, the picture, and the page that has it all."""
     packages = ("bnfx", "torch", "onnx", "onnxscript", "scikit-learn")
     report = {
         "seed": seed,
@@ -202,6 +203,14 @@ def write(results: list[Deployed], out: Path, seed: int) -> None:
         for r in results
     ]
     draw_curves(panels, out / "training.png")
+    page = DemoReport(
+        good=all(result.good() for result in results),
+        facts=tuple((r.job.title, f"{r.verified.status} on {r.provider}") for r in results),
+        accuracy=accuracy_table(results),
+        curves=out / "training.png",
+        networks={r.job.title: (r.insert, r.fold, r.verified, r.latency) for r in results},
+    )
+    page.write(out / "index.html")
 
 
 def show_results(results: list[Deployed], out: Path, console: Console) -> None:
@@ -221,6 +230,7 @@ def show_results(results: list[Deployed], out: Path, console: Console) -> None:
     )
     names = ", ".join(sorted(path.name for path in out.iterdir() if path.is_file()))
     console.print(f"\nIn {out}: {names}", markup=False, highlight=False)
+    console.print(f"Open {(out / 'index.html').resolve().as_uri()}", markup=False)
 
 
 def main(argv: list[str]) -> int:
