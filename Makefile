@@ -17,7 +17,7 @@ READY := $(VENV)/.ready-demo
 READY_TEST := $(VENV)/.ready-test
 
 .DELETE_ON_ERROR:
-.PHONY: help demo paper test test-gpu clean distclean
+.PHONY: help demo paper test test-gpu dist clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile | awk -F: '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -36,6 +36,11 @@ test: $(READY_TEST)  ## format, lint, types, tests, wheel
 
 test-gpu: $(READY_TEST)  ## the tests that need a GPU; without one they fail
 	BNFX_REQUIRE_GPU=1 $(RUN) pytest -m gpu
+
+dist: $(READY_TEST)  ## build the wheel and the source archive as they are published (in dist/)
+	rm -rf dist
+	$(RUN) build
+	$(RUN) twine check --strict dist/*
 
 clean:  ## remove what was built, keep .venv
 	rm -rf build dist demo *.egg-info .coverage htmlcov .mypy_cache .pytest_cache .ruff_cache

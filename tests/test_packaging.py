@@ -82,11 +82,44 @@ def test_source_archive_holds_what_the_build_and_the_tests_need(archives: Path) 
     assert tree | {"pyproject.toml", "LICENSE", "README.md", "bnfx/py.typed"} <= files
 
 
-def test_installed_wheel_imports(archives: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def installed(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the installed wheel and nothing else."""
     (wheel,) = archives.glob("*.whl")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    target = tmp_path / "site"
+    target = tmp_path_factory.mktemp("installed") / "site"
     subprocess.run([*command, "--target", str(target), str(wheel)], check=True)
+    return target
+
+
+def test_archives_are_what_an_index_takes(archives: Path) -> None:
+    pytest.importorskip("twine", reason="twine is not installed: pip install bnfx[test]")
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, archives.iterdir())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASSED") == 2
+
+
+@pytest.mark.slow
+def test_demo_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    demo = str(ROOT / "examples" / "digits.py")
+    code = f"""
+import runpy, sys
+sys.path.insert(0, {str(installed)!r})
+import bnfx
+assert bnfx.__file__.startswith({str(installed)!r}), bnfx.__file__
+sys.argv = [{demo!r}, "--quick", "--out", "demo"]
+sys.path.insert(1, {str(Path(demo).parent)!r})
+runpy.run_path({demo!r}, run_name="__main__")
+"""
+    python(code, tmp_path)
+    page = (tmp_path / "demo" / "index.html").read_text(encoding="utf-8")
+    assert page.count("Passed") >= 1
+    assert "training.png" not in page, "the page is one file"
+
+
+def test_installed_wheel_imports(installed: Path, tmp_path: Path) -> None:
+    target = installed
     code = f"""
 import sys
 sys.path.insert(0, {str(target)!r})
@@ -148,9 +181,13 @@ def test_unknown_name_is_an_attribute_error() -> None:
         getattr(bnfx, name)
 
 
-def test_version_is_the_distribution_version() -> None:
+def test_version_has_one_place(archives: Path) -> None:
+    assert {path.name.split("-")[1].removesuffix(".tar.gz") for path in archives.iterdir()} == {
+        bnfx.__version__
+    }
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert bnfx.__version__ == project["version"]
+    assert "version" not in project
+    assert f"\nversion: {bnfx.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_pre_commit_and_make_use_one_ruff() -> None:
