@@ -77,8 +77,7 @@ def _combined(walk: Walk, node: fx.Node, demand: Demand, factor: float) -> Tenso
     """A sum or a product of two tensors that are both computed."""
     first, second, small = _pair(walk, node)
     cause = Cause(node, describe(node))
-    keys, where = np.unique(np.stack([first, second]), axis=1, return_inverse=True)
-    one, two = keys
+    one, two, where = _pairs(first, second)
     y = np.zeros(len(one), np.int64)
     used = (one > 0) | (two > 0)
     y[used] = walk.found.fresh(node, "y", int(used.sum()))
@@ -93,7 +92,7 @@ def _combined(walk: Walk, node: fx.Node, demand: Demand, factor: float) -> Tenso
             walk.unshifted(labels, cause)
     walk.found.readers[node, 0] = np.unique(one)
     walk.found.readers[node, 1] = np.unique(two)
-    return torch.from_numpy(y[where.reshape(-1)]).reshape(small).expand(walk.shape_of(node))
+    return torch.from_numpy(y[where]).reshape(small).expand(walk.shape_of(node))
 
 
 def _shift(walk: Walk, node: fx.Node, value: object, k: Tensor, kind: Kind) -> Tensor:
@@ -128,11 +127,10 @@ def _constant_site(
     if split:  # one number for each channel gives each a gauge of its own
         labels = torch.broadcast_tensors(labels, k)[0]
     known = k.expand_as(labels) if split else torch.zeros_like(labels)
-    pairs = np.stack([labels.reshape(-1).numpy(), known.reshape(-1).double().numpy()])
-    keys, inverse = np.unique(pairs, axis=1, return_inverse=True)
-    x = keys[0].astype(np.int64)
+    _, codes = np.unique(known.reshape(-1).double().numpy(), return_inverse=True)
+    x, _, inverse = _pairs(labels.reshape(-1).numpy(), codes.reshape(-1))
     y = walk.found.fresh(node, "y", len(x))
-    where = torch.from_numpy(inverse.reshape(-1)).reshape(labels.shape)
+    where = torch.from_numpy(inverse).reshape(labels.shape)
     spread, wide = torch.broadcast_tensors(where, k)
     flat, numbers = spread.reshape(-1).numpy(), wide.reshape(-1).double().numpy()
     first = np.zeros(len(x))
@@ -159,6 +157,16 @@ def _constant_site(
     walk.found.readers[node, 0] = np.unique(x)
     walk.found.site(site)
     return site, torch.from_numpy(y)[where].expand(shape), uniform
+
+
+def _pairs(first: Ints, second: Ints) -> tuple[Ints, Ints, Ints]:
+    """The different pairs in order, and which of them each place has.
+
+    One number for a pair: sorting numbers is some twenty times as fast as sorting columns.
+    """
+    count = int(second.max(initial=0)) + 1
+    keys, where = np.unique(first * count + second, return_inverse=True)
+    return keys // count, keys % count, where.reshape(-1)
 
 
 def _pair(walk: Walk, node: fx.Node) -> tuple[Ints, Ints, tuple[int, ...]]:
