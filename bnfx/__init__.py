@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bnfx.text import meant
 from bnfx.version import __version__ as __version__
 
 if TYPE_CHECKING:  # the same for type checkers; a test keeps it equal to the table below
@@ -83,7 +84,7 @@ def _load(name: str) -> Any:
     if name == "passes":
         return importlib.import_module("bnfx.passes")
     if name not in _HOME:
-        raise AttributeError(f"module 'bnfx' has no attribute {name!r}")
+        raise AttributeError(f"module 'bnfx' has no attribute {name!r}{meant(name, __all__)}")
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
@@ -94,4 +95,4 @@ if not TYPE_CHECKING:  # a type checker that saw this would accept any name
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

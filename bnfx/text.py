@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
+from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
@@ -21,3 +23,9 @@ def harmless(character: str) -> bool:
     if character.isprintable() or character in "\n\t":
         return True
     return unicodedata.category(character) == "Zs"  # spaces of other widths
+
+
+def meant(word: str, words: Iterable[str]) -> str:
+    """What was probably meant by a word that is none of `words`, to end a message with; or ""."""
+    near = difflib.get_close_matches(word, [*words], n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

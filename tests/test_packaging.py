@@ -177,8 +177,14 @@ def test_type_checkers_see_the_names_that_load_lazily() -> None:
 
 def test_unknown_name_is_an_attribute_error() -> None:
     name = "fold_batchnorm"
-    with pytest.raises(AttributeError, match=name):
+    with pytest.raises(AttributeError, match=rf"{name}.*did you mean fold_bn\?"):
         getattr(bnfx, name)
+    with pytest.raises(AttributeError, match=r"has no attribute 'xyzzy'$"):
+        getattr(bnfx, "xyzzy")  # noqa: B009  # type checkers know that it is not there
+
+
+def test_dir_shows_what_is_public_alone() -> None:
+    assert dir(bnfx) == sorted(bnfx.__all__)
 
 
 def test_version_has_one_place(archives: Path) -> None:

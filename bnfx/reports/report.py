@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -86,6 +87,14 @@ class Report(ABC):
         told: dict[str, Any] = plain(self)
         return told
 
+    def to_json(self) -> str:
+        """The report as JSON by the standard; numbers that are not finite become strings."""
+        return writers.to_json(self.to_dict())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the verdict and the tables; `to_html` has the pictures too."""
+        return writers.to_fragment(self.headline(), blocks(self))
+
     def to_markdown(self, more: Sequence[Report] = (), title: str = "") -> str:
         """The report as Markdown, with the sections of `more` behind its own."""
         return writers.to_markdown(self._document(more, title))
@@ -101,19 +110,27 @@ class Report(ABC):
         found = [section for part in (self, *more) for section in part.sections()]
         return Document(head, (*found, Section("Environment", (here,))))
 
-    def write(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as ".json", ".txt", ".md" or ".html".
 
         Raises:
             BnfxError: The suffix is another one, or the file cannot be written.
         """
+        path = Path(path)
         check_report_path(path)
-        forms = {".html": self.to_html, ".md": self.to_markdown, ".txt": self.__str__}
-        text = writers.to_json(self.to_dict()) if path.suffix == ".json" else forms[path.suffix]()
+        forms: dict[str, Callable[[], str]] = {
+            ".html": self.to_html,
+            ".json": self.to_json,
+            ".md": self.to_markdown,
+            ".txt": self.__str__,
+        }
+        text = forms[path.suffix]()
         try:
             path.write_bytes(f"{text.rstrip()}\n".encode(errors="replace"))
         except OSError as error:
             raise BnfxError(f"the report cannot be written: {error}") from error
+
+    write = save
 
 
 def check_report_path(path: Path) -> None:

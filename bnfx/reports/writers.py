@@ -6,11 +6,11 @@ import datetime
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from typing import Any
 
-from bnfx.reports.document import Block, Document, Paragraph, Picture
+from bnfx.reports.document import Block, Document, Headline, Paragraph, Picture, Table
 from bnfx.text import harmless, printable
 from bnfx.version import __version__
 
@@ -78,6 +78,27 @@ def to_html(document: Document) -> str:
         version=__version__,
         time=datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def to_fragment(head: Headline, shown: Iterable[Block]) -> str:
+    """The verdict and what stands below as HTML inside another page, whose style it takes."""
+    from markupsafe import escape
+
+    def text(tag: str, content: str) -> str:
+        lines = escape(printable(content)).replace("\n", "<br>")
+        return f"<{tag}>{lines}</{tag}>"
+
+    parts = [text("strong", f"{_WORDS[head.status]} {head.verdict}".strip())]
+    for block in shown:
+        if isinstance(block, Paragraph):
+            parts.append(text("p", block.text))
+        elif isinstance(block, Table):
+            rows = [(("th", block.columns)), *(("td", row) for row in block.rows)]
+            drawn = ("".join(text(tag, cell) for cell in cells) for tag, cells in rows)
+            body = "".join(f"<tr>{row}</tr>" for row in drawn)
+            caption = text("caption", block.caption) if block.caption else ""
+            parts.append(f"<table>{caption}{body}</table>")
+    return f"<div>{''.join(parts)}</div>"
 
 
 def to_json(content: Mapping[str, Any]) -> str:

@@ -132,16 +132,19 @@ def test_every_report_has_every_form(
 ) -> None:
     report = REPORTS[kind](net, deployed)
     for suffix in (".json", ".txt", ".md", ".html"):
-        report.write(tmp_path / f"a{suffix}")
-    json.loads((tmp_path / "a.json").read_text())
+        report.save(str(tmp_path / f"a{suffix}"))
+    assert report.to_json() == (tmp_path / "a.json").read_text().rstrip()
+    json.loads(report.to_json())
     page = check_page((tmp_path / "a.html").read_text())
     markdown = (tmp_path / "a.md").read_text()
     plain = (tmp_path / "a.txt").read_text()
     cells = [c for t in blocks(report) if isinstance(t, Table) for row in t.rows for c in row]
     assert cells
     squeezed = "".join(plain.split())
+    notebook = check_page(report._repr_html_())
     for cell in cells:
         assert " ".join(cell.split()) in page.text
+        assert " ".join(cell.split()) in notebook.text
         assert cell.replace(" ", "") in squeezed or len(cell) > 20, "long cells wrap"
     assert "<script" not in markdown
     assert markdown.startswith("# ")
