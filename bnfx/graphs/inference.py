@@ -305,30 +305,39 @@ def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
     batch = _sizes_left_open(root, given, slice(1))
     wide = _two_of_each(given)  # the exporter takes an axis of size 1 for one that stays so
     for example, sizes in ((wide, everywhere), (given, everywhere), (wide, batch), (given, None)):
-        # what the exporter notes on tensors would hold in the next attempt too
-        mine = example.copied()
         try:
-            with attributes_kept(root):
-                program = torch.export.export(
-                    root, mine.args, dict(mine.kwargs), dynamic_shapes=sizes, strict=False
-                )
+            captured = exported(root, example, sizes)
             if example is wide:
-                outputs(clone(program.module()), given)
+                outputs(clone(captured.module), given)
         except Exception as error:  # noqa: BLE001  # the exporter and the user's forward raise anything
             errors.append(f"torch.export: {str(error).strip().partition(chr(10))[0]}")
             continue
-        captured = program.module()
-        assert isinstance(captured, fx.GraphModule)
-        # The exporter's own hooks look at its class, and no pickle takes them; those for modules
-        # as inputs are for nothing here. Its guards are a node and stay.
-        for hooks in HOOKS:
-            getattr(captured, hooks).clear()
-        captured.graph._tracer_cls = None  # unpickling would make one without its arguments
-        rewrite_guards(captured)
-        _restore_modes(root, captured)
-        # It names all state; what no operator reads (num_batches_tracked) is none of this graph.
-        erase_dead(captured.graph, [n for n in captured.graph.nodes if n.op == "get_attr"])
-        assert program.example_inputs is not None
-        return Captured(captured, tuple(pytree.tree_leaves(program.example_inputs)))
+        return captured
     outputs(clone(root), given)  # the model itself may not run on the example, which says more
     raise CaptureError(f"{type(root).__name__} cannot be captured. " + "; ".join(errors))
+
+
+def exported(root: nn.Module, example: Example, sizes: Any = None) -> Captured:
+    """What `torch.export.export` makes of it, in which no module is left whole.
+
+    Raises:
+        Exception: Anything that the exporter and the forward of `root` raise.
+    """
+    mine = example.copied()  # what the exporter notes on tensors would hold in the next call too
+    with attributes_kept(root):
+        program = torch.export.export(
+            root, mine.args, dict(mine.kwargs), dynamic_shapes=sizes, strict=False
+        )
+    captured = program.module()
+    assert isinstance(captured, fx.GraphModule)
+    # The exporter's own hooks look at its class, and no pickle takes them; those for modules
+    # as inputs are for nothing here. Its guards are a node and stay.
+    for hooks in HOOKS:
+        getattr(captured, hooks).clear()
+    captured.graph._tracer_cls = None  # unpickling would make one without its arguments
+    rewrite_guards(captured)
+    _restore_modes(root, captured)
+    # It names all state; what no operator reads (num_batches_tracked) is none of this graph.
+    erase_dead(captured.graph, [n for n in captured.graph.nodes if n.op == "get_attr"])
+    assert program.example_inputs is not None
+    return Captured(captured, tuple(pytree.tree_leaves(program.example_inputs)))

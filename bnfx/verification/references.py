@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from bnfx.errors import BnfxError, VerificationError
 from bnfx.folding import exact_graph, fold_bn
 from bnfx.graphs.examples import Example, clone, in_float64
-from bnfx.graphs.inference import inference_graph
+from bnfx.graphs.inference import exported, inference_graph
 from bnfx.graphs.observed import leaves_in
 from bnfx.numbers import UNIT, Array, relative_error
 from bnfx.reports.report import FoldReport, report
@@ -211,7 +211,8 @@ class TorchReference:
         Folding decides by dtype, and by what it knows of the inputs: so it is done again as the
         exported model was folded, by the rules of its own dtype, and for a copy in float64; then
         without the example, and with other options. No weight is rounded. Others fold each
-        BatchNorm into the layer before it, or not at all.
+        BatchNorm into the layer before it, or not at all. Exporters look into modules that folding
+        leaves whole, and compute weights that a module computes: each form is also looked into.
 
         Raises:
             BnfxError: The reference cannot be captured in any way.
@@ -224,21 +225,36 @@ class TorchReference:
                 graph = fold()
                 done = report(graph)
                 assert isinstance(done, FoldReport)
-                traced = self._traced(graph, given, frozenset(done.provenance))
-                yield Form(name, traced, rounded_once=True)
-                if neighbours(traced.layers):
-                    yield _composed(f"{name}, the rest {COMPOSED}", traced)
+                changed = frozenset(done.provenance)
+                for how, traced in self._sights(graph, given, changed):
+                    yield Form(name + how, traced, rounded_once=not how)
+                    if neighbours(traced.layers):
+                        yield _composed(f"{name}{how}, the rest {COMPOSED}", traced)
             except (BnfxError, RuntimeError, TypeError, ValueError, AssertionError) as error:
                 # A form that cannot be made is one that the file need not be compared with.
                 failures.append(f"{name}: {str(error).partition(chr(10))[0]}")
         try:
-            plain = self._plain(sample)
+            graph = inference_graph(self._own, sample).module.double()
+            for how, plain in self._sights(graph, given, frozenset()):
+                yield _composed(COMPOSED + how, plain)
+                yield Form(f"as it is{how}", plain, rounded_once=False)
         except BnfxError as error:
             if len(failures) == len(ways):
                 raise VerificationError("; ".join([*failures, str(error)])) from error
-            return
-        yield _composed(COMPOSED, plain)
-        yield Form("as it is", plain, rounded_once=False)
+
+    def _sights(
+        self, graph: fx.GraphModule, given: Example, changed: frozenset[str]
+    ) -> Iterator[tuple[str, Traced]]:
+        """What the graph computes, and how it was looked at: first as an exporter sees it."""
+        if any(_holds_state(graph, node) for node in graph.graph.nodes):
+            try:
+                inside = self._traced(exported(graph, given).module, given, changed)
+            except Exception as error:  # noqa: BLE001  # the exporter and the user's forward raise anything
+                said = str(error).partition(chr(10))[0]
+                self.failures.append(f"looked into what stays whole: {said}")
+            else:
+                yield ", looked into", inside
+        yield "", self._traced(graph, given, changed)
 
     def _ways(
         self, sample: Example, given: Example
@@ -290,6 +306,14 @@ class TorchReference:
             return trace_layers(graph, tuple(values), changed)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise VerificationError(f"the folded {self.name} fails in float64: {error}") from error
+
+
+def _holds_state(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether it calls a module as a whole, of which a file may hold weights."""
+    if node.op != "call_module":
+        return False
+    module = graph.get_submodule(str(node.target))
+    return any(True for _ in (*module.parameters(), *module.buffers()))
 
 
 def _options() -> Iterator[dict[str, Any]]:

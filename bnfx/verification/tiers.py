@@ -78,16 +78,21 @@ class _Match:
     first: bool
     pairing: Pairing
     checks: tuple[tuple[Pair, tuple[WeightCheck, ...]], ...]
+    #: Of constants that are no layer's, and the names of those that are nowhere.
+    constants: tuple[WeightCheck, ...]
+    absent: tuple[str, ...]
 
     @property
     def score(self) -> int:
-        good = sum(check.passed for _, checks in self.checks for check in checks)
-        bad = sum(not check.passed for _, checks in self.checks for check in checks)
+        checks = [check for _, checks in self.checks for check in checks]
+        good = sum(check.passed for check in (*checks, *self.constants))
+        bad = sum(not check.passed for check in (*checks, *self.constants))
         return good - bad - 4 * len(self.pairing.missing)
 
     @property
     def perfect(self) -> bool:
-        return not self.wrong and not self.pairing.missing
+        known = all(check.passed for check in self.constants)
+        return known and not self.wrong and not self.pairing.missing
 
     @property
     def wrong(self) -> int:
@@ -128,7 +133,7 @@ def check_layers(
     names = {name for node in graph.nodes for name in node.operands.values()}
     dtypes = {name: stored_dtype(graph, name, values) for name in names}
     try:
-        match = _best(reference, sample, ours, found, dtypes, rounding)
+        match = _best(reference, sample, graph, ours, found, dtypes, rounding)
     except BnfxError as error:
         note = (
             f"weights and layers: not checked, since the reference cannot be taken apart: {error}"
@@ -155,11 +160,10 @@ def check_layers(
         layers.append(layer)
         same_input = flow_error(flow[pair.truth.x], found[pair.ours.x]) < math.inf
         faults += structure_faults(pair, layer, same_input=same_input)
-    constants, missing = _constants(match, graph, rounding)
-    weights += constants
-    faults += [constant_fault(check) for check in constants if not check.passed]
-    notes = tuple(_notes(reference, match, strangers, missing, graph, decides=decides))
-    wanted = len(weights) + len(strangers) + len(missing) + len(match.pairing.missing)
+    weights += match.constants
+    faults += [constant_fault(check) for check in match.constants if not check.passed]
+    notes = tuple(_notes(reference, match, strangers, graph, decides=decides))
+    wanted = len(weights) + len(strangers) + len(match.absent) + len(match.pairing.missing)
     first = hint(match.pairing.pairs, layers, flow, found, graph, rounding.precision)
     return Findings(
         tuple(weights), tuple(layers), wanted, tuple(faults), first, notes, decides, graph.hidden
@@ -174,6 +178,7 @@ def _fused(layer: LayerCheck) -> bool:
 def _best(
     reference: Known,
     sample: Example,
+    graph: FileGraph,
     ours: Sequence[Layer],
     found: Mapping[str, Tensor],
     dtypes: dict[str, str],
@@ -186,7 +191,8 @@ def _best(
         # Others fold in float32, so that only what bnfx folded is held to one rounding.
         how = replace(rounding, claimed=rounding.claimed and form.rounded_once)
         checks = tuple((p, tuple(check_pair(p, dtypes, how))) for p in pairing.pairs)
-        match = _Match(form, best is None, pairing, checks)
+        constants, absent = _constants(form, pairing, graph, rounding)
+        match = _Match(form, best is None, pairing, checks, tuple(constants), tuple(absent))
         if match.settled(len(ours), rounding.unit(rounding.reference)):
             return match
         if best is None or match.score > best.score:
@@ -208,13 +214,13 @@ def _origins(known: Known, sample: Example, match: _Match) -> dict[str, Origin]:
 
 
 def _constants(
-    match: _Match, graph: FileGraph, rounding: Rounding
+    form: Form, pairing: Pairing, graph: FileGraph, rounding: Rounding
 ) -> tuple[list[WeightCheck], list[str]]:
-    truth = [c for c in match.form.traced.constants if c.value.numel() > 1]
+    truth = [c for c in form.traced.constants if c.value.numel() > 1]
     if not truth:
         return [], []
     sizes = {constant.value.numel() for constant in truth}
-    paired = {name for pair in match.pairing.pairs for name in pair.ours.names.values()}
+    paired = {name for pair in pairing.pairs for name in pair.ours.names.values()}
     stored = []
     for tensor in graph.tensors:
         count = 1
@@ -233,7 +239,6 @@ def _notes(
     reference: Known,
     match: _Match,
     strangers: list[str],
-    missing: list[str],
     graph: FileGraph,
     *,
     decides: bool,
@@ -258,8 +263,8 @@ def _notes(
             f"weights: those of {_few(strangers)} are of no folding that bnfx knows; the file does "
             "not say that bnfx wrote it, so outputs decide there"
         )
-    if missing:
-        yield f"constants: {_few(missing)} not found in the file; outputs decide there"
+    if match.absent:
+        yield f"constants: {_few(match.absent)} not found in the file; outputs decide there"
     if graph.hidden:
         yield (
             f"layers: {graph.hidden} inside subgraphs (of If, Loop or Scan) are not compared, only "
