@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from bnfx.editing.driver import repeat, run
 from bnfx.editing.inference_draft import InferenceDraft
@@ -18,23 +19,44 @@ from bnfx.graphs.boxes import boxes
 from bnfx.graphs.examples import Example, example, skeleton
 from bnfx.graphs.inference import Captured, inference_graph
 from bnfx.graphs.parameters import Written
+from bnfx.graphs.programs import closed, opened
 from bnfx.passes import EraseUnread, FoldBatchNorm, MergeBranches
-from bnfx.reports.report import FoldRecord, FoldReport, remember, report, takes_arguments_of
+from bnfx.reports.report import (
+    FoldRecord,
+    FoldReport,
+    remember,
+    remember_in_program,
+    report,
+    takes_arguments_of,
+)
 
 #: More merging than this after folding has not been seen; it would only be left undone.
 _STAGES = 5
 
 
-@torch.inference_mode(mode=False)  # what it returns is used outside of that, too
+@overload
 def fold_bn(
     model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    **options: bool,
+) -> fx.GraphModule: ...
+@overload
+def fold_bn(model: ExportedProgram, **options: bool) -> ExportedProgram: ...
+
+
+# What it returns is used outside of that mode, too; `options` above are the last three.
+@torch.inference_mode(mode=False)  # type: ignore[misc]
+def fold_bn(
+    model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     merge_branches: bool = True,
     thresholds: bool = False,
     border_maps: bool = False,
-) -> fx.GraphModule:
+) -> fx.GraphModule | ExportedProgram:
     """An inference graph of `model` with every BatchNorm folded that an exact rewrite can remove.
 
     In eval mode a BatchNorm is, per channel, y = s x + t with s = gamma / sqrt(var + eps) and
@@ -50,7 +72,8 @@ def fold_bn(
 
     Args:
         model: Any module, in eval mode; a BatchNorm in train mode is left alone. Any device, any
-            floating dtype.
+            floating dtype. Or a `torch.export.ExportedProgram`, which brings its own inputs: its
+            names, sizes, guards and signature stay, and `torch.export.save` keeps the report, too.
         example_inputs: Tuple of positional arguments, or a lone tensor. Needed where the forward
             cannot be traced symbolically; useful where the rank of a tensor decides.
         example_kwargs: Keyword arguments that go with them.
@@ -62,16 +85,26 @@ def fold_bn(
             the result to the spatial size of the example. Needs example inputs.
 
     Returns:
-        A `torch.fx.GraphModule` with the parameters at their original names; a convolution that
-        branches were merged into is `<layer>.merged`.
+        A `torch.fx.GraphModule`, or a program for a program, with the parameters at their original
+        names; a convolution that branches were merged into is `<layer>.merged`.
 
     Raises:
         CaptureError: The model cannot be captured; the message says what to do.
         FoldError: border_maps without example inputs.
     """
     options = FoldOptions(merge_branches, thresholds, border_maps)
+    if isinstance(model, ExportedProgram):
+        return _fold_program(model, options)
     given = _given(example_inputs, example_kwargs, options)
     return fold_captured(inference_graph(model, given), options)
+
+
+def _fold_program(program: ExportedProgram, options: FoldOptions) -> ExportedProgram:
+    source = opened(program)
+    edited = fold_captured(source.captured, options)
+    done = report(edited)
+    assert isinstance(done, FoldReport)
+    return remember_in_program(closed(source, edited), done)
 
 
 def fold_captured(captured: Captured, options: FoldOptions) -> fx.GraphModule:

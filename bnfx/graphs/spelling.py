@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from bnfx.operators.calls import arguments, call_name
+from bnfx.operators.calls import arguments, call_name, signature_of
 from bnfx.operators.table import Passage, operator_of
 
 _aten = torch.ops.aten
+
+#: node.meta key of a plain norm: overload and name of the native call, and the name of its output.
+_NATIVE = "bnfx_native"
 
 
 def spell_norms(graph: fx.Graph) -> None:
@@ -31,13 +34,54 @@ def spell_norms(graph: fx.Graph) -> None:
             continue
         with graph.inserting_before(node):
             made = graph.call_function(*plain)
-        made.meta = {key: value for key, value in outputs[0].meta.items() if key != "val"}
+        made.meta = dict(outputs[0].meta)
         made.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
+        made.meta[_NATIVE] = (node.target, node.name, outputs[0].name)
         for output in outputs:
             output.replace_all_uses_with(made)
             graph.erase_node(output)
         if not node.users:
             graph.erase_node(node)
+
+
+def spell_natively(graph: fx.Graph) -> None:
+    """Undo `spell_norms` for the norms that are still there; the graph knows their sizes."""
+    for node in list(graph.nodes):
+        if _NATIVE not in node.meta:
+            continue
+        target, name, output_name = node.meta.pop(_NATIVE)
+        call = arguments(node)
+        with graph.inserting_before(node):
+            known = _natively(graph, call) if "N" in signature_of(target) else _natively_named(call)
+            values = tuple(known[argument] for argument in signature_of(target))
+            native = graph.create_node("call_function", target, values, name=name)
+            output = graph.create_node(
+                "call_function", operator.getitem, (native, 0), name=output_name
+            )
+        native.meta = {key: value for key, value in node.meta.items() if key != "val"}
+        output.meta = dict(node.meta)
+        node.replace_all_uses_with(output)
+        graph.erase_node(node)
+
+
+def _natively_named(call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a plain norm, also under the names that cuDNN and MIOpen have for them."""
+    others = {"epsilon": call["eps"], "exponential_average_factor": call.get("momentum")}
+    return call | others
+
+
+def _natively(graph: fx.Graph, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a plain group norm; the native one takes the sizes of its input too."""
+    x = call["input"]
+    sizes: list[Any] = [
+        n if isinstance(n, int) else graph.call_function(_aten.sym_size.int, (x, axis))
+        for axis, n in enumerate(x.meta["val"].shape)
+    ]
+    space: Any = 1
+    for size in sizes[2:]:
+        both = isinstance(space, int) and isinstance(size, int)
+        space = space * size if both else graph.call_function(operator.mul, (space, size))
+    return call | {"N": sizes[0], "C": sizes[1], "HxW": space, "group": call["num_groups"]}
 
 
 def _plain(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
@@ -51,6 +95,8 @@ def _plain(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
         return _aten.group_norm.default, (*groups, call["weight"], call["bias"], call["eps"])
     if "batch_norm" not in name or name == "batch_norm" or "with_update" in name:
         return None
+    if "functional" in name and call["training"] is not False:
+        return None  # it returns what the plain one writes
     eps = call.get("epsilon", call["eps"])  # cuDNN and MIOpen have names of their own
     momentum = call.get("momentum", call.get("exponential_average_factor", 0.0))
     state = (call["weight"], call["bias"], call["running_mean"], call["running_var"])

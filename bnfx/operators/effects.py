@@ -47,7 +47,8 @@ def writes(node: fx.Node) -> bool:
 def _updates_statistics(node: fx.Node) -> bool:
     """Whether a norm writes its running statistics, which not all schemas of ATen's say."""
     name = function_name(node.target)
-    if node.op != "call_function" or "no_training" in name or "no_update" in name:
+    fresh = any(part in name for part in ("no_training", "no_update", "functional"))
+    if node.op != "call_function" or fresh:
         return False
     if is_batch_norm(node):
         return "with_update" in name or arguments(node)["training"] is not False

@@ -140,7 +140,8 @@ TABLE: tuple[Operator, ...] = (
     # statistics in eval mode, instance normalisation is batch normalisation.
     _norm(
         "batch_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit "
-        "_native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_no_update",
+        "_native_batch_norm_legit_no_training _native_batch_norm_legit_functional "
+        "_batch_norm_with_update _batch_norm_no_update",
         "_BatchNorm",
         "BatchNormalization",
         Passage.BATCH_NORM,

@@ -38,6 +38,7 @@ from bnfx.version import versions
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.export import ExportedProgram
 
 #: Width of a printed report; tables wrap inside it.
 _WIDTH = 118
@@ -287,6 +288,13 @@ class FoldReport(Report):
         default=((), ()), repr=False, compare=False
     )
 
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> FoldReport:
+        """What `to_dict` gave, as a report again; there are no graphs in it."""
+        records = (FoldRecord(**{**bn, "into": tuple(bn["into"])}) for bn in told["batch_norms"])
+        provenance = {name: tuple(sources) for name, sources in told["provenance"].items()}
+        return cls(tuple(records), provenance, told["unavoidable"])
+
     @property
     def folded(self) -> int:
         """How many are gone."""
@@ -365,15 +373,15 @@ def takes_arguments_of(
     return decorate
 
 
-def report(model: nn.Module) -> InsertReport | FoldReport:
-    """What bnfx did to a model that it returned.
+def report(model: nn.Module | ExportedProgram) -> InsertReport | FoldReport:
+    """What bnfx did to a model or an exported program that it returned; files keep it, too.
 
     Raises:
         BnfxError: bnfx did not make this model.
     """
     meta = getattr(model, "meta", None)
     done = meta.get(_REPORT) if isinstance(meta, dict) else None
-    done = done or getattr(model, "__dict__", {}).get("_bnfx_report")
+    done = done or getattr(model, "__dict__", {}).get("_bnfx_report") or _told_by_program(model)
     if not isinstance(done, InsertReport | FoldReport):
         raise BnfxError(
             f"this {type(model).__name__} was not returned by bnfx, so there is no report of it; "
@@ -389,3 +397,18 @@ def remember(module: _Model, done: InsertReport | FoldReport) -> _Model:
         meta[_REPORT] = done
     module.__dict__["_bnfx_report"] = done  # a GraphModule's copy keeps `meta`, its pickle this
     return module
+
+
+def remember_in_program(program: ExportedProgram, done: FoldReport) -> ExportedProgram:
+    """`program`, which from now on tells `done`; `torch.export.save` writes the text of it."""
+    meta = program.graph_module.meta
+    meta["custom"] = {**meta.get("custom", {}), _REPORT: done.to_dict()}
+    program.__dict__["_bnfx_report"] = done
+    return program
+
+
+def _told_by_program(model: nn.Module | ExportedProgram) -> FoldReport | None:
+    from torch.export import ExportedProgram  # a model is there, and so is torch
+
+    told = isinstance(model, ExportedProgram) and model.graph_module.meta.get("custom", {})
+    return FoldReport.from_dict(told[_REPORT]) if told and _REPORT in told else None

@@ -1,0 +1,208 @@
+"""Exported programs: one goes in, one comes out, and all that is not edited is as it was."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+import bnfx
+from bnfx.reports.report import FoldReport
+from tests.support.laws import randomise
+from tests.support.networks import chain, conv, linear, net, norm
+
+BATCH = Dim("batch", min=2, max=64)
+SIZE = Dim("size", min=2, max=64)
+
+
+def image(batch: int = 2, size: int = 6, channels: int = 2) -> Tensor:
+    """(batch, channels, size, size)."""
+    return torch.randn(batch, channels, size, size, dtype=torch.float64)
+
+
+def saved(program: ExportedProgram) -> ExportedProgram:
+    """`program`, written and read."""
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
+def norms(program: ExportedProgram) -> int:
+    """How many BatchNorms it evaluates."""
+    return sum("batch_norm" in str(node.target) for node in program.graph.nodes)
+
+
+def run(program: ExportedProgram, args: tuple[Any, ...]) -> tuple[Any, dict[str, Tensor]]:
+    """What a copy returns, and its buffers afterwards."""
+    module = copy.deepcopy(program).module()
+    with torch.no_grad():
+        out = module(*copy.deepcopy(args))
+    return out, {n: b for n, b in module.named_buffers() if n in program.state_dict}
+
+
+def close(ours: Any, truth: Any) -> None:
+    torch.testing.assert_close(
+        pytree.tree_leaves(ours), pytree.tree_leaves(truth), rtol=1e-10, atol=1e-10
+    )
+
+
+def law(program: ExportedProgram, *examples: tuple[Any, ...], left: int = 0) -> ExportedProgram:
+    """Fold `program`, and hold the result against it; `examples` are inputs that it takes."""
+    before = {n: t.clone() for n, t in program.state_dict.items()}
+    text = str(program.graph)
+    folded = bnfx.fold_bn(program)
+    assert isinstance(folded, ExportedProgram)
+    assert str(program.graph) == text
+    for name, value in before.items():
+        assert torch.equal(program.state_dict[name], value)
+    assert norms(folded) == left
+    mine, theirs = folded.graph_signature, program.graph_signature
+    assert mine.user_inputs == theirs.user_inputs
+    assert [s.kind for s in mine.output_specs] == [s.kind for s in theirs.output_specs]
+    assert [s.target for s in mine.output_specs] == [s.target for s in theirs.output_specs]
+    assert folded.call_spec.in_spec == program.call_spec.in_spec
+    assert folded.call_spec.out_spec == program.call_spec.out_spec
+    assert folded.range_constraints == program.range_constraints
+    assert folded._guards_code == program._guards_code
+    assert [e.fqn for e in folded.module_call_graph] == [e.fqn for e in program.module_call_graph]
+    assert folded.example_inputs is program.example_inputs
+    assert folded.verifiers == program.verifiers
+    read = saved(folded)
+    for loaded in (folded, read):
+        for args in examples:
+            ours, truth = run(loaded, args), run(program, args)
+            close(ours[0], truth[0])
+            for name in ours[1]:
+                close(ours[1][name], truth[1][name])
+    done = bnfx.report(folded)
+    assert isinstance(done, FoldReport)
+    assert bnfx.report(read) == done
+    assert done.left == left
+    assert bnfx.report(bnfx.fold_bn(folded)).to_dict()["batch_norms"] == [] or left
+    return folded
+
+
+def form_of(program: ExportedProgram, form: str) -> ExportedProgram:
+    """`program`, in core ATen or as a file gives it."""
+    core = program.run_decompositions() if form.startswith("core") else program
+    return saved(core) if form.endswith("saved") else core
+
+
+def mixed() -> nn.Module:
+    """Tied weights, a constant, buffers of all kinds, an unread parameter, a part without grad."""
+    made: Any = net(
+        "{'y': y + self.plain * self.hidden + torch.tensor([1.0, 2.0]), 'n': n['k'], 'none': None}",
+        "self.count.add_(1)",
+        "y = self.bn(self.conv(x)).relu().mean((2, 3))",
+        "with torch.no_grad(): y = self.bn_in(self.one(y))",
+        "y = self.two(y * self.count)",
+        args="x, n, absent=None",
+        conv=conv(2, 2, 3, bias=False),
+        bn=nn.BatchNorm2d(2),
+        one=linear(2, 2),
+        two=linear(2, 2),
+        bn_in=nn.BatchNorm1d(2),
+        count=torch.zeros(()),
+        plain=torch.ones(2),
+    )
+    made.two.weight = made.one.weight
+    made.unread = nn.Parameter(torch.ones(3))
+    made.register_buffer("hidden", torch.full((2,), 2.0), persistent=False)
+    return randomise(made.double())
+
+
+@pytest.mark.parametrize("form", ["plain", "core", "plain saved", "core saved"])
+def test_all_kinds_of_state(form: str) -> None:
+    args = (image(), {"k": image()})
+    program = torch.export.export(mixed(), args, dynamic_shapes=({0: BATCH}, {"k": None}))
+    program = form_of(program, form)
+    folded = law(program, args, (image(5), args[1]))
+    assert {"conv.weight", "unread", "count"} <= set(folded.state_dict)
+    assert not [name for name in folded.state_dict if name.startswith("bn")]
+    held = {*folded.state_dict, *folded.constants}
+    inputs = folded.graph_signature.input_specs
+    assert {s.target for s in inputs if s.kind is not InputKind.USER_INPUT} <= held
+    with pytest.raises(AssertionError, match="Guard failed"):
+        folded.module()(image(100), args[1])
+
+
+def test_a_tensor_with_two_names_stays_one() -> None:
+    model: Any = net("self.two(self.one(x)).relu(), self.bn(self.conv(x))", one=linear(6, 6))
+    model.two, model.conv, model.bn = linear(6, 6), conv(2, 2), norm([2, 3])
+    model.double().eval().two.weight = model.one.weight
+    program = torch.export.export(model, (image(),))
+    folded = law(program, (image(),))
+    assert folded.state_dict["one.weight"] is folded.state_dict["two.weight"]
+
+
+def test_what_a_run_changes_is_not_shared() -> None:
+    args = (image(), {"k": image()})
+    program = torch.export.export(mixed(), args)
+    folded = bnfx.fold_bn(program)
+    folded.module()(*args)
+    assert program.state_dict["count"] == 0
+    weights = (p.state_dict["unread"].data_ptr() for p in (program, folded))
+    assert len(set(weights)) == 1
+
+
+@pytest.mark.parametrize("form", ["plain", "core saved"])
+def test_norms_that_stay_are_spelled_as_before(form: str) -> None:
+    model = net(
+        "self.group(self.bn(self.conv(x).relu() + x)), self.layer(x)",
+        conv=conv(2, 2),
+        bn=nn.BatchNorm2d(2),
+        group=nn.GroupNorm(1, 2),
+        layer=nn.LayerNorm(6),
+    )
+    shapes = ({0: BATCH, 2: SIZE},)
+    program = torch.export.export(randomise(model), (image(),), dynamic_shapes=shapes)
+    program = form_of(program, form)
+    kept = law(program, (image(),), (image(3, 6),), left=1)
+    names = [n.target for n in program.graph.nodes if n.op == "call_function"]
+    assert {n.target for n in kept.graph.nodes if n.op == "call_function"} <= {
+        *names,
+        torch.ops.aten.sym_size.int,
+    }
+
+
+@pytest.mark.parametrize("form", ["plain", "core"])
+def test_a_norm_whose_output_is_returned(form: str) -> None:
+    model = net("y, y.relu()", "y = self.bn(self.conv(x))", conv=conv(2, 2), bn=nn.BatchNorm2d(2))
+    law(form_of(torch.export.export(randomise(model), (image(),)), form), (image(),))
+
+
+def test_arguments_stand_at_their_places() -> None:
+    program = torch.export.export(chain(conv(2, 2, bias=False), norm([2, 3], [4, 5])), (image(),))
+    folded = law(program, (image(),))
+    [call] = [node for node in folded.graph.nodes if node.op == "call_function"]
+    assert [str(arg) for arg in call.args] == ["input", "p_0_weight", "p_0_bias"]
+    assert not call.kwargs
+
+
+@pytest.mark.parametrize("form", ["plain", "core"])
+def test_train_mode_is_told(form: str) -> None:
+    program = torch.export.export(chain(conv(2, 2), nn.BatchNorm2d(2)).train(), (image(),))
+    program = form_of(program, form)
+    kept = law(program, (image(),), left=1)
+    [record] = bnfx.report(kept).to_dict()["batch_norms"]
+    assert "train mode" in record["reason"]
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")  # unflatten's own
+def test_the_calls_of_preserved_modules_go_on() -> None:
+    inner: Any = chain(conv(2, 2, bias=False), nn.BatchNorm2d(2))
+    model = randomise(net("self.after(self.inner(x)).relu()", inner=inner, after=nn.BatchNorm2d(2)))
+    program = torch.export.export(model, (image(),), preserve_module_call_signature=("inner",))
+    folded = law(program, (image(),), left=1)  # what `inner` returns stays what it is
+    x = image()
+    apart = torch.export.unflatten(folded)
+    close(apart.get_submodule("inner")(x), inner(x))
+    close(apart(x), model(x))
