@@ -178,7 +178,13 @@ def fold_onnx(
         _check(written)
         verified = None
         if verify:
-            verified = verify_onnx(source, written, example.drawn(), **dict(verify_options or {}))
+            verified = verify_onnx(
+                source,
+                written,
+                example.drawn(),
+                rewritten=(*done.changed, *done.added),
+                **dict(verify_options or {}),
+            )
         result = FoldOnnxReport(
             source=str(source),
             path=str(target),

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from bnfx.runtime.sessions import execution_provider
 from bnfx.verification.faults import output_fault
 from bnfx.verification.file_reference import OnnxReference
 from bnfx.verification.layer_checks import MAX_LAYER_RATIO
-from bnfx.verification.outputs import OutputCheck, check_output
+from bnfx.verification.outputs import SIGMOID, OutputCheck, check_output, resolution_of
 from bnfx.verification.references import DTYPES, Precision, TorchReference, arrays
 from bnfx.verification.samples import (
     RowTruths,
@@ -69,6 +69,7 @@ def verify_onnx(
     timeout: float | None = None,
     isolate: bool = True,
     exact: fx.GraphModule | None = None,
+    rewritten: Collection[str] = (),
 ) -> VerifyReport:
     """Compare an ONNX file with the unfolded model that it was made from.
 
@@ -96,6 +97,8 @@ def verify_onnx(
             to it. CUDA always does.
         exact: What `bnfx.folding.fold_exactly` made of `model`, unrounded, where the caller has it:
             it is the first form that weights are held against, and is not folded again.
+        rewritten: Names of tensors in `f` to which folding gave values that `model` does not have:
+            outputs decide there.
 
     Raises:
         VerificationError: The file cannot be read or loaded, has other inputs; the reference is in
@@ -132,7 +135,7 @@ def verify_onnx(
     if batch_of(pooled[0]) == 0:
         raise VerificationError("the first input has a batch of 0, which verifies nothing")
     small = [resized(pooled, size) for size in sizes]
-    plan = _Plan(path, proto, provider, reference, pooled, small, sizes, names, values)
+    plan = _Plan(path, proto, provider, reference, pooled, small, sizes, names, values, rewritten)
     reference.require_one_answer(pooled[0], runs)
     limit = max(120.0, 100 * each * (len(pooled) + sum(sizes))) if timeout is None else timeout
     reference.release()  # while onnxruntime holds the weights too
@@ -182,6 +185,7 @@ class _Plan:
     sizes: tuple[int, ...]
     names: list[str]
     values: list[onnx.ValueInfoProto]
+    rewritten: Collection[str]
 
     @property
     def samples(self) -> list[Example]:
@@ -271,7 +275,14 @@ def _check_group(
         like = [a.astype(b.dtype) for a, b in zip(budget, own, strict=True)] if same else budget
         truth = [runs.exact[i][k] for i in group]
         check = check_output(
-            name, mine, like, truth, unit=unit, max_ratio=max_ratio, sound=plan.reference.sound
+            name,
+            mine,
+            like,
+            truth,
+            unit=unit,
+            max_ratio=max_ratio,
+            sound=plan.reference.sound,
+            resolution=resolution_of(plan.proto, name),
         )
         if runs.dtypes[k] == "bfloat16" and declared[name] not in ("bfloat16", "float32"):
             reason = f"its dtype is {declared[name]}, not bfloat16"
@@ -290,7 +301,14 @@ def _check_layers(plan: _Plan, staged: Staged, answer: Answer) -> Findings:
     values = dict(answer.values)
     if staged.values_model:
         values |= dict(zip(plan.names, _feed(plan, plan.samples[plan.shown]), strict=True))
-    return check_layers(plan.reference, plan.samples[plan.shown], staged.graph, values, rounding)
+    return check_layers(
+        plan.reference,
+        plan.samples[plan.shown],
+        staged.graph,
+        values,
+        rounding,
+        rewritten=plan.rewritten,
+    )
 
 
 def _report(
@@ -311,6 +329,11 @@ def _report(
         first = _without_truth(plan, parted)
     own = batch_of(plan.pooled[0])
     notes = [*staged.notes, *found.notes]
+    notes += [
+        f"output {name!r}: compared to {max_ratio:g} times {SIGMOID:.1e}, which is what "
+        "onnxruntime's Sigmoid errs by"
+        for name in dict.fromkeys(check.name for check in outputs if check.resolution)
+    ]
     if answer.proof.get("checker"):
         notes.append(f"onnx.checker refuses the file: {answer.proof['checker']}")
     if answer.values_failure:

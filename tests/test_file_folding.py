@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -176,3 +177,34 @@ def test_border_maps_need_sizes(tmp_path: Path) -> None:
     source = saved(graph(nodes, weights, x=("n", 3, "h", "w")), tmp_path)
     with pytest.raises(bnfx.FoldError, match="pass args"):
         bnfx.fold_onnx(source, out, border_maps=True)
+
+
+FOUR: Weights = {f"{name}4": (4, 1, 1) for name in ("s", "b", "mean", "var")}
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "h = Conv(x, w)\nk = Mul(h, s4)\ny = Add(k, b4)",
+        "a = Conv<pads=[1, 1, 1, 1]>(x, w)\nc = Conv(x, v)\ny = Add(a, c)",
+        "h = Conv(x, w)\ni = Mul(h, s4)\nk = Relu(i)\nl = Conv(k, u)\ny = Sub(l, b4)",
+        "h = Conv(x, w)\ni = Mul(h, near)\nk = Relu(i)\ny = Conv(k, u)",
+    ],
+)
+def test_files_without_batch_normalization_verify(nodes: str, tmp_path: Path) -> None:
+    """Other weights are meant; a wrong one is found all the same."""
+    near = np.full((4, 1, 1), 1.001)
+    weights = {"w": W, "v": (4, 3, 1, 1), "u": (4, 4, 3, 3), "near": near, **FOUR}
+    used = {name: weights[name] for name in weights if name in nodes}
+    source, out = saved(graph(nodes, used), tmp_path), tmp_path / "out.onnx"
+    done = bnfx.fold_onnx(source, out, verify_options={"isolate": False})
+    assert done, str(done)
+    assert done.changed
+    written = onnx.load(str(out))
+    stored = next(t for t in written.graph.initializer if t.name in done.changed)
+    wrong = onnx.numpy_helper.to_array(stored).copy()
+    wrong[0] *= 1.001
+    stored.CopyFrom(onnx.numpy_helper.from_array(wrong, stored.name))
+    onnx.save(written, str(out))
+    again = bnfx.verify_onnx(source, out, rewritten=done.changed, isolate=False)
+    assert again.status == "failed", str(again)

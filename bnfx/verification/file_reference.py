@@ -24,6 +24,7 @@ from bnfx.graphs.examples import Example
 from bnfx.numbers import Array
 from bnfx.onnx_files.reading import all_nodes, describe_type, read_onnx, tensor_array, type_name
 from bnfx.onnx_files.retyping import BFLOAT16, DOUBLE, FLOAT, HALF, float_types, retyped
+from bnfx.operators.calls import words
 from bnfx.runtime.isolated import execute_apart
 from bnfx.runtime.runner import Answer, Request, execute
 from bnfx.verification.file_layers import file_layers
@@ -39,6 +40,7 @@ from bnfx.workspace import workspace
 _NAMES: Mapping[int, Precision] = {BFLOAT16: "bf16", HALF: "fp16"}
 #: Largest error of a sound file; beyond it, what float64 evaluates is another function.
 _SOUND = {"fp32": 1e-3, "tf32": 0.03, "fp16": 0.03, "bf16": 0.25}
+_FOLDABLE = words("Add BatchNormalization Div Mul Sub Sum")
 _ORDER: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16")
 
 
@@ -57,9 +59,8 @@ class OnnxReference:
         self.weights = {"bf16": "bfloat16", "fp16": "float16"}.get(own, "float32")
         stored = {tensor.name for tensor in self.proto.graph.initializer}
         self.inputs = [v for v in self.proto.graph.input if v.name not in stored]
-        norms = sum(node.op_type == "BatchNormalization" for node in all_nodes(self.proto))
-        # Folding may spread a BatchNorm over several layers, so that other weights are as right.
-        self.decides = norms == 0
+        # Where something can fold or merge into layers, other weights are as right.
+        self.decides = not any(node.op_type in _FOLDABLE for node in all_nodes(self.proto))
         self.sound = _SOUND[self.precision]
         self.failures: list[str] = []
 

@@ -8,7 +8,7 @@ BatchNorm is folded into the layer before it, and judged by what it agrees with 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -118,6 +118,7 @@ def check_layers(
     graph: FileGraph,
     values: Mapping[str, Array],
     rounding: Rounding,
+    rewritten: Collection[str] = (),
 ) -> Findings:
     """Compare weights, structure and layers.
 
@@ -127,6 +128,7 @@ def check_layers(
         graph: The layers of the file.
         values: Name -> what onnxruntime computed for it.
         rounding: How weights may be rounded.
+        rewritten: Tensors of the file that shall have other values than the reference's.
     """
     ours = list(file_layers(graph, values))
     found = {name: samples(as_tensor(array)) for name, array in values.items()}
@@ -145,9 +147,13 @@ def check_layers(
     weights: list[WeightCheck] = []
     layers: list[LayerCheck] = []
     strangers: list[str] = []
+    meant: list[str] = []
     flow = match.form.traced.flow
     for pair, checks in match.checks:
         wrong = [check for check in checks if not check.passed]
+        if not set(pair.ours.names.values()).isdisjoint(rewritten):
+            meant.append(pair.truth.name)
+            continue
         if wrong and not (pair.recognised or pair.belongs_to or rounding.claimed):
             strangers.append(pair.truth.name)
             continue
@@ -160,10 +166,15 @@ def check_layers(
         layers.append(layer)
         same_input = flow_error(flow[pair.truth.x], found[pair.ours.x]) < math.inf
         faults += structure_faults(pair, layer, same_input=same_input)
-    weights += match.constants
-    faults += [constant_fault(check) for check in match.constants if not check.passed]
+    constants = [check for check in match.constants if check.stored not in rewritten]
+    meant += [check.name for check in match.constants if check.stored in rewritten]
+    weights += constants
+    faults += [constant_fault(check) for check in constants if not check.passed]
     notes = tuple(_notes(reference, match, strangers, graph, decides=decides))
-    wanted = len(weights) + len(strangers) + len(match.absent) + len(match.pairing.missing)
+    if meant:
+        notes += (f"weights: {_few(meant)} are others, as folding wants; outputs decide there",)
+    left_out = (strangers, meant, match.absent, match.pairing.missing)
+    wanted = len(weights) + sum(map(len, left_out))
     first = hint(match.pairing.pairs, layers, flow, found, graph, rounding.precision)
     return Findings(
         tuple(weights), tuple(layers), wanted, tuple(faults), first, notes, decides, graph.hidden
@@ -252,8 +263,8 @@ def _notes(
         yield from (f"weights: not compared with the reference {why}" for why in reference.failures)
     if not decides:
         yield (
-            "weights: the reference still has BatchNorms, and folding may spread them over several "
-            "layers: other weights may be as right, so outputs decide"
+            "weights: the reference has BatchNorms, sums or products, which may have gone into "
+            "several layers: other weights may be as right, so outputs decide"
         )
     if match.pairing.missing:
         names = _few(layer.name for layer in match.pairing.missing)

@@ -226,3 +226,35 @@ def test_integers_near_a_tie_may_be_either() -> None:
             "y", [ones * ours], [ones * 2], [ones], unit=1e-7, max_ratio=4.0, sound=1.0
         )
         assert check.passed is passed
+
+
+@pytest.mark.parametrize("bias", [0.0, -27.0])
+def test_sigmoids_far_out_are_held_to_what_the_kernel_resolves(tmp_path: Path, bias: float) -> None:
+    """Where float64 goes on, the Sigmoid of onnxruntime ends at 1.5e-8."""
+
+    def model(extra: float) -> nn.Module:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(2, 1, 3), nn.Sigmoid(), nn.Flatten())
+        with torch.no_grad():
+            net[0].weight.mul_(8)  # type: ignore[operator]
+            net[0].bias.fill_(bias + extra)  # type: ignore[operator]
+        return net.eval()
+
+    x, f, other = torch.randn(2, 2, 12, 12), tmp_path / "a.onnx", tmp_path / "b.onnx"
+    bnfx.export_onnx(model(0.0), x, f)
+    bnfx.export_onnx(model(0.02), x, other)
+    for reference in (model(0.0), f):
+        report = bnfx.verify_onnx(reference, f, x, isolate=False)
+        assert report, str(report)
+        assert bool(bias) == any("Sigmoid errs" in note for note in report.notes)
+    report = bnfx.verify_onnx(f, other, x, isolate=False)
+    assert report.status == "failed", str(report)
+
+
+def test_sigmoids_below_all_that_the_kernel_resolves_verify_nothing(tmp_path: Path) -> None:
+    text = "(float[2,4] X) => (float[2,4] Y) { S = Sub (X, C) Y = Sigmoid (S) }"
+    text = text.replace("{", "<float[1] C = {40.0}> {", 1)
+    f = file_of(text, 13, tmp_path / "far.onnx")
+    report = bnfx.verify_onnx(f, f, isolate=False)
+    assert report.status == "skipped"
+    assert "resolves" in str(report.first_divergence)
