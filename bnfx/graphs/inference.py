@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from bnfx.errors import CaptureError
 from bnfx.graphs.agreement import alike, bound, outputs, reordered
+from bnfx.graphs.baked import bake_modules, bake_weights
 from bnfx.graphs.constants import is_torch
 from bnfx.graphs.durable import InPlaceProxy
 from bnfx.graphs.examples import HOOKS, Example, clone, has_hooks, obstacle, skeleton
@@ -138,10 +139,16 @@ def inference_graph(model: nn.Module, given: Example | None) -> Captured:
     Raises:
         CaptureError: Neither way works; the message holds both causes.
     """
+    captured = _captured(model, given)
+    bake_weights(captured.module)
+    return captured
+
+
+def _captured(model: nn.Module, given: Example | None) -> Captured:
     spread = isinstance(model, nn.parallel.DistributedDataParallel)
     if isinstance(model, nn.Module) and (said := obstacle(model, wrappers=spread)):
         raise CaptureError(said)
-    root = skeleton(model)
+    root = bake_modules(skeleton(model))
     try:
         graph, _ = trace(_FunctionalTracer, root, frozenset(), given)
     except CaptureError as error:
@@ -150,7 +157,7 @@ def inference_graph(model: nn.Module, given: Example | None) -> Captured:
                 f"{error}. Pass example_inputs, so that torch.export can capture the model"
             ) from error
         # Tracing may have left proxies in attributes that the forward assigns.
-        return _exported(skeleton(model), given, str(error))
+        return _exported(bake_modules(skeleton(model)), given, str(error))
     _restore_ranks(root, graph)
     traced = assemble(root, graph)
     if given is not None and not _agree(root, traced, given):

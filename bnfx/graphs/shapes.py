@@ -202,7 +202,7 @@ class _Runner:
             if row is None or row.spatial is None:
                 continue
             call = layer_call(user)
-            weight = self._weight(call["weight"])
+            weight = self._weight(call["weight"], found)
             if weight is None or call["input"] is not node:
                 continue
             channels = weight.shape[0 if row.transposed else 1] * (
@@ -220,10 +220,12 @@ class _Runner:
             )
         return UNKNOWN
 
-    def _weight(self, node: object) -> Tensor | None:
-        if not isinstance(node, fx.Node) or node.op != "get_attr":
-            return None
-        value = self._attribute(str(node.target))
+    def _weight(self, node: object, found: Shapes) -> Tensor | None:
+        """What a layer reads beside its input; a view of a parameter, say."""
+        value = None
+        if isinstance(node, fx.Node):
+            named = node.op == "get_attr"  # it may stand behind the input that needs it
+            value = self._attribute(str(node.target)) if named else found.values.get(node)
         return value if isinstance(value, Tensor) else None
 
     def _call(self, node: fx.Node, batch: int, size: int, found: Shapes) -> Any:
@@ -265,7 +267,7 @@ class _Runner:
         space = max(size, 32)
         if row is not None:
             call = layer_call(node)
-            weight = self._weight(call["weight"])
+            weight = self._weight(call["weight"], found)
             if weight is None:
                 return UNKNOWN
             grouped = int(call["groups"]) if row.transposed else 1
@@ -283,7 +285,7 @@ class _Runner:
             return torch.empty(sizes, dtype=weight.dtype, device=weight.device)
         ranks = node.meta.get(RANKS, frozenset())
         if is_batch_norm(node) and ranks:
-            mean = self._weight(argument(node, 1, "running_mean"))
+            mean = self._weight(argument(node, 1, "running_mean"), found)
             if mean is None:
                 return UNKNOWN
             found.assumed[node] = rank = min(ranks) + self.shifts.get(node, 0)

@@ -50,10 +50,9 @@ def _updates_statistics(node: fx.Node) -> bool:
     fresh = any(part in name for part in ("no_training", "no_update", "functional"))
     if node.op != "call_function" or fresh:
         return False
-    if is_batch_norm(node):
-        return "with_update" in name or arguments(node)["training"] is not False
-    if is_instance_norm(node):
+    if is_batch_norm(node) or is_instance_norm(node):
         call = arguments(node)
         tracked = call["running_mean"] is not None or call["running_var"] is not None
-        return tracked and call["use_input_stats"] is not False
+        mode = "training" if is_batch_norm(node) else "use_input_stats"
+        return tracked and ("with_update" in name or call[mode] is not False)
     return "no_stats" not in name and ("batch_norm" in name or "instance_norm" in name)
