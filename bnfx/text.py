@@ -27,5 +27,5 @@ def harmless(character: str) -> bool:
 
 def meant(word: str, words: Iterable[str]) -> str:
     """What was probably meant by a word that is none of `words`, to end a message with; or ""."""
-    near = difflib.get_close_matches(word, [*words], n=3, cutoff=0.6)
+    near = difflib.get_close_matches(word, {*words}, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bnfx.cli.specs import MOST_BYTES, parse_dynamic, parse_factory, parse_input
-from bnfx.errors import ProviderError, UsageError
+from bnfx.cli.specs import LIBRARIES, MOST_BYTES, parse_dynamic, parse_factory, parse_input
+from bnfx.errors import MissingPackageError, ProviderError, UsageError
 from bnfx.runtime.packages import runtime_cuda
 from bnfx.version import OPSETS
 
@@ -157,6 +157,10 @@ def _module(name: str, spec: str) -> None:
         found = top in sys.modules or importlib.util.find_spec(top) is not None
     except (ImportError, ValueError):
         found = False
+    if not found and top in LIBRARIES:
+        raise MissingPackageError(
+            f"model {spec!r} needs the package {top}; 'bnfx doctor' says how it is installed"
+        )
     if not found:
         raise no_module(top, spec)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from bnfx.cli import libraries
 from bnfx.cli.checkpoints import load_checkpoint
 from bnfx.cli.checks import no_module
 from bnfx.cli.inputs import Inputs
 from bnfx.cli.results import place
-from bnfx.cli.specs import parse_factory
+from bnfx.cli.specs import LIBRARIES, Factory, parse_factory
 from bnfx.errors import CaptureError, ExportError, MissingPackageError, UsageError
+from bnfx.text import meant
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ def load_model(spec: str, checkpoint: Path | None = None, key: str | None = None
 
     Args:
         spec: `package.module:factory`, with literal arguments if wanted, such as
-            `nets:resnet(depth=18)`; or a `.pt2` file of `torch.export.save`.
+            `nets:resnet(depth=18)`; a name of a library, such as `timm:resnet18`; or a
+            `.pt2` file of `torch.export.save`.
         checkpoint: A state dict, read with `weights_only=True`, or a `.safetensors` file.
         key: Where in the checkpoint the state dict lies; None looks for it.
 
@@ -60,12 +63,9 @@ def load_model(spec: str, checkpoint: Path | None = None, key: str | None = None
 
 def _from_factory(spec: str) -> nn.Module:
     wanted = parse_factory(spec)
-    made: Any = _import(wanted.module, spec)
-    for part in wanted.path:
-        try:
-            made = getattr(made, part)
-        except AttributeError as error:
-            raise UsageError(f"model {spec!r}: {error}") from error
+    place = _import(wanted.module, spec)
+    made = libraries.named(wanted) if wanted.module in LIBRARIES else None
+    made = made or _found(place, wanted, spec)
     if not isinstance(made, nn.Module):
         if not callable(made):
             raise UsageError(f"model {spec!r} is a {type(made).__name__}, not a factory of models")
@@ -80,9 +80,22 @@ def _from_factory(spec: str) -> nn.Module:
     return made
 
 
+def _found(place: Any, wanted: Factory, spec: str) -> Any:
+    """What lies at the path of a factory."""
+    found, known = place, libraries.names(wanted.module) if wanted.module in LIBRARIES else ()
+    for part in wanted.path:
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
+            near = meant(part, [*dir(found), *known])
+            raise UsageError(f"model {spec!r}: {error}{near}") from error
+    return found
+
+
 def _import(name: str, spec: str) -> Any:
+    opened = libraries.open_library if name.partition(".")[0] in LIBRARIES else import_module
     try:
-        return importlib.import_module(name)
+        return opened(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise no_module(error.name, spec) from error

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, NoReturn
 
 from bnfx.cli.checks import CHECKPOINTS, Takes
 from bnfx.cli.terminal import tell
+from bnfx.text import meant
 from bnfx.version import __version__
 
 _CODES = """\
@@ -25,8 +27,10 @@ exit codes:
 
 _MODEL = """\
 MODEL is PACKAGE.MODULE:FACTORY, imported from the current directory or the installed packages and
-called without arguments or with literal ones ('nets:resnet(depth=18)'), or a .pt2 file of
-torch.export.save. Both are code: run those that you trust.
+called without arguments or with literal ones ('nets:resnet(depth=18)'); timm:NAME, torchvision:NAME
+or transformers:NAME, with random weights unless the call asks for others
+('timm:resnet18(pretrained=True)'); or a .pt2 file of torch.export.save. All are code: run those
+that you trust.
 """
 
 
@@ -39,9 +43,39 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """The error and where help is, without pages of usage."""
+        """The error, what may have been meant and where help is, without pages of usage."""
+        wrong = re.search(r"(?:arguments: |invalid choice: ')([\w-]+)", message)
+        if wrong:
+            dash = wrong[1].startswith("-")
+            message += meant(wrong[1], (w for w in _words(self) if w.startswith("-") == dash))
         tell(f"{message}; see: {self.prog} --help")
         self.exit(2)
+
+
+def _words(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """What can stand on the line of a command, and on that of those below it."""
+    for action in parser._actions:
+        yield from (*action.option_strings, *map(str, action.choices or ()))
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from command._option_string_actions
+
+
+class _Completion(argparse.Action):
+    """Prints what a shell evaluates to complete the command line, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, shell: Any, *__: Any) -> NoReturn:
+        try:
+            import shtab
+        except ModuleNotFoundError:
+            tell("completion is written by shtab, which is not installed: pip install shtab")
+            parser.exit(3)
+        commands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        for action in (a for c in commands[0].choices.values() for a in c._actions):
+            if action.metavar in ("MODEL", "FILE", "FILE.npz", "SPEC", "DIR"):
+                action.complete = shtab.FILE  # where shtab looks
+        sys.stdout.write(shtab.complete(parser, shell=shell))
+        parser.exit()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -64,6 +98,12 @@ def parser() -> argparse.ArgumentParser:
         prog="bnfx",
         description="Put BatchNorm into PyTorch networks, fold it away, export to ONNX, verify.",
         epilog=f"{_CODES}\n'bnfx COMMAND --help' shows the options of a command, and examples.",
+    )
+    main_parser.add_argument(
+        "--print-completion",
+        action=_Completion,
+        choices=("bash", "zsh"),
+        help="print what makes this shell complete commands, options and files",
     )
     main_parser.add_argument("--version", action="version", version=f"bnfx {__version__}")
     commands = main_parser.add_subparsers(

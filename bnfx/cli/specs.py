@@ -57,8 +57,12 @@ class Factory:
     kwargs: Mapping[str, Any]
 
 
+#: Packages whose models go by names, which need not be those of Python.
+LIBRARIES = ("timm", "torchvision", "transformers")
+
+
 def parse_factory(spec: str) -> Factory:
-    """`PACKAGE.MODULE:FACTORY`, with literal arguments where wanted.
+    """`PACKAGE.MODULE:FACTORY` or `timm:NAME`, with literal arguments where wanted.
 
     Raises:
         UsageError: It is no such thing.
@@ -69,8 +73,10 @@ def parse_factory(spec: str) -> Factory:
             f"model {spec!r} is neither PACKAGE.MODULE:FACTORY (such as nets:small, for small() in "
             "nets.py of the current directory) nor a .pt2 file"
         )
+    name, paren, rest = call.partition("(")
+    free = module in LIBRARIES and re.fullmatch(r"[\w./-]+", name, re.ASCII) is not None
     try:
-        parsed = ast.parse(call, mode="eval").body
+        parsed = ast.parse(f"name{paren}{rest}" if free else call, mode="eval").body
         args, kwargs = (), {}
         if isinstance(parsed, ast.Call):
             args = tuple(ast.literal_eval(arg) for arg in parsed.args)
@@ -81,6 +87,8 @@ def parse_factory(spec: str) -> Factory:
             f"model {spec!r}: {call!r} is no name, nor a call with literal arguments such as "
             "resnet(depth=18)"
         ) from error
+    if free:
+        return Factory(module, tuple(name.split(".")), args, kwargs)
     path: list[str] = []
     while isinstance(parsed, ast.Attribute):
         path.insert(0, parsed.attr)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision_door import open_torchvision
+
+from bnfx.cli.libraries import open_torchvision
 
 #: One for each family of timm that holds BatchNorm, and those that are hard to fold.
 TIMM = (

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision_door import open_torchvision
+
+from bnfx.cli.libraries import open_torchvision
 
 #: Words of timm's names, smallest networks first.
 _SIZES = (

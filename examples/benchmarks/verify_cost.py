@@ -28,9 +28,9 @@ import torch
 from measuring import median, peak_bytes, progress_bar, reset_peak, save, show, start
 from rich.console import Console
 from torch import Tensor, nn
-from torchvision_door import open_torchvision
 
 import bnfx
+from bnfx.cli.libraries import open_torchvision
 
 NETWORKS = ("resnet18", "resnet50")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from bnfx.cli.libraries import open_torchvision
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 
@@ -15,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 def torchvision_models() -> Any:
     """The module `torchvision.models`; the test is skipped where it is not installed."""
     try:
-        return importlib.import_module("torchvision_door").open_torchvision()
+        return open_torchvision()
     except ModuleNotFoundError as missing:
         if missing.name != "torchvision":
             raise
