@@ -21,13 +21,15 @@ import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from bnfx.benchmark import BenchReport, benchmark_onnx
 from bnfx.errors import CaptureError, VerificationError
 from bnfx.export import ExportReport, export_onnx
 from bnfx.folding import fold_exactly
-from bnfx.graphs.examples import Example, clone, training_modules
+from bnfx.graphs.brought import brought, needed
+from bnfx.graphs.examples import Example, clone, obstacle, training_modules
 from bnfx.graphs.normalised import Values, normalised
 from bnfx.graphs.tracing import NO_PROXY, assemble
 from bnfx.onnx_files.placing import move_into_place, real_target
@@ -108,7 +110,7 @@ class DeployReport(Report):
 
 
 def deploy(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     args: Any,
     f: str | os.PathLike[str],
     *,
@@ -137,8 +139,9 @@ def deploy(
     """Fold `model`, export it, verify the file against `model`, then move it into place.
 
     Args:
-        model: The unfolded model in eval mode; left bit-identical.
-        args: Tuple of positional example arguments, or a lone tensor.
+        model: The unfolded model in eval mode; left bit-identical. Or an exported program, which
+            brings its inputs and free axes.
+        args: Tuple of positional example arguments, or a lone tensor; None for a program's own.
         f: Where the file goes; an older file stays as it is unless every check passes.
         provider: Where to verify and measure: "cpu", "cuda" or "cuda:1".
         report: Where to write the report, also after a failure; the suffix says how.
@@ -172,8 +175,12 @@ def deploy(
             error is the `DeployReport`; or more BatchNorms stay than may: the `FoldReport`.
         CaptureError, FoldError, ExportError, ProviderError: As from the steps.
     """
+    if isinstance(model, ExportedProgram):
+        source = brought(model, args, kwargs)
+        args, kwargs = needed(source)
+        model, dynamic_shapes = source.module, dynamic_shapes or source.dynamic_shapes
     if not isinstance(model, nn.Module):
-        raise CaptureError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+        raise CaptureError(obstacle(model))
     if any(value is not None for value in (input_scale, input_mean, input_std)):
         first = next(iter(as_sample(args).args), None)
         model = normalised(model, first, scale=input_scale, mean=input_mean, std=input_std)

@@ -16,18 +16,20 @@ from typing import Any
 import onnx
 import torch
 from rich.console import RenderableType
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from bnfx.errors import ExportError
 from bnfx.graphs.agreement import outputs
+from bnfx.graphs.brought import brought
 from bnfx.graphs.examples import Example, clone, obstacle, training_modules
 from bnfx.graphs.tracing import attributes_kept
 from bnfx.onnx_files.placing import data_files, move_into_place, name_by_content, real_target
 from bnfx.onnx_files.reading import FOLDED, VERSION, all_nodes, describe_type, opset_of
 from bnfx.onnx_files.signature import name_outputs, require_open
 from bnfx.reports.document import Headline
-from bnfx.reports.report import FoldReport, Report, table
+from bnfx.reports.report import FoldReport, Report, table, told
 from bnfx.version import OPSETS, __version__
 from bnfx.workspace import workspace
 
@@ -74,7 +76,7 @@ class ExportReport(Report):
 
 
 def export_onnx(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     args: Any,
     f: str | os.PathLike[str],
     *,
@@ -88,8 +90,9 @@ def export_onnx(
     """Export `model` with torch's dynamo exporter, check the file, and move it into place.
 
     Args:
-        model: In eval mode throughout; left bit-identical.
-        args: Tuple of positional example arguments, or a lone tensor.
+        model: In eval mode throughout; left bit-identical. Or a `torch.export.ExportedProgram`,
+            which brings its inputs and free axes.
+        args: Tuple of positional example arguments, or a lone tensor; None for a program.
         f: Where to write. An older file stays until the new one is complete.
         kwargs: Example keyword arguments.
         input_names: Names for the inputs, in order.
@@ -104,8 +107,15 @@ def export_onnx(
             changed silently; an axis that shall be open and the model fixes; the exporter failed;
             the file is not valid ONNX.
     """
-    if not isinstance(model, nn.Module):
-        raise ExportError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+    source = model
+    if isinstance(model, ExportedProgram):
+        given = brought(model)
+        if dynamic_shapes is not None:
+            raise ExportError(
+                "an exported program has the free axes that it was exported with; leave "
+                "dynamic_shapes out"
+            )
+        model, dynamic_shapes, args, kwargs = given.module, given.dynamic_shapes, (), {}
     if said := obstacle(model):
         raise ExportError(said)
     _require_eval(model)
@@ -119,6 +129,7 @@ def export_onnx(
     positional = (args,) if isinstance(args, Tensor) else tuple(args)
     program = _program(
         model,
+        source,
         positional,
         kwargs=dict(kwargs or {}),
         input_names=input_names,
@@ -129,7 +140,7 @@ def export_onnx(
     _require_names(program, input_names, output_names)
     require_open(program, model, dynamic_shapes)
     name_outputs(program, output_names or ())
-    _annotate(program.model.metadata_props, model)
+    _annotate(program.model.metadata_props, source)
     size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
     external = size > _INLINE_BYTES if external_data is None else external_data
     _refuse_link(Path(f), target, external=external)
@@ -211,7 +222,13 @@ def _refuse_link(given: Path, target: Path, *, external: bool) -> None:
         )
 
 
-def _program(model: nn.Module, args: tuple[Any, ...], **options: Any) -> torch.onnx.ONNXProgram:
+def _program(
+    model: nn.Module,
+    source: nn.Module | ExportedProgram,
+    args: tuple[Any, ...],
+    **options: Any,
+) -> torch.onnx.ONNXProgram:
+    """What torch exports of `source`, which is `model` or the program whose module that is."""
     if args and isinstance(args[-1], dict) and not options["kwargs"]:
         args = (*args, {})  # torch.onnx.export takes a last dict for keyword arguments
     try:
@@ -222,7 +239,7 @@ def _program(model: nn.Module, args: tuple[Any, ...], **options: Any) -> torch.o
             warnings.filterwarnings("ignore", message=".*while it is in training mode.*")
             # one name for the batch of several inputs is what is wanted
             warnings.filterwarnings("ignore", message=".*axis name.*will not be used.*")
-            program = torch.onnx.export(model, args, None, dynamo=True, verbose=False, **options)
+            program = torch.onnx.export(source, args, None, dynamo=True, verbose=False, **options)
     except Exception as error:  # the exporter and the user's forward raise anything
         cause: BaseException = error
         while cause.__cause__ is not None:  # the exporter wraps it in advice
@@ -232,7 +249,7 @@ def _program(model: nn.Module, args: tuple[Any, ...], **options: Any) -> torch.o
             kinds = _unknown_results(model, Example(args, options["kwargs"]))
             if kinds:
                 with _registered(kinds):
-                    return _program(model, args, **options)
+                    return _program(model, source, args, **options)
         raise ExportError(
             f"torch.onnx.export failed on {type(model).__name__}: {first}. Check that "
             "torch.export.export(model, args, strict=False) works with these inputs"
@@ -268,10 +285,9 @@ def _registered(kinds: list[type[Any]]) -> Iterator[None]:
             pytree._deregister_pytree_node(kind)
 
 
-def _annotate(metadata: dict[str, str], model: nn.Module) -> None:
+def _annotate(metadata: dict[str, str], model: nn.Module | ExportedProgram) -> None:
     metadata[VERSION] = __version__
-    meta = model.meta if isinstance(model, fx.GraphModule) else {}
-    done = meta.get("bnfx")
+    done = told(model)
     if isinstance(done, FoldReport):
         metadata[FOLDED] = json.dumps(sorted(done.provenance))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import fx, nn
@@ -121,7 +121,7 @@ def _given(inputs: Any, kwargs: Mapping[str, Any] | None, options: FoldOptions) 
     return given
 
 
-@takes_arguments_of(fold_bn)
+@takes_arguments_of(cast("Callable[..., object]", fold_bn))  # both kinds that it is overloaded for
 def plan_fold(*args: Any, **kwargs: Any) -> FoldReport:
     """What `fold_bn` would do with the same arguments; nothing is changed."""
     done = report(fold_bn(*args, **kwargs))

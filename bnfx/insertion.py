@@ -191,8 +191,5 @@ def _require_options(init: str, data: object, placement: str) -> None:
 
 
 def _require_model(model: nn.Module) -> None:
-    kind = type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise InsertError(f"the model is a {kind}, not a torch.nn.Module")
     if said := obstacle(model):
         raise InsertError(said)

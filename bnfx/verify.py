@@ -20,8 +20,10 @@ from typing import Any
 import onnx
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from bnfx.errors import VerificationError
+from bnfx.graphs.brought import brought
 from bnfx.graphs.examples import Example, training_modules
 from bnfx.numbers import UNIT, Array
 from bnfx.onnx_files.reading import FOLDED, all_nodes, metadata_of, read_onnx, type_name
@@ -54,7 +56,7 @@ Reference = TorchReference | OnnxReference
 
 
 def verify_onnx(
-    model: nn.Module | str | os.PathLike[str],
+    model: nn.Module | ExportedProgram | str | os.PathLike[str],
     f: str | os.PathLike[str],
     args: Any = None,
     *,
@@ -74,8 +76,9 @@ def verify_onnx(
     """Compare an ONNX file with the unfolded model that it was made from.
 
     Args:
-        model: The unfolded reference, in eval mode; left bit-identical. Or the path of another ONNX
-            file, which is evaluated in float64.
+        model: The unfolded reference, in eval mode; left bit-identical. Or an exported program,
+            which brings its inputs. Or the path of another ONNX file, which is evaluated in
+            float64.
         f: The ONNX file, written by anyone.
         args: Tuple of positional example arguments, or a lone tensor: shapes, dtypes and ranges of
             the inputs that are drawn. They are the first input themselves. Where the reference is
@@ -111,6 +114,9 @@ def verify_onnx(
     if not isinstance(max_ratio, int | float) or not 0 <= max_ratio < math.inf:
         raise VerificationError(f"max_ratio={max_ratio!r} is no limit; use 4.0")
     execution_provider(provider)
+    if isinstance(model, ExportedProgram):
+        given = brought(model, args, kwargs)
+        model, args, kwargs = given.module, given.args, given.kwargs
     path = Path(f)
     proto = read_onnx(path)
     reference = _reference(
@@ -159,8 +165,8 @@ def _reference(
 ) -> Reference:
     if not isinstance(model, nn.Module | str | os.PathLike):
         raise VerificationError(
-            f"the reference is a {type(model).__name__}; give a torch.nn.Module, or the path of an "
-            "ONNX file"
+            f"the reference is a {type(model).__name__}; give a torch.nn.Module, an exported "
+            "program, or the path of an ONNX file"
         )
     if not isinstance(model, nn.Module):
         return OnnxReference(Path(model), precision, timeout or 600.0, isolate=isolate)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 import bnfx
 from bnfx.cli.checkpoints import save_state
@@ -25,7 +26,7 @@ from bnfx.cli.inputs import (
     parse_inputs,
     require_fit,
 )
-from bnfx.cli.models import load_model, save_exported
+from bnfx.cli.models import load_model, save_exported, save_program
 from bnfx.cli.parser import FOLDING, NORMALISING
 from bnfx.cli.results import DONE, FAILED, Outcome, Steps
 from bnfx.cli.specs import parse_dynamic
@@ -43,6 +44,8 @@ class Given:
     model: nn.Module
     inputs: Inputs | None
     dynamic_shapes: Any = None
+    #: The program whose module the model is, with the free axes that it has.
+    program: ExportedProgram | None = None
 
     @property
     def args(self) -> tuple[Any, ...] | None:
@@ -92,12 +95,12 @@ def _given(options: argparse.Namespace, steps: Steps, *, training: bool = False)
         loaded = load_model(options.model, checkpoint, options.checkpoint_key)
     if loaded.note and not options.quiet:
         tell(f"checkpoint {checkpoint}: {loaded.note}")
-    model = loaded.model if loaded.exported or training else loaded.model.eval()
+    model = loaded.model if loaded.program or training else loaded.model.eval()
     inputs = loaded.inputs
     if options.input:
         inputs = bind(model, parse_inputs(options.input))
     if inputs is None:
-        return Given(model, None)
+        return Given(model, None, program=loaded.program)
     scale, mean, std = (getattr(options, name, None) for name in NORMALISING)
     if not scale is mean is std is None:
         first = next(iter(inputs.args), None)
@@ -108,7 +111,9 @@ def _given(options: argparse.Namespace, steps: Steps, *, training: bool = False)
     check_forward(model, inputs)
     dynamic, batch = getattr(options, "dynamic", []), getattr(options, "dynamic_batch", False)
     shapes = dynamic_shapes(inputs, dynamic, batch=batch)
-    return Given(model, inputs, loaded.dynamic_shapes if shapes is None else shapes)
+    if shapes is not None:
+        return Given(model, inputs, shapes)
+    return Given(model, inputs, loaded.dynamic_shapes, loaded.program)
 
 
 def _inspect(options: argparse.Namespace, steps: Steps) -> Outcome:
@@ -201,11 +206,13 @@ def _fold(options: argparse.Namespace, steps: Steps) -> Outcome:
     steps.total = 3 if options.file else 2
     given = _given(options, steps)
     exporting = needs_inputs(options)
-    if exporting:
+    program = given.program if exporting else None
+    source: Any = given.model if program is None else program
+    if exporting and program is None:
         given.required()
     with steps("folding"):
-        folded = bnfx.fold_bn(
-            given.model, given.args, example_kwargs=given.kwargs, **_folding(options)
+        folded: Any = bnfx.fold_bn(
+            source, given.args, example_kwargs=given.kwargs, **_folding(options)
         )
     done = bnfx.report(folded)
     assert isinstance(done, FoldReport)
@@ -215,8 +222,11 @@ def _fold(options: argparse.Namespace, steps: Steps) -> Outcome:
         return Outcome(done, written="Nothing was written: name a file to keep it.")
     with steps(f"writing {options.file}"):
         if exporting:
-            save_exported(folded, given.required(), given.dynamic_shapes, Path(options.file))
             use = f"is a program: torch.export.load({options.file!r}).module() runs it."
+        if program is not None:
+            save_program(folded, Path(options.file))
+        elif exporting:
+            save_exported(folded, given.required(), given.dynamic_shapes, Path(options.file))
         else:
             save_state(folded, Path(options.file))
             use = (

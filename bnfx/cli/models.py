@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from bnfx.cli import libraries
@@ -21,6 +21,7 @@ from bnfx.cli.inputs import Inputs
 from bnfx.cli.results import place
 from bnfx.cli.specs import LIBRARIES, Factory, parse_factory
 from bnfx.errors import CaptureError, ExportError, MissingPackageError, UsageError
+from bnfx.graphs.brought import brought
 from bnfx.text import meant
 
 
@@ -29,8 +30,8 @@ class Loaded:
     """A model, and what its file says about its inputs."""
 
     model: nn.Module
-    #: Whether it comes from a `.pt2` file, whose graph has no modes.
-    exported: bool = False
+    #: The program whose module it is, and whose graph has no modes; None for a factory.
+    program: ExportedProgram | None = None
     #: The inputs that it was exported with; None for a factory.
     inputs: Inputs | None = None
     #: The free axes that it was exported with.
@@ -112,40 +113,13 @@ def _import(name: str, spec: str) -> Any:
 def _load_exported(path: Path) -> Loaded:
     try:
         program = torch.export.load(str(path))
-        module = program.module()
+        found = brought(program)
     except Exception as error:  # the loader raises anything on a damaged file
         raise CaptureError(
             f"{path} is not a readable file of torch.export.save: {_first(error)}"
         ) from error
-    for part in module.modules():
-        part.training = False  # the modes of a BatchNorm are arguments of its calls
-    example = program.example_inputs
-    inputs = None if example is None else Inputs(example[0], example[1], None, {})
-    return Loaded(module, True, inputs, _symbolic_axes(program, module))
-
-
-def _symbolic_axes(program: torch.export.ExportedProgram, module: nn.Module) -> Any:
-    """The free axes of the program's inputs, one symbol one name; None if all are fixed."""
-    names: dict[str, str] = {}
-    axes: list[dict[int, str] | None] = []
-    wanted = set(program.graph_signature.user_inputs)
-    for node in program.graph.nodes:
-        if node.op != "placeholder" or node.name not in wanted:
-            continue
-        value = node.meta.get("val")
-        sizes: tuple[Any, ...] = tuple(value.shape) if isinstance(value, Tensor) else ()
-        free = {axis: str(n) for axis, n in enumerate(sizes) if isinstance(n, torch.SymInt)}
-        for axis, symbol in free.items():
-            first = axis == 0 and "batch" not in names.values()
-            names.setdefault(symbol, "batch" if first else f"dim_{len(names)}")
-        named = {axis: names[symbol] for axis, symbol in free.items()}
-        axes.append(named if isinstance(value, Tensor) else None)
-    if not any(axes) or program.call_spec.in_spec is None:
-        return None
-    args, kwargs = pytree.tree_unflatten(axes, program.call_spec.in_spec)
-    if not kwargs:
-        return tuple(args)
-    return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    inputs = None if found.args is None else Inputs(found.args, found.kwargs, None, {})
+    return Loaded(found.module, program, inputs, found.dynamic_shapes)
 
 
 def save_exported(model: fx.GraphModule, inputs: Inputs, shapes: Any, target: Path) -> None:
@@ -159,10 +133,15 @@ def save_exported(model: fx.GraphModule, inputs: Inputs, shapes: Any, target: Pa
         program = torch.export.export(
             model, args, kwargs, dynamic_shapes=_dims(shapes), strict=False
         )
-        content = io.BytesIO()  # on a full disk torch's own writer ends the process
-        torch.export.save(program, content)
     except Exception as error:  # the exporter and the user's forward raise anything
         raise ExportError(f"torch.export failed on the folded model: {_first(error)}") from error
+    save_program(program, target)
+
+
+def save_program(program: ExportedProgram, target: Path) -> None:
+    """Write a program as `.pt2`; an older file stays until then."""
+    content = io.BytesIO()  # on a full disk torch's own writer ends the process
+    torch.export.save(program, content)
     place(target, content.getbuffer())
 
 

@@ -83,7 +83,7 @@ class Draft:
     origins: dict[str, Origin]
 
     def __init__(self, model: nn.Module, given: Example | None) -> None:
-        if isinstance(model, nn.Module) and (said := obstacle(model)):
+        if said := obstacle(model):
             raise CaptureError(said)
         self.source, self.given, self.root = model, given, clone(model)
         self.changes, self.origins = [], {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
@@ -60,13 +61,20 @@ def example(inputs: Any, kwargs: Mapping[str, Any] | None) -> Example | None:
     return Example(tuple(inputs), dict(kwargs or {}))
 
 
-def obstacle(model: nn.Module, *, wrappers: bool = True) -> str:
+def obstacle(model: object, *, wrappers: bool = True) -> str:
     """Why nobody can look into a model, or into a part of it, and what to give instead; or "".
 
     Args:
-        model: Any module.
+        model: Any module; or something else, which is then in the way itself.
         wrappers: Whether those that spread a model over devices or processes are in the way too.
     """
+    if isinstance(model, ExportedProgram):
+        return (
+            "an exported program has its graph and its statistics fixed; give the torch.nn.Module "
+            "that it was exported from, and export the result anew"
+        )
+    if not isinstance(model, nn.Module):
+        return f"the model is a {type(model).__name__}; give a torch.nn.Module"
     for path, part in model.named_modules():
         place = f"the part {path!r}, a {type(part).__name__}," if path else type(part).__name__
         if isinstance(part, torch.jit.ScriptModule):
@@ -137,7 +145,7 @@ def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
     The weight of torch.nn.utils.weight_norm (the old form) is one: a deep copy alone refuses it.
     """
     if not isinstance(model, nn.Module):
-        raise CaptureError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+        raise CaptureError(obstacle(model))
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:

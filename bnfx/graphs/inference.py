@@ -146,7 +146,7 @@ def inference_graph(model: nn.Module, given: Example | None) -> Captured:
 
 def _captured(model: nn.Module, given: Example | None) -> Captured:
     spread = isinstance(model, nn.parallel.DistributedDataParallel)
-    if isinstance(model, nn.Module) and (said := obstacle(model, wrappers=spread)):
+    if said := obstacle(model, wrappers=spread):
         raise CaptureError(said)
     root = bake_modules(skeleton(model))
     try:

@@ -29,6 +29,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
+from bnfx.graphs.baked import bake_weights
 from bnfx.graphs.grad_modes import inline_grad_modes
 from bnfx.graphs.inference import Captured
 from bnfx.graphs.parameters import attribute, set_tensor
@@ -87,6 +88,7 @@ def opened(program: ExportedProgram) -> Opened:
     for part in module.modules():
         part.training = False  # modes are arguments of calls
     inline_grad_modes(module)
+    bake_weights(module)
     inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     first, *others = concrete(inputs, program.range_constraints)
     return Opened(program, Captured(module, first, tuple(others)), tensors, borders)

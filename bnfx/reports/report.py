@@ -379,15 +379,26 @@ def report(model: nn.Module | ExportedProgram) -> InsertReport | FoldReport:
     Raises:
         BnfxError: bnfx did not make this model.
     """
-    meta = getattr(model, "meta", None)
-    done = meta.get(_REPORT) if isinstance(meta, dict) else None
-    done = done or getattr(model, "__dict__", {}).get("_bnfx_report") or _told_by_program(model)
-    if not isinstance(done, InsertReport | FoldReport):
+    done = told(model)
+    if done is None:
         raise BnfxError(
             f"this {type(model).__name__} was not returned by bnfx, so there is no report of it; "
             "plan_insert and plan_fold say what would be done"
         )
     return done
+
+
+def told(model: nn.Module | ExportedProgram) -> InsertReport | FoldReport | None:
+    """The same, or None."""
+    from torch.export import ExportedProgram  # a model is there, and so is torch
+
+    meta = getattr(model, "meta", None)
+    done = meta.get(_REPORT) if isinstance(meta, dict) else None
+    done = done or getattr(model, "__dict__", {}).get("_bnfx_report")
+    if done is None and isinstance(model, ExportedProgram):
+        kept = model.graph_module.meta.get("custom", {}).get(_REPORT)
+        return None if kept is None else FoldReport.from_dict(kept)
+    return done if isinstance(done, InsertReport | FoldReport) else None
 
 
 def remember(module: _Model, done: InsertReport | FoldReport) -> _Model:
@@ -405,10 +416,3 @@ def remember_in_program(program: ExportedProgram, done: FoldReport) -> ExportedP
     meta["custom"] = {**meta.get("custom", {}), _REPORT: done.to_dict()}
     program.__dict__["_bnfx_report"] = done
     return program
-
-
-def _told_by_program(model: nn.Module | ExportedProgram) -> FoldReport | None:
-    from torch.export import ExportedProgram  # a model is there, and so is torch
-
-    told = isinstance(model, ExportedProgram) and model.graph_module.meta.get("custom", {})
-    return FoldReport.from_dict(told[_REPORT]) if told and _REPORT in told else None

@@ -22,6 +22,7 @@ import onnx
 import pytest
 import torch
 
+import bnfx
 from bnfx.cli import main, parser
 from bnfx.runtime.sessions import cuda_unavailable_reason
 
@@ -585,7 +586,11 @@ def test_pt2_files_with_nested_inputs(here: Path, *, by_keyword: bool) -> None:
     shapes = strict((here / "r.json").read_text())["export"]["inputs"].values()
     assert list(shapes) == ["float32[batch,3,16,16]"] * 2
     assert main(["fold", "a.pt2", "b.pt2"]) == 0
-    assert torch.export.load(here / "b.pt2").module()(*args, **(kwargs or {}))["y"].shape == (2, 4)
+    folded = torch.export.load(here / "b.pt2")
+    assert folded.module()(*args, **(kwargs or {}))["y"].shape == (2, 4)
+    assert folded.graph_signature.user_inputs == program.graph_signature.user_inputs
+    assert folded.range_constraints == torch.export.load(here / "a.pt2").range_constraints
+    assert bnfx.report(folded)
 
 
 def test_inserted_state_comes_back_through_a_checkpoint(here: Path) -> None:

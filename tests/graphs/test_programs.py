@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -206,3 +208,43 @@ def test_the_calls_of_preserved_modules_go_on() -> None:
     apart = torch.export.unflatten(folded)
     close(apart.get_submodule("inner")(x), inner(x))
     close(apart(x), model(x))
+
+
+def test_every_door_takes_a_program(tmp_path: Path) -> None:
+    parts = {"conv": conv(2, 2, 3), "bn": nn.BatchNorm2d(2)}
+    model = randomise(net("{'y': self.bn(self.conv(x)), 'n': 2 * n['k']}", args="x, n", **parts))
+    args = (image().float(), {"k": image().float()})
+    shapes = ({0: BATCH, 2: 2 * SIZE}, {"k": {0: BATCH}})
+    program, file = torch.export.export(model.float(), args, dynamic_shapes=shapes), tmp_path / "f"
+    assert bnfx.plan_fold(program).folded == 1
+    done = bnfx.deploy(program, None, file, num_inputs=2, batch_sizes=(5,))
+    assert done.export.inputs == {"x": "float32[batch,2,dim_1,6]", "n_k": "float32[batch,2,6,6]"}
+    assert done.fold.folded == 1
+    written = bnfx.export_onnx(bnfx.fold_bn(program), None, file)
+    assert written.inputs == done.export.inputs
+    assert set(written.outputs) == {"y", "n"}
+    assert bnfx.verify_onnx(program, file, num_inputs=2)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        bnfx.insert_bn,
+        bnfx.plan_insert,
+        lambda program: bnfx.recalibrate_bn(program, [image()]),
+        lambda program: bnfx.recipe(program, lr=0.1, weight_decay=0.1),
+        lambda program: bnfx.apply_pass(bnfx.passes.RemoveDropout(), program),
+    ],
+)
+def test_a_program_where_a_module_is_needed(call: Callable[[Any], object]) -> None:
+    program = torch.export.export(chain(conv(2, 2)), (image(),))
+    with pytest.raises(bnfx.BnfxError, match="that it was exported from"):
+        call(program)
+
+
+def test_computed_weights_are_parameters() -> None:
+    scaled = "self.bn(F.conv2d(x, self.conv.weight * self.mask))"
+    mask = torch.tensor([1.0, 0.5]).reshape(2, 1, 1, 1)
+    model = net(scaled, conv=conv(2, 2, bias=False), bn=nn.BatchNorm2d(2), mask=mask)
+    folded = law(torch.export.export(randomise(model), (image(),)), (image(),))
+    assert not [node for node in folded.graph.nodes if "mul" in node.name]
