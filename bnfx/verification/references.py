@@ -122,6 +122,17 @@ class TorchReference:
         dtypes = tuple(str(t.dtype).removeprefix("torch.") for t in (called or [[]])[0])
         return Runs(own, rounded, exact, dtypes)
 
+    def truncated(self, samples: Sequence[Example], runs: Runs) -> list[list[Array]]:
+        """Outputs in TF32 whose factors are cut off, as tensor cores may do, and not rounded.
+
+        Args:
+            samples: The inputs.
+            runs: What `run` gave for them, which stays where TF32 was not asked for.
+        """
+        if self.precision != "tf32":
+            return runs.rounded
+        return [arrays(self._in_tf32(sample, to_tf32_truncated)) for sample in samples]
+
     def require_one_answer(self, sample: Example, runs: Runs) -> None:
         """Refuse a reference that computes something else each time: it would set no limit.
 
@@ -165,13 +176,16 @@ class TorchReference:
 
     def _in_precision(self, sample: Example) -> list[Tensor]:
         if self.precision == "tf32":
-            with Tf32():
-                return self._call(self._rounded, sample, self.dtype)
+            return self._in_tf32(sample, to_tf32)
         try:
             return self._call(self._rounded, sample, self.dtype)
         except VerificationError:
             with StoredAs(self.dtype):
                 return self._call(clone(self._rounded).float(), sample, torch.float32)
+
+    def _in_tf32(self, sample: Example, narrow: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        with Tf32(narrow):
+            return self._call(self._rounded, sample, self.dtype)
 
     def _in_float64(self, sample: Example) -> list[Tensor]:
         with Widened():
@@ -192,7 +206,7 @@ class TorchReference:
             lambda leaf: cast(leaf, dtype), (sample.args, dict(sample.kwargs))
         )
         try:
-            with torch.no_grad():
+            with torch.no_grad(), strict_float32():
                 leaves = list(leaves_in(module(*args, **kwargs)))
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
             raise VerificationError(
@@ -419,20 +433,69 @@ def to_tf32(value: Tensor) -> Tensor:
     return torch.where(torch.isfinite(value), rounded.view(torch.float32), value)
 
 
+def to_tf32_truncated(value: Tensor) -> Tensor:
+    """A float32 tensor with its mantissas cut off behind the 10 bits of TF32."""
+    return (value.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
 class Tf32(TorchFunctionMode):
     """Factors of convolutions and matrix products are rounded to TF32, sums stay in float32."""
+
+    def __init__(self, narrow: Callable[[Tensor], Tensor] = to_tf32) -> None:
+        super().__init__()
+        self.narrow = narrow
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func`, on rounded factors where it multiplies."""
         if getattr(func, "__name__", "") not in _PRODUCTS:
             return func(*args, **(kwargs or {}))
-        rounded = [_rounded(arg) for arg in args]
-        return func(*rounded, **{k: _rounded(v) for k, v in (kwargs or {}).items()})
+        rounded = [self._rounded(arg) for arg in args]
+        return func(*rounded, **{k: self._rounded(v) for k, v in (kwargs or {}).items()})
+
+    def _rounded(self, value: Any) -> Any:
+        wide = isinstance(value, Tensor) and value.dtype is torch.float32
+        return self.narrow(value.detach()) if wide else value
 
 
-def _rounded(value: Any) -> Any:
-    narrow = isinstance(value, Tensor) and value.dtype is torch.float32
-    return to_tf32(value.detach()) if narrow else value
+@contextlib.contextmanager
+def strict_float32() -> Iterator[None]:
+    """Products in float32 proper, whatever the user allows: a budget must not have TF32's size.
+
+    PyTorch lets convolutions on a GPU use TF32 unless told otherwise, and all products on request;
+    on a CPU bfloat16 on request.
+    """
+    backends: Any = torch.backends  # which declares less than it has
+    single = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
+    single += (backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in single]
+    # The older words, which a forward may read. They refuse to be read where the user mixes them
+    # with the newer ones, and then hold what they are set to.
+    convolutions = _or_none(lambda: backends.cudnn.allow_tf32)
+    products = _or_none(torch.get_float32_matmul_precision)
+
+    def use(each: Sequence[str]) -> None:
+        for backend, precision in zip(single, each, strict=True):
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
+
+    backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    use(["ieee" if precision != "none" else "none" for precision in before])
+    try:
+        yield
+    finally:
+        if convolutions is not None:
+            backends.cudnn.allow_tf32 = convolutions
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        use(before)
+
+
+def _or_none(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except RuntimeError:
+        return None
 
 
 class StoredAs(TorchFunctionMode):
