@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +20,21 @@ from rich.console import RenderableType
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bnfx.errors import BnfxError, VerificationError
+from bnfx.errors import BnfxError, ProviderError, VerificationError
 from bnfx.onnx_files.reading import read_onnx
 from bnfx.reports.document import Facts, Headline, Picture, Section, blocks
 from bnfx.reports.drawing import Bar, bars, said
 from bnfx.reports.report import Report, table
+from bnfx.runtime.assignment import open_placed
+from bnfx.runtime.canary import require_arithmetic
+from bnfx.runtime.devices import device_name
 from bnfx.runtime.isolated import execute_apart
+from bnfx.runtime.providers import Where
 from bnfx.runtime.runner import Request
-from bnfx.runtime.sessions import SessionSettings, load_onnxruntime, open_session, require_provider
+from bnfx.runtime.sessions import SessionSettings, require_still_on, runtime_errors
+from bnfx.runtime.values import ort_value
+from bnfx.verification.file_reference import file_precision
+from bnfx.verification.references import Precision, arrays
 from bnfx.verification.samples import as_sample
 from bnfx.workspace import workspace
 
@@ -80,6 +87,10 @@ class BenchReport(Report):
     num_threads: int
     #: What was left out, and why.
     notes: tuple[str, ...] = ()
+    #: What it ran on, such as "NVIDIA H200"; "" where nothing tells.
+    device: str = ""
+    #: The coarsest arithmetic of a layer, by a canary, such as "float32" or "TF32".
+    arithmetic: str = "float32"
 
     def headline(self) -> Headline:
         """How long a run takes, to the baseline where there is one."""
@@ -87,6 +98,8 @@ class BenchReport(Report):
         facts: Facts = (
             ("median", _ms(first.median)),
             ("provider", self.provider),
+            ("device", self.device or "unknown"),
+            ("arithmetic", self.arithmetic),
             ("runs of each arm", str(self.num_runs)),
             ("threads", str(self.num_threads or "onnxruntime's choice")),
         )
@@ -125,7 +138,8 @@ class BenchReport(Report):
             for arm in self.arms
         ]
         ratio = "" if self.ratio is None else f", ratio {self.ratio:.3f}"
-        title = f"benchmark_onnx: {self.provider}, {self.num_runs} runs each, interleaved{ratio}"
+        place = ", ".join(filter(None, (self.provider, self.device, self.arithmetic)))
+        title = f"benchmark_onnx: {place}, {self.num_runs} runs each, interleaved{ratio}"
         title += "".join(f"\n{note}" for note in self.notes)
         columns = ("arm", "file", "median ms", "25 %", "75 %", "slowest", f"to {base.arm}")
         return table(title, columns, rows)
@@ -142,6 +156,9 @@ def benchmark_onnx(
     baseline: str | os.PathLike[str] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     provider: str = "cpu",
+    provider_options: Mapping[str, Any] | None = None,
+    allow_on_cpu: Sequence[str] | None = None,
+    precision: Precision = "fp32",
     num_runs: int = 100,
     warmup: int = 20,
     num_threads: int = 1,
@@ -155,7 +172,11 @@ def benchmark_onnx(
         args: Tuple of positional arguments, or a lone tensor.
         baseline: Another file with the same inputs, such as the unfolded model.
         kwargs: Keyword arguments.
-        provider: "cpu", "cuda" or "cuda:1"; CUDA never falls back.
+        provider: "cpu", "cuda", "cuda:1" or another, as in `verify_onnx`; it never falls back.
+        provider_options: Options of the provider, as in `verify_onnx`.
+        allow_on_cpu: Operators that may run on the CPU all the same, as in `verify_onnx`.
+        precision: What the provider may compute in, "fp32" or "tf32"; a file in float16 or bfloat16
+            is measured in that.
         num_runs: Timed runs of each arm, at least 50.
         warmup: Runs of each arm before.
         num_threads: Threads of one operator on the CPU; 0 lets onnxruntime choose.
@@ -172,6 +193,7 @@ def benchmark_onnx(
     if num_runs < 50:
         raise BnfxError(f"num_runs={num_runs} is too few for a median and a spread; use 50 or more")
     fusions = bn_fusions or ("on" if baseline is None else "both")
+    where = Where.of(provider, provider_options, allow_on_cpu)
     sample = as_sample(args, kwargs)
     leaves = pytree.tree_leaves((sample.args, dict(sample.kwargs)))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -182,17 +204,41 @@ def benchmark_onnx(
             dropped, count = _write_floor(Path(baseline or f), folder)
             notes += [] if count else ["floor: the baseline has no BatchNorm to drop"]
             plan.append(("floor", dropped, fusions != "off"))
+        precision = file_precision(read_onnx(Path(f)), precision)
         for _, path, on in plan:
             if on or fusions == "off":
-                _try_apart(path, tensors, provider)
-        arms = [_Arm(path, tensors, provider, num_threads, on) for _, path, on in plan]
+                _try_apart(path, tensors, where, precision)
+        arithmetic = _arithmetic(where, precision)
+        how = SessionSettings(num_threads=num_threads, tf32=precision != "fp32")
+        arms = [
+            _Arm(path, tensors, where, replace(how, without="" if on else BN_FUSIONS))
+            for _, path, on in plan
+        ]
         times = _measure(arms, num_runs, warmup)
     latencies = tuple(_summary(plan[i][0], plan[i][1], times[i]) for i in range(len(plan)))
     ratio = latencies[0].median / latencies[1].median if baseline is not None else None
-    return BenchReport(latencies, ratio, provider, num_runs, num_threads, tuple(notes))
+    if not where.on_cpu and where.memory[0] == "cpu":
+        notes.append("inputs and outputs lie in the memory of the CPU")
+    return BenchReport(
+        arms=latencies,
+        ratio=ratio,
+        provider=provider,
+        num_runs=num_runs,
+        num_threads=num_threads,
+        notes=tuple(notes),
+        device=device_name(where),
+        arithmetic=arithmetic,
+    )
 
 
-def _try_apart(path: Path, tensors: list[Tensor], provider: str) -> None:
+def _arithmetic(where: Where, precision: Precision) -> str:
+    """What this process computes in: a variable of the environment may have changed it."""
+    if precision in ("fp16", "bf16"):
+        return {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    return "float32" if where.on_cpu else require_arithmetic(where, precision).coarsest
+
+
+def _try_apart(path: Path, tensors: list[Tensor], where: Where, precision: Precision) -> None:
     """Run a file once in a process of its own: it must not take this one down, nor hold it up."""
     proto = read_onnx(path)
     stored = {tensor.name for tensor in proto.graph.initializer}
@@ -203,9 +249,17 @@ def _try_apart(path: Path, tensors: list[Tensor], provider: str) -> None:
             f"{len(tensors)} tensors"
         )
     with workspace() as folder:
-        request = Request(str(path), provider, str(folder), names, 1)
-        feed = [tensor.detach().cpu().numpy() for tensor in tensors]
-        answer = execute_apart(request, [feed], timeout=_PATIENCE)
+        request = Request(
+            model=str(path),
+            provider=where.provider,
+            folder=str(folder),
+            names=names,
+            runs=1,
+            provider_options=where.options,
+            allow_on_cpu=where.allow_on_cpu,
+            precision=precision,
+        )
+        answer = execute_apart(request, [arrays(tensors)], timeout=_PATIENCE)
     if answer.failures:
         raise VerificationError(f"onnxruntime cannot run {path}: {answer.failures[0]}")
 
@@ -289,31 +343,32 @@ class _Arm:
     """One file with its inputs bound on the device."""
 
     def __init__(
-        self,
-        path: Path,
-        tensors: list[Tensor],
-        provider: str,
-        num_threads: int,
-        fusions: bool,  # noqa: FBT001  # a private class with one caller
+        self, path: Path, tensors: list[Tensor], where: Where, settings: SessionSettings
     ) -> None:
-        without = "" if fusions else BN_FUSIONS
-        settings = SessionSettings(num_threads=num_threads, without=without)
-        self.session = open_session(path, provider, settings)
-        require_provider(self.session, provider)
-        kind, _, index = provider.partition(":")
-        device = (kind, int(index or 0))
+        self.session = open_placed(str(path), where, settings).session
+        self.name, self.path = where.name, str(path)
+        memory, index = where.memory
         self.binding = self.session.io_binding()
-        ort = load_onnxruntime()
-        for value, tensor in zip(self.session.get_inputs(), tensors, strict=True):
-            bound = ort.OrtValue.ortvalue_from_numpy(tensor.detach().cpu().numpy(), *device)
+        inputs = self.session.get_inputs()
+        for value, array in zip(inputs, arrays(tensors), strict=True):
+            bound = ort_value(array, value.type, (memory, index))
             self.binding.bind_ortvalue_input(value.name, bound)
         for value in self.session.get_outputs():
-            self.binding.bind_output(value.name, *device)
+            self.binding.bind_output(value.name, memory, index)
         self.binding.synchronize_inputs()
 
     def run(self) -> float:
-        """Seconds of one run."""
+        """Seconds of one run.
+
+        Raises:
+            ProviderError: onnxruntime fails, or has left the provider.
+        """
         start = time.perf_counter()
-        self.session.run_with_iobinding(self.binding)
-        self.binding.synchronize_outputs()
-        return time.perf_counter() - start
+        try:
+            self.session.run_with_iobinding(self.binding)
+            self.binding.synchronize_outputs()
+        except runtime_errors() as error:
+            raise ProviderError(f"{self.name} failed on {self.path}: {error}") from error
+        end = time.perf_counter()
+        require_still_on(self.session, self.name, self.path)
+        return end - start

@@ -37,7 +37,7 @@ from bnfx.removal import StageReport, ledger_of
 from bnfx.reports.document import Facts, Headline, Section, Table
 from bnfx.reports.report import FoldReport, Report, check_report_path, remember
 from bnfx.reports.report import report as report_of
-from bnfx.runtime.sessions import execution_provider
+from bnfx.runtime.providers import Where
 from bnfx.verification.references import Precision
 from bnfx.verification.samples import as_sample
 from bnfx.verification.verdicts import VerifyReport
@@ -115,6 +115,8 @@ def deploy(
     f: str | os.PathLike[str],
     *,
     provider: str = "cpu",
+    provider_options: Mapping[str, Any] | None = None,
+    allow_on_cpu: Sequence[str] | None = None,
     report: str | os.PathLike[str] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     input_names: Sequence[str] | None = None,
@@ -143,7 +145,10 @@ def deploy(
             brings its inputs and free axes.
         args: Tuple of positional example arguments, or a lone tensor; None for a program's own.
         f: Where the file goes; an older file stays as it is unless every check passes.
-        provider: Where to verify and measure: "cpu", "cuda" or "cuda:1".
+        provider: Where to verify and measure: "cpu", "cuda", "cuda:1" or another, as in
+            `verify_onnx`.
+        provider_options: Options of the provider, as in `verify_onnx`.
+        allow_on_cpu: Operators that may run on the CPU all the same, as in `verify_onnx`.
         report: Where to write the report, also after a failure; the suffix says how.
         kwargs: Example keyword arguments.
         input_names: Names for the inputs, in order.
@@ -184,7 +189,7 @@ def deploy(
     if any(value is not None for value in (input_scale, input_mean, input_std)):
         first = next(iter(as_sample(args).args), None)
         model = normalised(model, first, scale=input_scale, mean=input_mean, std=input_std)
-    execution_provider(provider)
+    Where.of(provider, provider_options, allow_on_cpu)
     target, seconds = real_target(f), dict[str, float]()
     tell = progress or (lambda _: None)
     timed = partial(_timed, seconds, tell)
@@ -212,12 +217,17 @@ def deploy(
         "opset_version": opset_version,
         "external_data": external_data,
     }
-    checks: dict[str, Any] = {
+    place: dict[str, Any] = {
         "provider": provider,
+        "provider_options": provider_options,
+        "allow_on_cpu": allow_on_cpu,
+        "precision": precision,
+    }
+    checks: dict[str, Any] = {
+        **place,
         "num_inputs": num_inputs,
         "inputs": inputs,
         "batch_sizes": batch_sizes,
-        "precision": precision,
         "max_ratio": max_ratio,
     }
     with workspace(target) as folder:
@@ -236,7 +246,7 @@ def deploy(
         measured = None
         if benchmark and verified:
             with timed("benchmark"):
-                measured = _measure(model, args, written, provider, options)
+                measured = _measure(model, args, written, place, options)
         kept = None
         if not verified and bundle is not None:
             kept = _kept(Path(bundle), written, args, kwargs, verified)
@@ -350,14 +360,16 @@ def _write_bundle(
 
 
 def _measure(
-    model: nn.Module, args: Any, written: Path, provider: str, options: Mapping[str, Any]
+    model: nn.Module,
+    args: Any,
+    written: Path,
+    place: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> BenchReport:
     """Against what the exporter makes of the unfolded model by itself."""
     unfolded = written.with_name("unfolded.onnx")
     export_onnx(model, args, unfolded, **options)
-    return benchmark_onnx(
-        written, args, baseline=unfolded, kwargs=options["kwargs"], provider=provider
-    )
+    return benchmark_onnx(written, args, baseline=unfolded, kwargs=options["kwargs"], **place)
 
 
 def _try_example(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> None:

@@ -95,7 +95,7 @@ class StageReport(Report):
             (bn.path, bn.removed_by or "nobody", ", ".join(bn.into) or "-", bn.reason or "-")
             for bn in records
         )
-        title = f"removed by: {self._counts()}\nleft after: {left}"
+        title = f"removed by: {self._counts()}\nleft after, on the CPU: {left}"
         return table(title, ("BatchNorm", "removed by", "into", "reason"), rows)
 
 
@@ -204,7 +204,7 @@ def runtime_batch_norms(f: Path) -> dict[str, frozenset[str]]:
     found = {}
     with workspace() as folder:
         # A copy in float32 stands for a file in bfloat16, which the CPU cannot load.
-        model = stage(read_onnx(f), f, folder, provider="cpu", values=False).model
+        model = stage(read_onnx(f), f, folder, on_cpu=True, values=False).model
         load_apart(Path(model))
         for name, level in LEVELS.items():
             written = folder / f"{level}.onnx"

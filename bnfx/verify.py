@@ -28,8 +28,8 @@ from bnfx.graphs.examples import Example, training_modules
 from bnfx.numbers import UNIT, Array
 from bnfx.onnx_files.reading import FOLDED, all_nodes, metadata_of, read_onnx, type_name
 from bnfx.runtime.isolated import execute_apart
+from bnfx.runtime.providers import Where
 from bnfx.runtime.runner import Answer, Request, execute
-from bnfx.runtime.sessions import execution_provider
 from bnfx.verification.faults import output_fault
 from bnfx.verification.file_reference import OnnxReference
 from bnfx.verification.layer_checks import MAX_LAYER_RATIO
@@ -48,7 +48,7 @@ from bnfx.verification.samples import (
 )
 from bnfx.verification.staging import Staged, stage
 from bnfx.verification.tiers import Findings, check_layers
-from bnfx.verification.verdicts import Divergence, TierCheck, VerifyReport
+from bnfx.verification.verdicts import Divergence, NodePlace, TierCheck, VerifyReport
 from bnfx.verification.weight_checks import MAX_WEIGHT_RATIO, Rounding
 from bnfx.workspace import workspace
 
@@ -62,6 +62,8 @@ def verify_onnx(
     *,
     kwargs: Mapping[str, Any] | None = None,
     provider: str = "cpu",
+    provider_options: Mapping[str, Any] | None = None,
+    allow_on_cpu: Sequence[str] | None = None,
     num_inputs: int = 8,
     inputs: Sequence[Any] | None = None,
     batch_sizes: Sequence[int] | None = None,
@@ -84,7 +86,12 @@ def verify_onnx(
             the inputs that are drawn. They are the first input themselves. Where the reference is
             a file they may be left out: its declared inputs are drawn.
         kwargs: Example keyword arguments.
-        provider: "cpu", "cuda" or "cuda:1"; CUDA never falls back.
+        provider: "cpu", "cuda", "cuda:1", another one of onnxruntime by its short name, or by its
+            full one; it never falls back.
+        provider_options: Options of the provider, such as `{"device_type": "GPU"}`; `library` names
+            the file of a provider that is a plugin.
+        allow_on_cpu: Operators that may run on the CPU all the same, such as `("Shape",)`; None
+            allows arithmetic of shapes alone.
         num_inputs: Inputs to pool the error over.
         inputs: Inputs to use instead of drawn ones, each like `args`.
         batch_sizes: Batch sizes to run besides that of `args`; by default 1, 2 and 7 where the
@@ -97,7 +104,7 @@ def verify_onnx(
         timeout: Seconds that onnxruntime gets; None takes 100 times what the reference took on one
             input, times the number of inputs, at least two minutes.
         isolate: Whether onnxruntime runs in a process of its own, which survives what a file may do
-            to it. CUDA always does.
+            to it. On another provider than the CPU it always does.
         exact: What `bnfx.folding.fold_exactly` made of `model`, unrounded, where the caller has it:
             it is the first form that weights are held against, and is not folded again.
         rewritten: Names of tensors in `f` to which folding gave values that `model` does not have:
@@ -113,7 +120,7 @@ def verify_onnx(
         raise VerificationError(f"precision={precision!r} is unknown; use {', '.join(DTYPES)}")
     if not isinstance(max_ratio, int | float) or not 0 <= max_ratio < math.inf:
         raise VerificationError(f"max_ratio={max_ratio!r} is no limit; use 4.0")
-    execution_provider(provider)
+    where = Where.of(provider, provider_options, allow_on_cpu)
     if isinstance(model, ExportedProgram):
         given = brought(model, args, kwargs)
         model, args, kwargs = given.module, given.args, given.kwargs
@@ -141,13 +148,15 @@ def verify_onnx(
     if batch_of(pooled[0]) == 0:
         raise VerificationError("the first input has a batch of 0, which verifies nothing")
     small = [resized(pooled, size) for size in sizes]
-    plan = _Plan(path, proto, provider, reference, pooled, small, sizes, names, values, rewritten)
+    plan = _Plan(path, proto, where, reference, pooled, small, sizes, names, values, rewritten)
     reference.require_one_answer(pooled[0], runs)
     limit = max(120.0, 100 * each * (len(pooled) + sum(sizes))) if timeout is None else timeout
     reference.release()  # while onnxruntime holds the weights too
     staged, answer = _run(plan, localize=localize, timeout=limit, isolate=isolate)
     rows = [rows_of(pooled, size) for size in sizes]
     runs += reference.run(small, RowTruths(runs, batch_of(pooled[0]), rows))
+    if answer.proof.get("truncated"):
+        runs = replace(runs, rounded=reference.truncated(plan.samples, runs))
     reference.release()
     outputs = _check_outputs(plan, answer, runs, max_ratio)
     findings = _check_layers(plan, staged, answer)
@@ -184,7 +193,7 @@ class _Plan:
 
     path: Path
     proto: onnx.ModelProto
-    provider: str
+    where: Where
     reference: Reference
     pooled: list[Example]
     small: list[Example]
@@ -216,21 +225,24 @@ def _declared(proto: onnx.ModelProto) -> tuple[list[str], list[onnx.ValueInfoPro
 
 def _run(plan: _Plan, *, localize: bool, timeout: float, isolate: bool) -> tuple[Staged, Answer]:
     with workspace() as folder:
-        staged = stage(plan.proto, plan.path, folder, provider=plan.provider, values=localize)
+        where = plan.where
+        staged = stage(plan.proto, plan.path, folder, on_cpu=where.on_cpu, values=localize)
         request = Request(
             model=staged.model,
-            provider=plan.provider,
+            provider=where.provider,
+            provider_options=where.options,
+            allow_on_cpu=where.allow_on_cpu,
             folder=str(folder),
             names=tuple(plan.names),
             runs=len(plan.samples),
-            tf32=plan.reference.precision == "tf32",
+            precision=plan.reference.precision,
             values_model=staged.values_model,
             values=staged.graph.wanted if localize else (),
             values_run=plan.shown,
             weights=staged.weights,
         )
         feeds = [_feed(plan, sample) for sample in plan.samples]
-        if isolate or plan.provider != "cpu":
+        if isolate or not where.on_cpu:
             return staged, execute_apart(request, feeds, timeout=timeout)
         return staged, execute(request, feeds)
 
@@ -340,6 +352,8 @@ def _report(
         "onnxruntime's Sigmoid errs by"
         for name in dict.fromkeys(check.name for check in outputs if check.resolution)
     ]
+    if staged.values_model and not plan.where.on_cpu:
+        notes.append("layers: their values are of the CPU; outputs are of the provider")
     if answer.proof.get("checker"):
         notes.append(f"onnx.checker refuses the file: {answer.proof['checker']}")
     if answer.values_failure:
@@ -349,9 +363,10 @@ def _report(
         status="failed" if wrong else "passed" if parted is None else "skipped",
         path=str(plan.path),
         reference=plan.reference.name,
-        provider=plan.provider,
+        provider=plan.where.provider,
         providers=answer.assigned,
         proof={**answer.proof, "ran": dict(answer.ran)},
+        nodes=tuple(NodePlace(*node) for node in answer.nodes),
         precision=plan.reference.precision,
         num_inputs=len(plan.pooled),
         batch_sizes=(*([own] if own is not None else []), *plan.sizes),

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from bnfx.runtime.sessions import cuda_unavailable_reason
+from bnfx.runtime.availability import cuda_unavailable_reason
 from tests.support.golden import FOLDER, Golden
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from bnfx.cli.specs import LIBRARIES, MOST_BYTES, parse_dynamic, parse_factory, parse_input
 from bnfx.errors import MissingPackageError, ProviderError, UsageError
 from bnfx.runtime.packages import runtime_cuda
+from bnfx.runtime.providers import CUDA, LIBRARY, Where
 from bnfx.version import OPSETS
 
 #: Endings of checkpoints.
@@ -49,6 +50,7 @@ def check(options: argparse.Namespace) -> None:
     given, takes = vars(options), options.takes
     if takes is None:
         return
+    where = _where(options) if "provider" in given else None
     target = given.get("file")
     file = takes.onnx and options.model.endswith(".onnx")
     if file and takes.rewrites and target is None:
@@ -80,8 +82,8 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError(
             f"--opset {options.opset} cannot be written: {OPSETS[0]} to {OPSETS[-1]} can"
         )
-    if "provider" in given:
-        _runtime(options.provider)
+    if where is not None:
+        _runtime(where)
 
 
 def require_file(name: str) -> None:
@@ -242,11 +244,19 @@ def _checkpoint(path: Path) -> None:
         raise UsageError(f"there is no checkpoint {path}")
 
 
-def _runtime(provider: str) -> None:
+def _where(options: argparse.Namespace) -> Where:
+    """Where it is to run, if that can be meant."""
+    try:
+        return Where.of(options.provider, dict(options.provider_option), options.allow_on_cpu)
+    except ProviderError as error:
+        raise UsageError(f"--provider: {error}") from error
+
+
+def _runtime(where: Where) -> None:
     """Refuse what onnxruntime's files or the driver already rule out."""
     if importlib.util.find_spec("onnxruntime") is None:
         raise ProviderError("onnxruntime is not installed; 'bnfx doctor' says what to install")
-    if not provider.startswith("cuda"):
+    if where.name != CUDA or LIBRARY in where.options:
         return
     why = "" if runtime_cuda() else "this onnxruntime is built without it"
     if not why:

@@ -370,13 +370,22 @@ def _deploy(options: argparse.Namespace, steps: Steps) -> Outcome:
 
 
 def _check_options(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("provider", "num_inputs", "batch_sizes", "precision", "max_ratio")
-    return {name: getattr(options, name) for name in names}
+    names = ("num_inputs", "batch_sizes", "precision", "max_ratio")
+    return _place(options) | {name: getattr(options, name) for name in names}
+
+
+def _place(options: argparse.Namespace) -> dict[str, Any]:
+    """Where to run."""
+    return {
+        "provider": options.provider,
+        "provider_options": dict(options.provider_option),
+        "allow_on_cpu": options.allow_on_cpu,
+    }
 
 
 def _bench(options: argparse.Namespace, steps: Steps) -> Outcome:
-    measured: dict[str, Any] = {
-        name: getattr(options, name) for name in ("provider", "num_runs", "num_threads")
+    measured = _place(options) | {
+        name: getattr(options, name) for name in ("precision", "num_runs", "num_threads")
     }
     if not options.model.endswith(".onnx"):
         return _bench_model(options, steps, measured)

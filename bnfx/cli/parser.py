@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from bnfx.cli.checks import CHECKPOINTS, Takes
 from bnfx.cli.terminal import tell
+from bnfx.runtime.providers import SHORT, known
 from bnfx.text import meant
 from bnfx.version import __version__
 
@@ -24,6 +25,8 @@ exit codes:
   4  capture or export failed; files that were there are as they were
 130  interrupted; 143 or 129 where SIGTERM or SIGHUP asked to end
 """
+
+_OTHERS = f"another of {', '.join(SHORT)}, or a full name such as QNNExecutionProvider"
 
 _MODEL = """\
 MODEL is PACKAGE.MODULE:FACTORY, imported from the current directory or the installed packages and
@@ -241,19 +244,44 @@ def _policy(command: argparse.ArgumentParser) -> None:
 
 def _provider(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--provider", default="cpu", type=_provider_name, help="cpu, cuda or cuda:1; never another"
+        "--provider",
+        default="cpu",
+        help="cpu, cuda, cuda:1, openvino, tensorrt, ... or the full name of one of onnxruntime; "
+        "it never falls back",
+    )
+    command.add_argument(
+        "--provider-option",
+        action="append",
+        default=[],
+        type=_option,
+        metavar="KEY=VALUE",
+        help="of the provider; library=PATH for one that is a plugin",
+    )
+    command.add_argument(
+        "--allow-on-cpu",
+        type=_names,
+        metavar="OP,OP",
+        help="operators that may run on the CPU all the same; by default arithmetic of shapes",
     )
 
 
 def _checks(command: argparse.ArgumentParser) -> None:
     _provider(command)
-    command.add_argument(
-        "--num-inputs", type=_positive, default=8, metavar="N", help="to pool over"
-    )
+    _pooling(command)
     command.add_argument(
         "--batch-sizes", type=_counts, metavar="N,N", help="to run as well, where the batch is free"
     )
+
+
+def _precision(command: argparse.ArgumentParser) -> None:
     command.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), default="fp32")
+
+
+def _pooling(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--num-inputs", type=_positive, default=8, metavar="N", help="to pool over"
+    )
+    _precision(command)
     command.add_argument(
         "--max-ratio", type=_ratio, default=4.0, metavar="R", help="limit of error over budget"
     )
@@ -301,10 +329,20 @@ def _ratio(text: str) -> float:
 
 
 def _provider_name(text: str) -> str:
-    kind, colon, index = text.partition(":")
-    if (kind == "cpu" and not colon) or (kind == "cuda" and (index.isdecimal() or not colon)):
+    if known(text):
         return text
-    raise argparse.ArgumentTypeError(f"{text!r} is unknown; use cpu, cuda or cuda:1")
+    raise argparse.ArgumentTypeError(f"{text!r} is unknown; use cpu, cuda or cuda:1, {_OTHERS}")
+
+
+def _option(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is no option; give KEY=VALUE")
+    return key, value
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
 
 
 def _inspect(command: argparse.ArgumentParser) -> None:
@@ -400,6 +438,7 @@ def _bench(command: argparse.ArgumentParser) -> None:
     _inputs(command)
     _folding(command)
     _provider(command)
+    _precision(command)
     command.add_argument("--num-runs", type=_runs, default=100, metavar="N", help="50 or more")
     command.add_argument(
         "--num-threads", type=_count, default=1, metavar="N", help="of an operator; 0: all that fit"
@@ -412,7 +451,8 @@ def _doctor(command: argparse.ArgumentParser) -> None:
         "--require",
         action="append",
         default=[],
-        choices=("cpu", "cuda"),
+        type=_provider_name,
+        metavar="PROVIDER",
         help="exit code 3 where onnxruntime cannot run a node on it",
     )
 

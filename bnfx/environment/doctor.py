@@ -16,6 +16,7 @@ from bnfx.environment.facts import Facts, collect
 from bnfx.reports.document import Headline, Status
 from bnfx.reports.report import Report, table
 from bnfx.runtime.packages import mismatch
+from bnfx.runtime.providers import SHORT
 
 #: bnfx itself is on no package index: what it needs is named, not its extras.
 _INSTALL = "pip install onnxruntime-gpu (serves on the CPU too) or onnxruntime, never both"
@@ -46,7 +47,7 @@ class EnvReport(Report):
 
     #: "error" if any line is; else "warning" if any is; else "ok".
     status: Literal["ok", "warning", "error"]
-    #: "cpu" and "cuda" -> why no node runs there; "" where one ran.
+    #: "cpu", "cuda" and the others of this onnxruntime -> why no node runs there; "" where one ran.
     providers: Mapping[str, str]
     checks: tuple[EnvCheck, ...]
 
@@ -63,8 +64,10 @@ class EnvReport(Report):
         return self.status != "error"
 
     def why_not(self, provider: str) -> str:
-        """Why onnxruntime runs no node on "cpu" or "cuda"; "" where it does."""
-        return self.providers[provider]
+        """Why onnxruntime runs no node on a provider; "" where it does."""
+        wheels = SHORT[provider].wheels if provider in SHORT else "a wheel or a plugin that has it"
+        lacking = f"not built into this onnxruntime; it comes with {wheels}"
+        return self.providers.get(provider, lacking)
 
     def __rich__(self) -> RenderableType:
         rows = [(c.name, c.status, c.detail, c.remedy or "-") for c in self.checks]
@@ -99,6 +102,7 @@ def _checks(facts: Facts) -> Iterator[EnvCheck]:
     yield from _runtime(facts)
     yield _provider_cpu(facts)
     yield from _cuda(facts)
+    yield from _other_providers(facts)
     for name in _OPTIONAL:
         version = facts.versions.get(name)
         remedy = "" if version else f"optional; {_wanted(facts, name)}"
@@ -154,6 +158,9 @@ def _runtime(facts: Facts) -> Iterator[EnvCheck]:
         yield EnvCheck("onnxruntime", "error", detail, again)
     else:
         yield _runtime_version(facts, *facts.runtimes.items())
+    for name, folder in facts.shadowed.items():
+        detail = f"{name} lies in {folder} and is not the one in use"
+        yield EnvCheck("another onnxruntime", "ok", detail)
 
 
 def _runtime_version(facts: Facts, wheel: tuple[str, str]) -> EnvCheck:
@@ -192,6 +199,14 @@ def _cuda(facts: Facts) -> Iterator[EnvCheck]:
             yield EnvCheck(name, "ok", found)
         else:  # which is no matter where CUDA runs all the same
             yield EnvCheck(name, "warning" if reason else "ok", lacking, remedy)
+
+
+def _other_providers(facts: Facts) -> Iterator[EnvCheck]:
+    """One line for each; bnfx works without them."""
+    for name in (name for name in facts.providers if name not in ("cpu", "cuda")):
+        reason = facts.providers[name]
+        found = f"runs no node here: {reason}" if reason else "ran a node, and none fell back"
+        yield EnvCheck(f"provider {name}", "ok", found)
 
 
 def _parts(facts: Facts, cuda: str) -> Iterator[tuple[str, str, str, str]]:

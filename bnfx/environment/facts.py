@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from bnfx.runtime.packages import (
     least_versions,
     runtime_cuda,
     runtime_owner,
+    shadowed_runtimes,
     torch_cuda,
 )
 from bnfx.version import __version__, version_of
@@ -37,19 +38,22 @@ class Facts:
     bnfx: str  #: its version
     python: tuple[int, ...]
     versions: Mapping[str, str | None]  #: distribution -> version, None where not installed
-    runtimes: Mapping[str, str]  #: every installed distribution of onnxruntime -> version
+    runtimes: Mapping[str, str]  #: distribution whose files are the onnxruntime in use -> version
     least: Mapping[str, str]  #: distribution -> the least version that bnfx declares
     import_errors: Mapping[str, str]  #: package -> why its import fails
     torch_cuda: str | None  #: CUDA that torch is built for, None for the CPU
     runtime_owner: str | None  #: the distribution that onnxruntime's files belong to
     runtime_cuda: str | None  #: CUDA that onnxruntime is built for, None for the CPU
-    providers: Mapping[str, str]  #: "cpu" and "cuda" -> why no node runs there; "" where one ran
+    #: "cpu", "cuda" and the others of this onnxruntime -> why no node runs there; "" where one ran.
+    providers: Mapping[str, str]
     #: What the CUDA provider's library links to and the loader does not find; None where that could
     #: not be asked.
     missing_libraries: tuple[str, ...] | None
     driver: str | None  #: what NVIDIA's driver says of itself; None without one
     devices: tuple[str, ...]  #: names of the GPUs
     cudnn: str | None  #: its version; None where it does not load
+    #: Distributions of onnxruntime that another one hides -> folder.
+    shadowed: Mapping[str, str] = field(default_factory=dict)
 
 
 def collect() -> Facts:
@@ -60,6 +64,7 @@ def collect() -> Facts:
         python=tuple(sys.version_info[:3]),
         versions={name: version_of(name) for name in _PACKAGES},
         runtimes=installed_runtimes(),
+        shadowed=shadowed_runtimes(),
         least=least_versions(),
         import_errors=probe.get("import_errors", {}),
         torch_cuda=torch_cuda(),

@@ -12,6 +12,7 @@ import json
 import sys
 from typing import Any
 
+from bnfx.runtime.devices import driver
 from bnfx.runtime.packages import without_telemetry
 
 
@@ -20,9 +21,11 @@ def main() -> None:
     without_telemetry()
     _tell(import_errors=_import_errors())
     _tell(provider={"cpu": _why_not("cpu")})
-    _tell(**_driver())
+    _tell(**driver())
     _tell(cudnn=_cudnn())
     _tell(provider={"cuda": _why_not("cuda")})
+    for name in _others():
+        _tell(provider={name: _why_not(name)})
 
 
 def _tell(**found: Any) -> None:
@@ -47,38 +50,31 @@ def _import_errors() -> dict[str, str]:
     return found
 
 
+def _others() -> list[str]:
+    """What else this onnxruntime has, built in or as a plugin; by short names where they exist."""
+    runtime = sys.modules.get("onnxruntime")
+    if runtime is None or getattr(runtime, "InferenceSession", None) is None:
+        return []
+    from bnfx.runtime.providers import CPU, CUDA, SHORT, installed_plugins
+
+    short = {provider.name: name for name, provider in SHORT.items()}
+    found = dict.fromkeys([*runtime.get_available_providers(), *installed_plugins()])
+    return [short.get(name, name) for name in found if name not in (CPU, CUDA)]
+
+
 def _why_not(provider: str) -> str:
     """Why no node runs on `provider`; "" where one ran."""
     if sys.modules.get("onnxruntime") is None:
         return "onnxruntime does not import"
     try:
-        from bnfx.runtime.sessions import cuda_problem, unavailable_reason
+        from bnfx.runtime.availability import unavailable_reason
+        from bnfx.runtime.sessions import cuda_problem
 
         if provider == "cuda" and (problem := cuda_problem()):
             return problem
         return unavailable_reason(provider) or ""
     except Exception as error:  # noqa: BLE001  # a broken onnxruntime raises anything
         return f"{type(error).__name__}: {error}"
-
-
-def _driver() -> dict[str, Any]:
-    """What the NVIDIA driver says, if there is one."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return {}
-    version, count = ctypes.c_int(), ctypes.c_int()
-    if cuda.cuDriverGetVersion(ctypes.byref(version)) != 0:
-        return {"driver": "of unknown version", "devices": []}
-    found = f"supports CUDA up to {version.value // 1000}.{version.value % 1000 // 10}"
-    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return {"driver": found, "devices": []}
-    names = []
-    for device in range(count.value):
-        name = ctypes.create_string_buffer(128)
-        cuda.cuDeviceGetName(name, len(name), device)
-        names.append(name.value.decode(errors="replace"))
-    return {"driver": found, "devices": names}
 
 
 def _cudnn() -> str | None:

@@ -29,7 +29,7 @@ _LEAST = 2**31
 def execute_apart(request: Request, runs: Sequence[Sequence[Array]], *, timeout: float) -> Answer:
     """`bnfx.runtime.runner.execute` in a process of its own, with limits of time and memory.
 
-    For a strict float32 run on CUDA, NVIDIA_TF32_OVERRIDE=0 is set before CUDA starts.
+    For a strict float32 run on a GPU, NVIDIA_TF32_OVERRIDE=0 is set before CUDA starts.
 
     Args:
         request: What to run.
@@ -41,8 +41,8 @@ def execute_apart(request: Request, runs: Sequence[Sequence[Array]], *, timeout:
         ProviderError: The provider did not run it, or did not compute as asked.
     """
     folder = Path(request.folder)
-    # CUDA reserves far more address space than it uses, so that no limit fits it.
-    memory = None if request.provider.startswith("cuda") else _free_memory()
+    # A GPU's library reserves far more address space than it uses, so that no limit fits it.
+    memory = _free_memory() if request.where.on_cpu else None
     request = dataclasses.replace(request, runs=len(runs), memory=memory)
     (folder / REQUEST).write_text(json.dumps(dataclasses.asdict(request)))
     arrays: dict[str, Any] = {
@@ -71,24 +71,24 @@ def execute_apart(request: Request, runs: Sequence[Sequence[Array]], *, timeout:
     return Answer(**told)
 
 
-def load_apart(model: Path, *, provider: str = "cpu", timeout: float = 120.0) -> None:
+def load_apart(model: Path, *, timeout: float = 120.0) -> None:
     """Load a file in a process of its own, to learn whether it is safe to do so in this one.
 
     Raises:
         VerificationError: It is not valid, cannot be loaded, or crashes onnxruntime.
-        ProviderError: The provider cannot take it.
+        ProviderError: Memory is too short for it.
     """
     with workspace() as folder:
-        request = Request(str(model), provider, str(folder), (), 0)
+        request = Request(str(model), "cpu", str(folder), (), 0)
         execute_apart(request, [], timeout=timeout)
 
 
 def _run(folder: Path, request: Request, timeout: float) -> None:
     environment = dict(os.environ)
-    if request.provider.startswith("cuda"):
-        environment["NVIDIA_TF32_OVERRIDE"] = "1" if request.tf32 else "0"
-        if request.tf32:
-            del environment["NVIDIA_TF32_OVERRIDE"]
+    if request.where.on_nvidia:
+        environment.pop("NVIDIA_TF32_OVERRIDE", None)
+        if request.precision == "fp32":
+            environment["NVIDIA_TF32_OVERRIDE"] = "0"
     root = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, (root, environment.get("PYTHONPATH", "")))
@@ -118,7 +118,7 @@ def _run(folder: Path, request: Request, timeout: float) -> None:
     _require_memory(request, last, crashed=done.returncode < 0)
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
-        kind = ProviderError if request.provider.startswith("cuda") else VerificationError
+        kind = VerificationError if request.where.on_cpu else ProviderError
         raise kind(f"onnxruntime crashed on {request.model} ({name}) {last}".rstrip())
     raise VerificationError(f"onnxruntime gave up on {request.model}: {last}")
 

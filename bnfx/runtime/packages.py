@@ -5,17 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from bnfx.version import version_of
-
-#: Distributions that own the folder `onnxruntime`; with two of them the last one installed wins.
-_RUNTIMES = (
-    *("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino"),
-    *("onnxruntime-qnn", "onnxruntime-rocm", "onnxruntime-training", "ort-nightly"),
-    *("ort-nightly-gpu", "onnxruntime-silicon"),
-)
+from bnfx.runtime.providers import Where
 
 
 def without_telemetry() -> None:
@@ -27,9 +21,38 @@ def without_telemetry() -> None:
 
 
 def installed_runtimes() -> dict[str, str]:
-    """Every installed distribution of onnxruntime, with its version."""
-    found = {name: version_of(name) for name in _RUNTIMES}
-    return {name: version for name, version in found.items() if version is not None}
+    """Every distribution whose files lie in the folder `onnxruntime` in use, with its version.
+
+    With two of them the last one installed wins.
+    """
+    folders = _runtime_folders()
+    return {name: version for name, (version, at) in folders.items() if at == _first(folders)}
+
+
+def shadowed_runtimes() -> dict[str, str]:
+    """Distributions of onnxruntime in folders that Python does not come to -> folder."""
+    folders = _runtime_folders()
+    return {name: str(at) for name, (_, at) in folders.items() if at != _first(folders)}
+
+
+def _runtime_folders() -> dict[str, tuple[str, Path]]:
+    """Version and folder of each distribution of onnxruntime, in the order of `sys.path`."""
+    found: dict[str, tuple[str, Path]] = {}
+    for dist in metadata.distributions():
+        name = str(dist.metadata["Name"] or "")
+        if name.startswith(("onnxruntime", "ort")) and _owns_runtime(dist):
+            found.setdefault(name, (dist.version, Path(str(dist.locate_file("")))))
+    return found
+
+
+def _owns_runtime(dist: metadata.Distribution) -> bool:
+    """Whether its files lie in the folder `onnxruntime`; plugins and tools have their own."""
+    tops = {path.parts[0] for path in dist.files or () if path.parts}
+    return "onnxruntime" in (tops or (dist.read_text("top_level.txt") or "").split())
+
+
+def _first(folders: Mapping[str, tuple[str, Path]]) -> Path | None:
+    return next((at for _, at in folders.values()), None)
 
 
 def least_versions() -> dict[str, str]:
@@ -93,3 +116,16 @@ def _stated(package: str, file: str, pattern: str) -> str | None:
         return None
     match = re.search(pattern, (folder / file).read_text())
     return match.group(1) if match else None
+
+
+def loaded_libraries(where: Where) -> dict[str, bool]:
+    """Which CUDA libraries serve a provider in this process; empty where the system does not tell.
+
+    torch may have loaded them all the same: they count where onnxruntime's own provider is there.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return {}
+    serves = where.on_nvidia and "libonnxruntime_providers_" in maps
+    return {name: serves and f"lib{name}" in maps for name in ("cudnn", "cublas", "cudart")}

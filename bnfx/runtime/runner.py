@@ -25,8 +25,18 @@ import numpy as np
 
 from bnfx.errors import BnfxError, ProviderError, VerificationError
 from bnfx.numbers import Array
-from bnfx.runtime.proof import canary, loaded_libraries, off_provider
-from bnfx.runtime.sessions import SessionSettings, execution_provider, open_session, runtime_errors
+from bnfx.runtime.assignment import Placed, open_placed
+from bnfx.runtime.canary import require_arithmetic
+from bnfx.runtime.packages import loaded_libraries
+from bnfx.runtime.providers import Where
+from bnfx.runtime.sessions import (
+    SessionSettings,
+    faults,
+    open_session,
+    require_still_on,
+    runtime_errors,
+)
+from bnfx.runtime.values import run_session
 
 REQUEST, ANSWER, INPUTS, OUTPUTS = "request.json", "answer.json", "inputs.npz", "outputs.npz"
 
@@ -37,7 +47,7 @@ class Request:
 
     #: Path of the ONNX file.
     model: str
-    #: "cpu", "cuda" or "cuda:1".
+    #: "cpu", "cuda:1" or another.
     provider: str
     #: Where the profile and the answer go.
     folder: str
@@ -45,8 +55,12 @@ class Request:
     names: tuple[str, ...]
     #: How many runs there are; without any, the file is only loaded.
     runs: int
-    #: Whether CUDA may round factors to TF32.
-    tf32: bool = False
+    #: Of the provider.
+    provider_options: Mapping[str, str] = field(default_factory=dict)
+    #: Operators that may run on the CPU; None lets arithmetic of shapes alone.
+    allow_on_cpu: Sequence[str] | None = None
+    #: The arithmetic that the provider may compute in.
+    precision: str = "fp32"
     #: Of one operator on the CPU; 0 lets onnxruntime choose.
     num_threads: int = 0
     #: Folder of the external data, where that is not the model's own.
@@ -61,6 +75,11 @@ class Request:
     check: bool = True
     #: Bytes that a process of its own may take; None sets no limit.
     memory: int | None = None
+
+    @property
+    def where(self) -> Where:
+        """Where it is to run."""
+        return Where.of(self.provider, self.provider_options, self.allow_on_cpu)
 
 
 @dataclass(frozen=True)
@@ -79,14 +98,19 @@ class Answer:
     values: Mapping[str, Array]
     #: Why they are missing; "" where they are not.
     values_failure: str
-    #: Execution provider -> nodes that it was given.
-    assigned: Mapping[str, int]
+    #: Every node of onnxruntime's graph: provider, operator and name.
+    nodes: Sequence[Sequence[str]]
     #: Execution provider -> nodes that it ran in the first run, by onnxruntime's profile.
     ran: Mapping[str, int]
     #: What else tells where and how it ran.
     proof: Mapping[str, Any] = field(default_factory=dict)
     #: Wall-clock time of loading, of all runs, and of the further values.
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def assigned(self) -> dict[str, int]:
+        """Execution provider -> nodes that it was given."""
+        return dict(Counter(provider for provider, *_ in self.nodes)) or dict(self.ran)
 
 
 def execute(request: Request, runs: Sequence[Sequence[Array]]) -> Answer:
@@ -102,34 +126,41 @@ def execute(request: Request, runs: Sequence[Sequence[Array]]) -> Answer:
     """
     start = time.perf_counter()
     complaint = _complaint(request.model) if request.check else ""
-    session = _open(request)
+    where = request.where
+    placed = _open(request, where)
+    session = placed.session
     inputs = {v.name: [v.type, list(v.shape)] for v in session.get_inputs()}
     if runs and set(inputs) != set(request.names):
         raise VerificationError(
             f"the file takes the inputs {', '.join(inputs) or 'none'}; "
             f"given were {', '.join(request.names) or 'none'}"
         )
-    proof = {"checker": complaint, **_prove(session, request)}
+    proof = {"checker": complaint, **_prove(placed, request, where)}
     loaded = time.perf_counter()
     results: list[list[Array] | None] = []
     failures: dict[int, str] = {}
     ran: Counter[str] = Counter()
-    faults: tuple[type[Exception], ...] = (*runtime_errors(), ValueError)
     for i, arrays in enumerate(runs):
+        feed = dict(zip(request.names, arrays, strict=True))
         try:
-            outs = session.run(None, dict(zip(request.names, arrays, strict=True)))
-            results.append([np.asarray(out) for out in outs])
-        except faults as error:
+            results.append(run_session(session, feed))
+        except runtime_errors() as error:
             results.append(None)
             failures[i] = str(error)
+            if i == 0:
+                _blame(request, where, feed, failures[i])
+        require_still_on(session, where.name, request.model)
         if i == 0:
-            ran, memcpy = _profile(session.end_profiling())
-            proof |= {"memcpy_nodes": memcpy, **_prove_run(session, request, ran)}
+            profile = _profile(session.end_profiling())
+            ran = profile.ran
+            proof |= {"memcpy_nodes": profile.memcpy, "libraries": loaded_libraries(where)}
+            if 0 not in failures:
+                _prove_run(profile, placed, where)
     done = time.perf_counter()
     values: dict[str, Array] = {}
     values_failure = ""
-    outputs, assigned = tuple(v.name for v in session.get_outputs()), _assigned(session)
-    del session  # two would hold the weights twice
+    outputs, nodes = tuple(v.name for v in session.get_outputs()), placed.nodes
+    del session, placed  # two would hold the weights twice
     if request.values:
         values, values_failure = _values(request, runs[request.values_run], frozenset(outputs))
     return Answer(
@@ -139,7 +170,7 @@ def execute(request: Request, runs: Sequence[Sequence[Array]]) -> Answer:
         failures=failures,
         values=values,
         values_failure=values_failure,
-        assigned=assigned,
+        nodes=[dataclasses.astuple(node) for node in nodes],
         ran=dict(ran),
         proof=proof,
         seconds={
@@ -161,67 +192,81 @@ def _complaint(model: str) -> str:
     return ""
 
 
-def _open(request: Request) -> Any:
+def _open(request: Request, where: Where) -> Placed:
     settings = SessionSettings(
         num_threads=request.num_threads,
-        tf32=request.tf32,
+        tf32=request.precision != "fp32",
         profile=str(Path(request.folder) / "profile"),
-        weights=request.weights,
     )
+    return open_placed(request.model, where, settings, weights=request.weights)
+
+
+def _prove(placed: Placed, request: Request, where: Where) -> dict[str, Any]:
+    """Before any run: which nodes lie on the CPU, and that the arithmetic is the one asked for."""
+    proof: dict[str, Any] = {"shape_nodes_on_cpu": [str(node) for node in placed.strays]}
+    if where.on_cpu:
+        return proof
+    return proof | require_arithmetic(where, request.precision).told()
+
+
+def _blame(request: Request, where: Where, feed: Mapping[str, Array], reason: str) -> None:
+    """Tell a provider that cannot run the file from a file that nothing can run.
+
+    Raises:
+        ProviderError: onnxruntime runs it on the CPU.
+    """
+    if where.on_cpu:
+        return
     try:
-        return open_session(_source(request.model, request.weights), request.provider, settings)
-    except ProviderError as error:
-        if not request.provider.startswith("cuda") or "fallback" not in str(error).lower():
-            raise
-        # Shape arithmetic may have to run on the CPU; `off_provider` says whether it is only that.
-        loose = dataclasses.replace(settings, strict=False)
-        return open_session(_source(request.model, request.weights), request.provider, loose)
+        on_cpu = open_placed(request.model, Where(), SessionSettings(), weights=request.weights)
+        run_session(on_cpu.session, feed)
+    except faults():
+        return
+    raise ProviderError(
+        f"{where.name} failed on an input of {request.model} that the CPU runs: {reason}"
+    )
 
 
-def _source(model: str, weights: str) -> str | bytes:
-    return Path(model).read_bytes() if weights else model
+@dataclass(frozen=True)
+class Profile:
+    """What ran, by onnxruntime's profile."""
+
+    #: Execution provider -> nodes.
+    ran: Counter[str]
+    #: Nodes that copied between devices.
+    memcpy: int
+    #: Provider and operator of each node that copied nothing.
+    kinds: frozenset[tuple[str, str]]
 
 
-def _prove(session: Any, request: Request) -> dict[str, Any]:
-    """Before any run: the nodes are where they must be, and CUDA's arithmetic is the one asked."""
-    name, _ = execution_provider(request.provider)
-    if name not in session.get_providers():
-        raise ProviderError(f"{name} was asked for, the session has {session.get_providers()}")
-    wrong, shapes = off_provider(session, name, request.model)
-    if wrong:
-        raise ProviderError(
-            f"{name} was asked for, but these nodes run elsewhere: {', '.join(wrong[:8])}; move "
-            "them into operators that it has, or use provider='cpu'"
-        )
-    proof: dict[str, Any] = {"shape_nodes_on_cpu": shapes}
-    if request.provider.startswith("cuda"):
-        proof |= canary(request.provider, tf32=request.tf32)
-    return proof
-
-
-def _prove_run(session: Any, request: Request, ran: Mapping[str, int]) -> dict[str, Any]:
-    """After the first run: the session has not switched, and the profile says the same."""
-    name, _ = execution_provider(request.provider)
-    if name not in session.get_providers():
-        raise ProviderError(f"onnxruntime switched from {name} to {session.get_providers()}")
-    if name != "CPUExecutionProvider" and not ran.get(name):
-        raise ProviderError(f"the profile shows no node that ran on {name}: {dict(ran)}")
-    return {"libraries": loaded_libraries()}
-
-
-def _profile(path: str) -> tuple[Counter[str], int]:
-    """Nodes that ran by execution provider, and how many of them copied between devices."""
+def _profile(path: str) -> Profile:
     events = json.loads(Path(path).read_text())
     nodes = [e["args"] for e in events if e.get("cat") == "Node" and e["args"].get("provider")]
-    memcpy = sum(str(args.get("op_name", "")).startswith("Memcpy") for args in nodes)
-    return Counter(str(args["provider"]) for args in nodes), memcpy
+    pairs = [(str(args["provider"]), str(args.get("op_name", ""))) for args in nodes]
+    copies = [pair for pair in pairs if pair[1].startswith("Memcpy")]
+    ran = Counter(provider for provider, _ in pairs)
+    return Profile(ran, len(copies), frozenset(pairs) - frozenset(copies))
 
 
-def _assigned(session: Any) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for part in session.get_provider_graph_assignment_info():
-        counts[str(part.ep_name)] += len(part.get_nodes())
-    return dict(counts)
+def _prove_run(profile: Profile, placed: Placed, where: Where) -> None:
+    """After the first run: the profile says the same as the assignment.
+
+    Raises:
+        ProviderError: Nothing ran on the provider, or something else than the strays did not.
+    """
+    if where.on_cpu:
+        return
+    if not any(provider == where.name for provider, _ in profile.kinds):
+        raise ProviderError(
+            f"the profile shows no node that ran on {where.name}: {dict(profile.ran)}; use "
+            "provider='cpu'"
+        )
+    known = {node.operator for node in placed.strays}
+    others = sorted(kind for name, kind in profile.kinds if name != where.name)
+    if wrong := [kind for kind in others if kind not in known]:
+        raise ProviderError(
+            f"{where.name} was given {', '.join(wrong[:8])}, and by the profile they ran elsewhere"
+        )
 
 
 def _values(
@@ -232,13 +277,12 @@ def _values(
         optimise=False,
         weights=request.weights or str(Path(request.values_model).parent),
     )
-    faults: tuple[type[Exception], ...] = (*runtime_errors(), ValueError, VerificationError)
     try:
         source = _showing(request.values_model, (v for v in request.values if v not in declared))
         session = open_session(source, "cpu", settings)
         names = list(request.values)
         outs = session.run(names, dict(zip(request.names, arrays, strict=True)))
-    except faults as error:
+    except faults() as error:
         return {}, str(error)
     return dict(zip(names, map(np.asarray, outs), strict=True)), ""
 

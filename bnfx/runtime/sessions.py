@@ -1,8 +1,9 @@
 """Sessions of onnxruntime that run where they were asked to, or not at all.
 
 onnxruntime falls back to the CPU silently: it lists CUDA where CUDA cannot load, and a session that
-asked for it succeeds. So a CUDA session is opened with CUDA alone and with the fallback forbidden,
-and afterwards onnxruntime is asked which provider holds each node.
+asked for it succeeds; its Python class does so once more, when a session is made and in any run. So
+a session is opened with its provider alone and with every fallback forbidden, and afterwards
+onnxruntime is asked which provider holds each node (`bnfx.runtime.assignment`).
 """
 
 from __future__ import annotations
@@ -10,23 +11,22 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
-from collections import Counter
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bnfx.errors import ProviderError, VerificationError
 from bnfx.runtime.packages import cuda_mismatch, without_telemetry
+from bnfx.runtime.providers import CUDA, LIBRARY, SHORT, Where, installed_plugins, plugin_path
 
-_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_REMEDY = (
-    "install onnxruntime-gpu on a machine with an NVIDIA GPU and driver, with CUDA libraries of "
-    "its own major version (torch brings them), or use provider='cpu'"
-)
+_REMEDIES = {
+    CUDA: "install onnxruntime-gpu on a machine with an NVIDIA GPU and driver, with CUDA libraries "
+    "of its own major version (torch brings them), "
+}
+_WHEELS = {provider.name: provider.wheels for provider in SHORT.values()}
 
 
 def load_onnxruntime(*, cuda: bool = False) -> Any:
@@ -57,24 +57,13 @@ def runtime_errors() -> tuple[type[Exception], ...]:
         *("EPFail", "EngineError", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf"),
         *("ModelLoaded", "NoModel", "NoSuchFile", "NotImplemented", "RuntimeException"),
     )
-    return (MemoryError, *(getattr(state, name) for name in names))
+    # A provider that does not start raises plain ones.
+    return (MemoryError, RuntimeError, ValueError, *(getattr(state, name) for name in names))
 
 
-def execution_provider(provider: str, *, tf32: bool = False) -> tuple[str, dict[str, str]]:
-    """Name and options in onnxruntime's terms of "cpu", "cuda" or "cuda:1".
-
-    CUDA computes in float32 proper unless `tf32` is asked for: with TF32, onnxruntime's default,
-    errors are a thousand times larger.
-
-    Raises:
-        ProviderError: Another provider.
-    """
-    kind, colon, index = str(provider).partition(":")
-    if kind == "cpu" and not colon:
-        return _CPU, {}
-    if kind == "cuda" and (index.isdecimal() or not colon):
-        return _CUDA, {"device_id": index or "0", "use_tf32": str(int(tf32))}
-    raise ProviderError(f"provider={provider!r} is unknown; use 'cpu', 'cuda' or 'cuda:1'")
+def faults() -> tuple[type[Exception], ...]:
+    """What opening and running a session raises here."""
+    return (ProviderError, VerificationError, *runtime_errors())
 
 
 @dataclass(frozen=True)
@@ -83,7 +72,7 @@ class SessionSettings:
 
     #: Of one operator on the CPU; 0 lets onnxruntime choose.
     num_threads: int = 0
-    #: Whether CUDA must take every node, so that nothing runs on the CPU.
+    #: Whether the provider must take every node, so that nothing runs on the CPU.
     strict: bool = True
     #: Whether CUDA may round factors to TF32.
     tf32: bool = False
@@ -98,47 +87,115 @@ class SessionSettings:
 
 
 def open_session(
-    model: str | Path | bytes, provider: str = "cpu", settings: SessionSettings | None = None
+    model: str | Path | bytes,
+    provider: str | Where = "cpu",
+    settings: SessionSettings | None = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession` on one provider.
 
     Args:
         model: Path of an ONNX file, or its bytes.
-        provider: "cpu", "cuda" or "cuda:1".
+        provider: Where to run; a name alone is one without options.
         settings: How to open it.
 
     Raises:
-        ProviderError: CUDA was asked for and cannot run the graph; the message holds the cause.
+        ProviderError: The provider cannot run the graph; the message holds the cause.
         VerificationError: onnxruntime cannot read or run the model.
     """
     how = settings or SessionSettings()
-    name, entries = execution_provider(provider, tf32=how.tf32)
-    ort = load_onnxruntime(cuda=name == _CUDA)
-    options = _options(ort, how, cuda=name == _CUDA)
-    source = model if isinstance(model, bytes) else str(model)
+    where = Where.of(provider) if isinstance(provider, str) else provider
+    name, entries = where.entries(tf32=how.tf32)
+    ort = load_onnxruntime(cuda=where.on_nvidia)
     what = "the model" if isinstance(model, bytes) else str(model)
+    source = model if isinstance(model, bytes) else str(model)
+    _require_available(ort, where, what)
+    options = _options(ort, how, strict=how.strict and not where.on_cpu)
     try:
         with _quiet(ort):
-            session = ort.InferenceSession(source, options, providers=[(name, entries)])
+            # Without its own fallback, which hides the cause and prints to standard output.
+            session = ort.InferenceSession(
+                source, options, providers=[(name, entries)], enable_fallback=0
+            )
     except runtime_errors() as error:
-        if name == _CUDA:
-            cause = cuda_problem() or str(error)
-            raise ProviderError(f"CUDA did not run {what}: {cause}; {_REMEDY}") from error
-        raise VerificationError(f"onnxruntime cannot open {what}: {error}") from error
-    if name not in session.get_providers():
-        cause = cuda_problem() or f"it offers {session.get_providers()}"
-        raise ProviderError(f"onnxruntime did not start {name} for {what}: {cause}; {_REMEDY}")
+        if where.on_cpu:
+            raise VerificationError(f"onnxruntime cannot open {what}: {error}") from error
+        raise ProviderError(f"{name} did not run {what}: {_cause(name, error)}") from error
+    require_still_on(session, name, what)
     return session
 
 
-def _options(ort: Any, how: SessionSettings, *, cuda: bool) -> Any:
+def _cause(name: str, error: Exception) -> str:
+    """What onnxruntime says, or why the provider's library does not load, and what to do."""
+    problem = cuda_problem() if name == CUDA else None
+    said = str(error).strip().rstrip(".;")
+    return f"{problem or said}; {_REMEDIES.get(name, '')}or use provider='cpu'"
+
+
+def require_still_on(session: Any, name: str, what: str) -> None:
+    """Refuse a session that does not have, or has left, the provider that it was opened on.
+
+    Raises:
+        ProviderError: It is so.
+    """
+    there = session.get_providers()
+    if there[:1] != [name]:
+        cause = (cuda_problem() if name == CUDA else None) or f"the session has {there}"
+        raise ProviderError(
+            f"onnxruntime did not start {name} for {what}, or switched from it: {cause}; "
+            f"{_REMEDIES.get(name, '')}or use provider='cpu'"
+        )
+
+
+def _require_available(ort: Any, where: Where, what: str) -> None:
+    """Refuse a provider that this onnxruntime has not; a plugin's library is loaded here.
+
+    Raises:
+        ProviderError: It has it neither built in nor as a plugin.
+    """
+    name = where.name
+    library = where.options.get(LIBRARY, "")
+    if not library and name not in ort.get_available_providers():
+        module = installed_plugins().get(name)
+        library = importlib.import_module(module).get_library_path() if module else ""
+    if library:
+        _register(ort, name, library)
+    if name in ort.get_available_providers():
+        return
+    if library:
+        raise ProviderError(
+            f"{name} was asked for to run {what}: its library {library} loads and offers no device "
+            "on this machine; use provider='cpu'"
+        )
+    remedy = _REMEDIES.get(name, f"it comes with {_WHEELS.get(name, 'a wheel or a plugin')}, ")
+    raise ProviderError(
+        f"{name} did not run {what}: this onnxruntime {ort.__version__} was built without it, and "
+        f"has {', '.join(ort.get_available_providers())}; {remedy}or use provider='cpu'"
+    )
+
+
+def _register(ort: Any, name: str, library: str) -> None:
+    """Load the library of a plugin, once."""
+    if plugin_path(name):
+        return
+    try:
+        with _quiet(ort):
+            ort.register_execution_provider_library(name, os.fspath(library))
+    except AttributeError as error:
+        raise ProviderError(
+            f"onnxruntime {ort.__version__} loads no plugins; use 1.23 or later for {name}"
+        ) from error
+    except runtime_errors() as error:
+        raise ProviderError(f"the library of {name} does not load: {error}") from error
+
+
+def _options(ort: Any, how: SessionSettings, *, strict: bool) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = how.num_threads
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if how.without:
         options.add_session_config_entry("optimization.disable_specified_optimizers", how.without)
-    if cuda and how.strict:
+    if strict:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if not how.optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -149,54 +206,6 @@ def _options(ort: Any, how: SessionSettings, *, cuda: bool) -> Any:
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, how.weights)
     return options
-
-
-def nodes_by_provider(session: Any) -> dict[str, int]:
-    """How many nodes of the optimised graph each execution provider was given."""
-    counts: Counter[str] = Counter()
-    for part in session.get_provider_graph_assignment_info():
-        counts[str(part.ep_name)] += len(part.get_nodes())
-    return dict(counts)
-
-
-def require_provider(session: Any, provider: str) -> dict[str, int]:
-    """`nodes_by_provider`, after checking that `provider` and no other runs the graph.
-
-    Raises:
-        ProviderError: Another provider holds a node, or the session has switched.
-    """
-    name, _ = execution_provider(provider)
-    counts = nodes_by_provider(session)
-    others = {other: n for other, n in counts.items() if other != name}
-    if others or name not in session.get_providers():
-        raise ProviderError(f"{name} was asked for, but nodes ran elsewhere: {others or counts}")
-    return counts
-
-
-def cuda_unavailable_reason() -> str | None:
-    """Why onnxruntime cannot run a node on CUDA here; None where it can."""
-    return unavailable_reason("cuda")
-
-
-def unavailable_reason(provider: str) -> str | None:
-    """Why onnxruntime cannot run a node on `provider` here; None where it can."""
-    from onnx import TensorProto, helper
-
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        [helper.make_node("Relu", ["x"], ["y"])],
-        "probe",
-        [value("x", TensorProto.FLOAT, [1])],
-        [value("y", TensorProto.FLOAT, [1])],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    try:
-        session = open_session(model.SerializeToString(), provider)
-        session.run(None, {"x": np.zeros(1, np.float32)})
-        require_provider(session, provider)
-    except (ProviderError, VerificationError) as error:
-        return str(error)
-    return None
 
 
 @contextmanager
@@ -212,7 +221,7 @@ def _quiet(ort: Any) -> Iterator[None]:
 def cuda_problem() -> str | None:
     """Why onnxruntime's CUDA provider cannot be loaded; None if it can."""
     ort = load_onnxruntime(cuda=True)
-    if _CUDA not in ort.get_available_providers():
+    if CUDA not in ort.get_available_providers():
         return "this onnxruntime was built without CUDA (it is the CPU package)"
     library = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_shared.so"
     try:

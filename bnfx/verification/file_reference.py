@@ -44,6 +44,13 @@ _FOLDABLE = words("Add BatchNormalization Div Mul Sub Sum")
 _ORDER: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16")
 
 
+def file_precision(model: onnx.ModelProto, precision: Precision) -> Precision:
+    """The coarser one of the precision asked for and that of the file itself."""
+    types = float_types(model)
+    own: Precision = next((_NAMES[t] for t in (BFLOAT16, HALF) if t in types), "fp32")
+    return max(own, precision, key=_ORDER.index)
+
+
 class OnnxReference:
     """A file that another file is compared with."""
 
@@ -53,9 +60,8 @@ class OnnxReference:
         self.name = str(path)
         self.path, self.timeout, self.isolate = path, timeout, isolate
         self.proto = read_onnx(path)
-        types = float_types(self.proto)
-        own: Precision = next((_NAMES[t] for t in (BFLOAT16, HALF) if t in types), "fp32")
-        self.precision: Precision = max(own, precision, key=_ORDER.index)
+        own = file_precision(self.proto, "fp32")
+        self.precision = file_precision(self.proto, precision)
         self.weights = {"bf16": "bfloat16", "fp16": "float16"}.get(own, "float32")
         stored = {tensor.name for tensor in self.proto.graph.initializer}
         self.inputs = [v for v in self.proto.graph.input if v.name not in stored]
@@ -125,6 +131,10 @@ class OnnxReference:
             exact.append(truth)
         return Runs(own, own, exact, declared)
 
+    def truncated(self, given: Sequence[Example], runs: Runs) -> list[list[Array]]:  # noqa: ARG002
+        """As they are: the budget of TF32 is its unit, since a file runs in float32."""
+        return runs.rounded
+
     def require_one_answer(self, sample: Example, runs: Runs) -> None:
         """Refuse a file that computes something else each time, as `TorchReference` does.
 
@@ -179,7 +189,7 @@ class OnnxReference:
         self, given: Sequence[Example], *, values: bool, shown: Sequence[str] | None = None
     ) -> Answer:
         with workspace() as folder:
-            staged = stage(self.proto, self.path, folder, provider="cpu", values=values)
+            staged = stage(self.proto, self.path, folder, on_cpu=True, values=values)
             request = Request(
                 model=staged.model,
                 provider="cpu",
@@ -206,7 +216,7 @@ class OnnxReference:
         """The file's layers, with each BatchNorm in the layer before it, and as they are."""
         answer = self._answer([sample], values=True)
         with workspace() as folder:
-            graph = stage(self.proto, self.path, folder, provider="cpu", values=False).graph
+            graph = stage(self.proto, self.path, folder, on_cpu=True, values=False).graph
         values = dict(answer.values)
         values |= {v.name: a for v, a in zip(self.inputs, self._feed(sample), strict=True)}
         layers = tuple(file_layers(graph, values))

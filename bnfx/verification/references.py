@@ -465,8 +465,8 @@ def strict_float32() -> Iterator[None]:
     on a CPU bfloat16 on request.
     """
     backends: Any = torch.backends  # which declares less than it has
-    single = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
-    single += (backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul)
+    single = [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul]
+    single += [backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul]
     before = [backend.fp32_precision for backend in single]
     # The older words, which a forward may read. They refuse to be read where the user mixes them
     # with the newer ones, and then hold what they are set to.

@@ -33,7 +33,7 @@ class Staged:
 
 
 def stage(
-    proto: onnx.ModelProto, path: Path, folder: Path, *, provider: str, values: bool
+    proto: onnx.ModelProto, path: Path, folder: Path, *, on_cpu: bool, values: bool
 ) -> Staged:
     """Prepare a file to run.
 
@@ -41,8 +41,8 @@ def stage(
         proto: What is in the file.
         path: The file.
         folder: Where copies go.
-        provider: Where it will run; the CPU has no operators for bfloat16, so that there a copy
-            runs in float32, with the weights as they are.
+        on_cpu: Whether it will run on the CPU, which has no operators for bfloat16, so that there a
+            copy runs in float32, with the weights as they are.
         values: Whether values between layers are wanted.
 
     Raises:
@@ -52,10 +52,13 @@ def stage(
     same = model is proto
     if BFLOAT16 in float_types(model):
         model = retyped(model, path.parent, {BFLOAT16}, FLOAT)
-        same = provider == "cpu"
+        same = on_cpu
         if same:
             run = _save(model, folder / "float32.onnx")
-            notes.append("onnxruntime's CPU has no bfloat16: run in float32 on the same weights")
+            notes.append(
+                "onnxruntime's CPU has no kernels for bfloat16: the weights are checked as stored, "
+                "the outputs of a copy in float32 with the same weights"
+            )
     external = any(
         tensor.data_location == onnx.TensorProto.EXTERNAL for tensor, _ in stored_tensors(model)
     )

@@ -109,6 +109,17 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class NodePlace:
+    """A node of the graph that onnxruntime made of the file, and who holds it."""
+
+    #: Execution provider.
+    provider: str
+    #: Type, such as "Conv".
+    operator: str
+    name: str
+
+
+@dataclass(frozen=True)
 class VerifyReport(Report):
     """What was checked, and how it came out."""
 
@@ -148,6 +159,8 @@ class VerifyReport(Report):
     divergence: Divergence | None
     #: Wall-clock time of the verification.
     seconds: float
+    #: Where each node ran; what one kernel fuses node by node. Empty where it was not told.
+    nodes: tuple[NodePlace, ...] = ()
 
     def __bool__(self) -> bool:
         return self.status == "passed"

@@ -24,7 +24,7 @@ import torch
 
 import bnfx
 from bnfx.cli import main, parser
-from bnfx.runtime.sessions import cuda_unavailable_reason
+from bnfx.runtime.availability import cuda_unavailable_reason
 
 NETS = '''
 import time

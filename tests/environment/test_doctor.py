@@ -15,7 +15,7 @@ import bnfx
 from bnfx.environment import facts
 from bnfx.environment.doctor import EnvCheck, EnvReport, judge, numbers, package_of
 from bnfx.environment.facts import Facts
-from bnfx.runtime.sessions import cuda_unavailable_reason
+from bnfx.runtime.availability import cuda_unavailable_reason
 
 SOUND = Facts(
     bnfx="0.1.0",

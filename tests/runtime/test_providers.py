@@ -5,9 +5,8 @@ With the gpu wheel and no GPU, a request for CUDA must fail with the cause; that
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import json
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,20 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import bnfx
-from bnfx.runtime import packages, proof, runner
-from bnfx.runtime.isolated import execute_apart
-from bnfx.runtime.sessions import (
-    SessionSettings,
-    cuda_problem,
-    execution_provider,
-    open_session,
-    unavailable_reason,
+from bnfx.runtime import canary, packages, runner
+from bnfx.runtime.assignment import (
+    Placed,
+    PlacedNode,
+    is_shape_arithmetic,
+    placed_nodes,
+    require_placed,
+    whole_number_nodes,
 )
+from bnfx.runtime.availability import unavailable_reason
+from bnfx.runtime.canary import CANARY, require_arithmetic
+from bnfx.runtime.isolated import execute_apart
+from bnfx.runtime.providers import CPU, CUDA, Where, execution_provider
+from bnfx.runtime.sessions import SessionSettings, cuda_problem, open_session, require_still_on
 from bnfx.verification.references import StoredAs, Tf32, to_tf32
 from bnfx.version import version_of
 from tests.support import zoo
@@ -103,56 +107,116 @@ def test_the_profile_tells_what_ran(tmp_path: Path) -> None:
 
 
 def test_the_profile_is_believed_over_the_session(tmp_path: Path) -> None:
-    node = {"cat": "Node", "args": {"provider": "CUDAExecutionProvider", "op_name": "Conv"}}
-    copy = {"cat": "Node", "args": {"provider": "CUDAExecutionProvider", "op_name": "MemcpyToHost"}}
+    node = {"cat": "Node", "args": {"provider": CUDA, "op_name": "Conv"}}
+    copy = {"cat": "Node", "args": {"provider": CUDA, "op_name": "MemcpyToHost"}}
     other = {"cat": "Session", "args": {}}
+    astray = {"cat": "Node", "args": {"provider": CPU, "op_name": "Relu"}}
     f = tmp_path / "profile.json"
-    f.write_text(json.dumps([node, copy, other]))
-    ran, memcpy = runner._profile(str(f))
-    assert (dict(ran), memcpy) == ({"CUDAExecutionProvider": 2}, 1)
+
+    def profile(*events: Any) -> runner.Profile:
+        f.write_text(json.dumps(events))
+        return runner._profile(str(f))
+
+    found = profile(node, copy, other)
+    assert (dict(found.ran), found.memcpy) == ({CUDA: 2}, 1)
     session = open_session(relu_file(tmp_path))
-    cuda = request(relu_file(tmp_path), tmp_path, "cuda")
-    with pytest.raises(bnfx.ProviderError, match="CUDAExecutionProvider"):
-        runner._prove(session, cuda)
+    with pytest.raises(bnfx.ProviderError, match=CUDA):
+        require_placed(placed_nodes(session), Where("cuda"), str(relu_file(tmp_path)))
     with pytest.raises(bnfx.ProviderError, match="switched"):
-        runner._prove_run(session, cuda, {})
+        require_still_on(session, CUDA, "the model")
+    cuda, stray = Where("cuda"), PlacedNode(CPU, "Relu", "relu")
+    runner._prove_run(found, Placed(session, (), ()), cuda)
     with pytest.raises(bnfx.ProviderError, match="no node that ran"):
-        runner._prove_run(Session(), cuda, {"CPUExecutionProvider": 3})
-
-
-class Session:
-    """What a session on CUDA says of itself."""
-
-    def get_providers(self) -> list[str]:
-        return ["CUDAExecutionProvider"]
+        runner._prove_run(profile(astray), Placed(session, (), ()), cuda)
+    with pytest.raises(bnfx.ProviderError, match="no node that ran"):  # copies compute nothing
+        runner._prove_run(profile(copy), Placed(session, (), ()), cuda)
+    with pytest.raises(bnfx.ProviderError, match="given Relu, and by the profile"):
+        runner._prove_run(profile(node, astray), Placed(session, (), ()), cuda)
+    runner._prove_run(profile(node, astray), Placed(session, (), (stray,)), cuda)
 
 
 def test_only_shape_arithmetic_may_stray(tmp_path: Path) -> None:
     f = relu_file(tmp_path)
-    whole = proof.whole_number_nodes(str(f))
+    whole = whole_number_nodes(str(f))
     assert whole == {"shape", "gather"}
-    nodes = [("Shape", "shape"), ("Gather", "gather"), ("Relu", "relu"), ("Gather", "unknown")]
-    wrong, shapes = proof.sort_strays(nodes, whole)
+    pairs = [("Shape", "shape"), ("Gather", "gather"), ("Relu", "relu"), ("Gather", "unknown")]
+    nodes = [PlacedNode(CPU, *pair) for pair in pairs]
+    wrong = [str(node) for node in nodes if not is_shape_arithmetic(node, whole)]
     assert wrong == ["Relu 'relu'", "Gather 'unknown'"]
-    assert shapes == ["Shape 'shape'", "Gather 'gather'"]
-    session = open_session(f, "cpu", SessionSettings(optimise=False))
     # Asked for CUDA, a session on the CPU has every node in the wrong place.
-    wrong, shapes = proof.off_provider(session, "CUDAExecutionProvider", str(f))
-    assert "Relu 'relu'" in wrong
-    assert len(shapes) == 2
+    session = open_session(f, "cpu", SessionSettings(optimise=False))
+    with pytest.raises(bnfx.ProviderError, match=r"elsewhere: Relu 'relu';.*for: Relu\)"):
+        require_placed(placed_nodes(session), Where("cuda"), str(f))
+
+
+def test_what_may_stray_is_named(tmp_path: Path) -> None:
+    f = str(relu_file(tmp_path))
+    nodes = placed_nodes(open_session(f, "cpu", SessionSettings(optimise=False)))
+    for allowed, left in [
+        (("Shape", "Gather", "Relu"), ""),
+        (("Relu",), "Shape 'shape', Gather 'gather'"),
+        ((), "Shape 'shape', Gather 'gather', Relu 'relu'"),
+    ]:
+        where = Where.of("cuda", allow_on_cpu=allowed)
+        if not left:
+            assert len(require_placed(nodes, where, f)) == 3
+            continue
+        with pytest.raises(bnfx.ProviderError, match=f"elsewhere: {left};"):
+            require_placed(nodes, where, f)
+    # Allowed is the CPU, no third provider; and who tells nothing has proved nothing.
+    elsewhere = [PlacedNode("QNNExecutionProvider", "Relu", "relu")]
+    with pytest.raises(bnfx.ProviderError, match="elsewhere"):
+        require_placed(elsewhere, Where.of("cuda", allow_on_cpu="Relu"), f)
+    with pytest.raises(bnfx.ProviderError, match="tells of no node"):
+        require_placed([], Where("cuda"), f)
 
 
 def test_the_canary_survives_float32_and_dies_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = proof.canary("cpu", tf32=False)
-    assert found == {"canary": {"MatMul": proof.CANARY, "Conv": proof.CANARY}, "tf32": False}
-    assert float(to_tf32(torch.tensor(proof.CANARY))) == 1.0
-    # A graph that gives back 1.0 stands for a provider that rounds.
-    rounding = onnx.numpy_helper.from_array(np.eye(64, dtype=np.float32) / proof.CANARY, "w")
-    node = helper.make_node("MatMul", ["x", "w"], ["y"])
-    monkeypatch.setattr(proof, "_matmul", lambda: proof._probe(node, rounding, [64, 64]))
-    with pytest.raises(bnfx.ProviderError, match="TF32"):
-        proof.canary("cpu", tf32=False)
-    assert proof.canary("cpu", tf32=True)["tf32"]
+    found = require_arithmetic(Where(), "fp32")
+    assert set(found.canary.values()) == {CANARY}
+    assert not found.told()["tf32"]
+    assert {"MatMul", "Conv", "Conv depthwise", "ConvTranspose"} <= found.factors.keys()
+    assert float(to_tf32(torch.tensor(CANARY))) == 1.0
+    # Inputs and weights as they would be rounded stand for a provider that rounds them.
+    for name, precision, worse in [
+        ("TF32", "tf32", "fp32"),
+        ("TF32, truncated", "tf32", "fp32"),
+        ("bfloat16", None, "tf32"),
+        ("bfloat16, truncated", None, "tf32"),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setattr(canary, "run_session", rounded_run(canary.ROUNDINGS[name]))
+            with pytest.raises(bnfx.ProviderError, match=f"in {name.partition(',')[0]}, not in"):
+                require_arithmetic(Where(), worse)
+            if precision is not None:
+                told = require_arithmetic(Where(), precision).told()
+                assert told["tf32"]
+                assert told["truncated"] == name.endswith("truncated")
+    for wrong in (np.zeros_like, lambda y: y * 0.999, lambda y: np.full_like(y, np.nan)):
+        with monkeypatch.context() as patch:
+            patch.setattr(canary, "run_session", rounded_run(wrong))
+            with pytest.raises(bnfx.ProviderError, match="computes wrong"):
+                require_arithmetic(Where(), "tf32")
+
+
+def rounded_run(rounding: Any) -> Any:
+    """What a session gives whose factors are rounded: one of the two is always one."""
+    return lambda session, feed: [
+        rounding(y.astype(np.float64)).astype(y.dtype) for y in session.run(None, feed)
+    ]
+
+
+def test_sums_of_float16_are_told_from_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert require_arithmetic(Where(), "fp16").sums == {"MatMul": "float32", "Conv": "float32"}
+
+    def narrow(session: Any, feed: Any) -> Any:
+        total = np.float16(0)
+        for value in next(iter(feed.values())).ravel():
+            total += value
+        return [np.full(1, total)]
+
+    monkeypatch.setattr(canary, "run_session", narrow)
+    assert set(require_arithmetic(Where(), "fp16").sums.values()) == {"in the narrow type"}
 
 
 def test_tf32_keeps_ten_bits() -> None:
@@ -171,16 +235,26 @@ def test_tf32_keeps_ten_bits() -> None:
     assert torch.equal(half, half.half().float())
 
 
-def test_two_wheels_in_one_folder_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
+def wheel(folder: Path, name: str, version: str, top: str = "onnxruntime") -> None:
+    """Install a wheel that has nothing but its metadata and one file."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "RECORD").write_text(f"{top}/__init__.py,,\n")
 
-    def version(name: str) -> str:
-        if name not in installed:
-            raise PackageNotFoundError(name)
-        return installed[name]
 
-    monkeypatch.setattr(importlib.metadata, "version", version)
+def test_two_wheels_in_one_folder_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = {"onnxruntime": "1.32.0", "onnxruntime-brandnew": "1.31.1"}
+    for name, version in installed.items():
+        wheel(tmp_path / "first", name, version)
+    wheel(tmp_path / "first", "onnxruntime-ep-openvino", "1.8.1", "onnxruntime_ep_openvino")
+    wheel(tmp_path / "second", "onnxruntime-openvino", "1.24.1")
+    monkeypatch.setattr("sys.path", [str(tmp_path / "first"), str(tmp_path / "second")])
+    importlib.invalidate_caches()
     assert packages.installed_runtimes() == installed
+    assert packages.shadowed_runtimes() == {"onnxruntime-openvino": str(tmp_path / "second")}
     assert version_of("onnxruntime-directml") is None
 
 

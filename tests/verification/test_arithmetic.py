@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bnfx.graphs.examples import Example
+from bnfx.numbers import relative_error
 from bnfx.verification.references import (
     TorchReference,
     strict_float32,
@@ -81,7 +82,6 @@ def test_tf32_may_be_cut_off() -> None:
     reference = TorchReference(layer, "tf32", 1)
     runs = reference.run([given])
     (truncated,) = reference.truncated([given], runs)
-    exact = runs.exact[0][0]
     # Cutting off loses up to twice as much, and of positive numbers always the same way.
-    errors = [abs(found[0] - exact).mean() for found in (truncated, runs.rounded[0])]
-    assert errors[0] > 4 * errors[1] > 0
+    cut_off = relative_error(truncated, runs.exact[0])
+    assert cut_off > 4 * relative_error(runs.rounded[0], runs.exact[0]) > 0

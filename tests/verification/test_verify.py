@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import bnfx
-from bnfx.runtime.sessions import cuda_unavailable_reason
+from bnfx.runtime.availability import cuda_unavailable_reason
 from bnfx.verification.outputs import check_output
 from tests.support.laws import randomise
 
