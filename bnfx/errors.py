@@ -21,6 +21,10 @@ class CaptureError(BnfxError):
     """The model could not be turned into a graph."""
 
 
+class NotCapturedError(CaptureError):
+    """No graph holds the model, though it runs on the example."""
+
+
 class InsertError(BnfxError):
     """BatchNorm could not be inserted, or the inserted model is not what it must be."""
 

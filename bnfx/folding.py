@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast, overload
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import fx, nn
@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from bnfx.editing.driver import repeat, run
 from bnfx.editing.inference_draft import InferenceDraft
-from bnfx.errors import FoldError
+from bnfx.errors import FoldError, NotCapturedError
 from bnfx.gauges import written_out
 from bnfx.gauges.walk import FoldOptions
 from bnfx.graphs.boxes import boxes
@@ -20,6 +20,7 @@ from bnfx.graphs.examples import Example, example, skeleton
 from bnfx.graphs.inference import Captured, inference_graph
 from bnfx.graphs.parameters import Written
 from bnfx.graphs.programs import closed, opened
+from bnfx.module_folding import fold_modules
 from bnfx.passes import EraseUnread, FoldBatchNorm, MergeBranches
 from bnfx.reports.report import (
     FoldRecord,
@@ -40,13 +41,23 @@ def fold_bn(
     example_inputs: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
+    form: Literal["graph"] = "graph",
     **options: bool,
 ) -> fx.GraphModule: ...
+@overload
+def fold_bn(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    form: Literal["module"],
+    **options: bool,
+) -> nn.Module: ...
 @overload
 def fold_bn(model: ExportedProgram, **options: bool) -> ExportedProgram: ...
 
 
-# What it returns is used outside of that mode, too; `options` above are the last three.
+# What it returns is used outside of that mode, too; `options` above are the last but one.
 @torch.inference_mode(mode=False)  # type: ignore[misc]
 def fold_bn(
     model: nn.Module | ExportedProgram,
@@ -56,7 +67,8 @@ def fold_bn(
     merge_branches: bool = True,
     thresholds: bool = False,
     border_maps: bool = False,
-) -> fx.GraphModule | ExportedProgram:
+    form: Literal["graph", "module"] = "graph",
+) -> nn.Module | ExportedProgram:
     """An inference graph of `model` with every BatchNorm folded that an exact rewrite can remove.
 
     In eval mode a BatchNorm is, per channel, y = s x + t with s = gamma / sqrt(var + eps) and
@@ -83,6 +95,14 @@ def fold_bn(
             lets any map through. Fewer BatchNorms stay; a bound may cost more than a BatchNorm.
         border_maps: Whether a convolution that pads zeros may get a constant map added, which ties
             the result to the spatial size of the example. Needs example inputs.
+        form: "graph" for one inference graph, "module" for a copy of the model of its own class:
+            folded BatchNorms are `nn.Identity`, layers of torch.nn carry new weights (a bias
+            appears where one is needed), methods, attributes and optional arguments are as they
+            were, and so are values that hooks see or that optional arguments may return. What such
+            a copy cannot express (merged branches, bounds, maps, a copy of a layer for each call)
+            stays, with the reason. It shares no weights with the model; with example inputs its
+            outputs are compared with the model's in float64, and a model that cannot be captured as
+            a whole is folded in the largest parts that can be.
 
     Returns:
         A `torch.fx.GraphModule`, or a program for a program, with the parameters at their original
@@ -93,10 +113,31 @@ def fold_bn(
         FoldError: border_maps without example inputs.
     """
     options = FoldOptions(merge_branches, thresholds, border_maps)
+    _require_form(form, options)
     if isinstance(model, ExportedProgram):
+        if form == "module":
+            raise FoldError("an exported program has no modules; leave out form='module'")
         return _fold_program(model, options)
     given = _given(example_inputs, example_kwargs, options)
-    return fold_captured(inference_graph(model, given), options)
+    if form == "module":
+        return fold_modules(model, given, replace(options, merge_branches=False))
+    try:
+        captured = inference_graph(model, given)
+    except NotCapturedError as error:
+        raise NotCapturedError(
+            f"{error}. With form='module', fold_bn folds the parts of it that can be captured"
+        ) from error
+    return fold_captured(captured, options)
+
+
+def _require_form(form: str, options: FoldOptions) -> None:
+    if form not in ("graph", "module"):
+        raise FoldError(f"form={form!r} is unknown; choose from graph, module")
+    if form == "module" and (options.thresholds or options.border_maps):
+        raise FoldError(
+            "form='module' keeps the model's own code, which has no place for bounds and border "
+            "maps; leave out thresholds and border_maps, or use form='graph'"
+        )
 
 
 def _fold_program(program: ExportedProgram, options: FoldOptions) -> ExportedProgram:
@@ -121,7 +162,7 @@ def _given(inputs: Any, kwargs: Mapping[str, Any] | None, options: FoldOptions) 
     return given
 
 
-@takes_arguments_of(cast("Callable[..., object]", fold_bn))  # both kinds that it is overloaded for
+@takes_arguments_of(cast("Callable[..., object]", fold_bn))  # all kinds that it is overloaded for
 def plan_fold(*args: Any, **kwargs: Any) -> FoldReport:
     """What `fold_bn` would do with the same arguments; nothing is changed."""
     done = report(fold_bn(*args, **kwargs))

@@ -32,6 +32,7 @@ from bnfx.gauges import written_out
 from bnfx.gauges.constraints import Kind, Site
 from bnfx.gauges.explanation import UNCARRIED, Explanation, vanished_into
 from bnfx.gauges.new_weights import Ends, Pending, bounds_of, change_of, is_changed
+from bnfx.gauges.slots import Slots
 from bnfx.gauges.solution import Problem, Solution, solve
 from bnfx.gauges.walk import FoldOptions
 from bnfx.gauges.writing import write
@@ -66,24 +67,28 @@ class FoldBatchNorm:
 
     Attributes:
         options: What may carry a gauge though it costs something.
+        slots: The modules that are to take up what is solved; None for the graph alone.
     """
 
     name: ClassVar[str] = "fold_bn"
     preserves: ClassVar[Preserved] = Preserved.SIGNATURE | Preserved.STATE_VALUES
 
     options: FoldOptions = field(default_factory=FoldOptions)
+    slots: Slots | None = None
 
     def match(self, draft: InferenceDraft) -> list[Folding | Change]:
         """What can be folded, as one site, and what keeps the rest."""
         values = draft.values
-        solution = solve(Problem(draft.module, draft.runs, values, draft.barred, self.options))
+        solution = solve(
+            Problem(draft.module, draft.runs, values, draft.barred, self.options, self.slots)
+        )
         found, gauges, vanished = solution.found, solution.gauges, solution.vanished
         constant, carries = solution.constant_outputs(), vanished_into(found, gauges, values)
         pending = tuple(
             Pending(site, functools.partial(change_of, site, ends, values, dead), carries(site))
             for site in found.sites.values()
             if site.node not in vanished
-            and is_changed(ends := Ends.of(site, gauges), dead := constant.get(site.node, {}))
+            and is_changed(site, ends := Ends.of(site, gauges), dead := constant.get(site.node, {}))
         )
         explanation = Explanation(found, gauges, pending)
         records = {c.at: c for c in self._records(draft, solution, explanation)}

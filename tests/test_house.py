@@ -18,6 +18,7 @@ FLOORS = (
     "onnx_files",
     "gauges editing statistics runtime export inspection",
     "passes",
+    "module_folding",
     "insertion folding environment",
     "recipes",
     "verification",

@@ -260,7 +260,7 @@ def _fold_file(options: argparse.Namespace, steps: Steps) -> Outcome:
     return Outcome(done)
 
 
-def _folding(options: argparse.Namespace) -> dict[str, bool]:
+def _folding(options: argparse.Namespace) -> dict[str, Any]:
     """Options of `fold_bn`."""
     return {name: getattr(options, name) for name in FOLDING}
 

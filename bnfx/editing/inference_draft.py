@@ -43,6 +43,8 @@ class InferenceDraft:
     changes: dict[str, Change]
     #: A number of BatchNorms that is proved to stay, whatever is chosen under the rules.
     unavoidable: int
+    #: In-place calls of the model that `finish` had to leave fresh.
+    fresh: Sequence[fx.Node] = ()
     _seen: Shapes | None
 
     def __init__(self, captured: Captured, *, exact: bool = False) -> None:
@@ -146,7 +148,7 @@ class InferenceDraft:
 
     def finish(self) -> fx.GraphModule:
         """The edited graph, in-place where that is safe still."""
-        restore(self.graph, self._in_place)
+        self.fresh = restore(self.graph, self._in_place)
         return assemble(self.module, self.graph)
 
     def in_order(self) -> list[Change]:

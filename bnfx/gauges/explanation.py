@@ -115,6 +115,8 @@ class Explanation:
             return f"its scale is negative on {where}, which {behind or before} does not let pass"
         sides = [f"before it by {before}"] if before else []
         sides += [f"behind it by {behind}"] if behind else []
+        if not sides:
+            return f"its {refused.part} on {where} is fixed: what it reads is tied to what it gives"
         return f"its {refused.part} on {where} is fixed " + " and ".join(sides)
 
     def _cause(self, label: int, part: str) -> str:

@@ -83,8 +83,12 @@ class Ends:
         return bool((ones <= _TRIVIAL).all() and (zeros == 0).all())
 
 
-def is_changed(ends: Ends, dead: Mapping[int, float]) -> bool:
+def is_changed(site: Site, ends: Ends, dead: Mapping[int, float]) -> bool:
     """Whether `change_of` has anything to give."""
+    if site.kind is Kind.SCALE and (np.abs(ends.a_o / ends.a_i - 1.0) <= _TRIVIAL).all():
+        return False
+    if site.kind is Kind.SHIFT and (ends.a_o == 1).all() and (ends.d_o == ends.d_i).all():
+        return False
     return bool(dead) or not ends.trivial()
 
 
@@ -105,7 +109,7 @@ def change_of(
         dead: Output channels that become constant -> that constant.
         rounded: Whether weights of layers get their stored dtype at once, which takes less memory.
     """
-    if not is_changed(ends, dead):
+    if not is_changed(site, ends, dead):
         return None
     if site.kind is Kind.AFFINE:
         return _affine(site, ends, values, dead, rounded=rounded)

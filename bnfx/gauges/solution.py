@@ -20,6 +20,7 @@ from bnfx.gauges.elimination import Refused, absorber
 from bnfx.gauges.new_weights import Ends, bounds_of, is_changed
 from bnfx.gauges.ranges import HALF, beyond_range
 from bnfx.gauges.rules import propagate
+from bnfx.gauges.slots import Slots
 from bnfx.gauges.soundness import NARROW, WIDE
 from bnfx.gauges.walk import FoldOptions, Walk
 from bnfx.graphs.constants import Values, readers
@@ -51,12 +52,17 @@ class Problem:
     #: Nodes whose values must stay.
     barred: frozenset[fx.Node]
     options: FoldOptions
+    #: What modules can take up, where that is to be done with them; None for the graph alone.
+    slots: Slots | None = None
 
     def demands(self, runs: Iterable[Shapes], found: Constraints) -> Constraints:
         """`found` with the demands at the sizes of `runs`."""
+        fixed = self.barred | (self.slots.held if self.slots is not None else frozenset())
         for shapes in runs:
             graph = self.module.graph
-            propagate(Walk(graph, shapes, self.values, found, self.barred, self.options))
+            propagate(Walk(graph, shapes, self.values, found, fixed, self.options))
+        if self.slots is not None:
+            self.slots.demand(found)
         return found
 
 
@@ -95,7 +101,7 @@ class Solution:
         """Whether the result gets bounds or constants that are laid out for one rank."""
         gauges, gone = self.gauges, self.vanished
         return any(bounds_of(b, gauges) is not None for b in self.found.bounds.values()) or any(
-            site.kind in CONSTANTS and is_changed(Ends.of(site, gauges), {})
+            site.kind in CONSTANTS and is_changed(site, Ends.of(site, gauges), {})
             for site in self.found.sites.values()
             if site.node not in gone
         )
@@ -109,6 +115,8 @@ def solve(problem: Problem) -> Solution:
         solution = Solution(found, _gauges(problem, found, candidates), candidates, {})
         solution = _guarded(problem, solution)
         beyond = _beyond_range(problem, solution)
+        if problem.slots is not None:
+            beyond |= problem.slots.incomplete(solution.vanished)
         if not beyond:
             solution.gauges.refused.update(refused)
             return solution
@@ -152,6 +160,8 @@ def _unremovable(site: Site, problem: Problem, views: Aliases) -> str:
     """Why the call cannot give way to its operand even where the two are equal; "" if it can."""
     node, source = site.node, site.source
     assert source is not None
+    if problem.slots is not None and (why := problem.slots.why_kept(node)):
+        return why
     values = problem.runs[0].values
     before, after = values.get(source), values.get(node)
     if not is_tensor(after):

@@ -107,8 +107,8 @@ def _unread(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _call(site: Site) -> dict[str, Any]:
-    """The arguments of a site by name."""
+def call_of(site: Site) -> dict[str, Any]:
+    """The arguments of a site by name, those that hold its parameters among them."""
     node = site.node
     if site.kind is Kind.AFFINE:
         row = affine_of(node)
@@ -128,7 +128,7 @@ def _parts(pending: Pending, *, rounded: bool) -> list[Part]:
     if change is None:
         return []
     sources = tuple(dict.fromkeys((*change.sources, *pending.carries)))
-    site, call = change.site, _call(change.site)
+    site, call = change.site, call_of(change.site)
     assert site.like is not None
     found = []
     for name, value in change.tensors.items():
@@ -165,7 +165,7 @@ def _agreed(parts: Sequence[Part], known: Constants, gone: set[fx.Node]) -> set[
 def _once(name: str, by_node: dict[fx.Node, Part]) -> bool:
     """Whether each call reads the name for one argument only."""
     return all(
-        sum(isinstance(n, fx.Node) and str(n.target) == name for n in _call(p.site).values()) == 1
+        sum(isinstance(n, fx.Node) and str(n.target) == name for n in call_of(p.site).values()) == 1
         for p in by_node.values()
     )
 
@@ -175,7 +175,7 @@ def _place(module: fx.GraphModule, part: Part, known: Constants, agreed: set[str
     name = _name(module, part, known, agreed)
     old = known.value(part.old)
     if old is None:
-        weight = _call(part.site).get("weight")
+        weight = call_of(part.site).get("weight")
         old = known.value(weight)
     trained = old is not None and old.requires_grad
     buffer = old is not None and not isinstance(old, torch.nn.Parameter)
@@ -190,7 +190,7 @@ def _name(module: fx.GraphModule, part: Part, known: Constants, agreed: set[str]
         leaf = name.rpartition(".")[2]
         own = owner_of(name)
         return name if name in agreed else free_name(module, f"{own}.{leaf}_of_{node.name}")
-    weight = _call(part.site).get("weight")
+    weight = call_of(part.site).get("weight")
     if part.argument == "bias" and isinstance(weight, fx.Node) and weight.op == "get_attr":
         name = _bias_name(str(weight.target))
         if name not in known.readers:
@@ -219,7 +219,7 @@ def _rename(site: Site, new: dict[str, fx.Node]) -> None:
     node = site.node
     if site.kind is Kind.PRODUCT:
         for name, value in new.items():
-            node.replace_input_with(_call(site)[name], value)
+            node.replace_input_with(call_of(site)[name], value)
         return
     if site.kind in (Kind.AFFINE, Kind.BATCH_NORM):
         named = given_arguments(node) | new

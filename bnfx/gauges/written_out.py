@@ -82,6 +82,12 @@ def mark(module: fx.GraphModule) -> Mapping[str, Written]:
     return found
 
 
+def part_of(node: fx.Node) -> Written | None:
+    """The evaluation that a marked operator is a part of."""
+    part = node.meta.get(_PART)
+    return part if isinstance(part, Written) else None
+
+
 def records(
     graph: fx.Graph, found: Constraints, gone: set[fx.Node], explanation: Explanation
 ) -> Iterator[Change]:
@@ -118,8 +124,8 @@ def _parts(graph: fx.Graph) -> dict[Written, list[fx.Node]]:
     """The marked evaluations, with what is left of each."""
     parts: dict[Written, list[fx.Node]] = {}
     for node in graph.nodes:
-        part = node.meta.get(_PART)
-        if isinstance(part, Written):
+        part = part_of(node)
+        if part is not None:
             parts.setdefault(part, []).append(node)
     return parts
 

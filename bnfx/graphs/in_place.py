@@ -153,10 +153,15 @@ def freshen(graph: fx.Graph, kept: frozenset[fx.Node]) -> dict[str, tuple[Any, d
     return old
 
 
-def restore(graph: fx.Graph, old: dict[str, tuple[Any, dict[str, Any]]]) -> None:
-    """Make calls in-place again where that is safe in the graph as it is now."""
-    found = aliases(graph)
+def restore(graph: fx.Graph, old: dict[str, tuple[Any, dict[str, Any]]]) -> list[fx.Node]:
+    """Make calls in-place again where that is safe in the graph as it is now; those left fresh."""
+    found, left = aliases(graph), []
     for node in graph.nodes:
-        if node.name in old and found.replaceable(node):
-            node.target, kwargs = old[node.name]
-            node.kwargs = kwargs | {k: v for k, v in node.kwargs.items() if k != "inplace"}
+        if node.name not in old:
+            continue
+        if not found.replaceable(node):
+            left.append(node)
+            continue
+        node.target, kwargs = old[node.name]
+        node.kwargs = kwargs | {k: v for k, v in node.kwargs.items() if k != "inplace"}
+    return left

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
-from bnfx.errors import CaptureError
+from bnfx.errors import CaptureError, NotCapturedError
 from bnfx.graphs.agreement import alike, bound, outputs, reordered
 from bnfx.graphs.baked import bake_modules, bake_weights
 from bnfx.graphs.constants import is_torch
@@ -26,7 +26,7 @@ from bnfx.graphs.durable import InPlaceProxy
 from bnfx.graphs.examples import HOOKS, Example, clone, has_hooks, obstacle, skeleton
 from bnfx.graphs.export_guards import rewrite_guards
 from bnfx.graphs.naming import OWNER
-from bnfx.graphs.norms import holds_norm
+from bnfx.graphs.norms import holds_norm, is_stock_norm
 from bnfx.graphs.observed import undisturbed_random_state
 from bnfx.graphs.parameters import constants, erase_dead
 from bnfx.graphs.shapes import SEEN
@@ -73,7 +73,7 @@ class _FunctionalTracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque or has_hooks(m):
             return True
-        if _is_stock_norm(m):
+        if is_stock_norm(m):
             return m.training or m.running_mean is None or m.running_var is None
         if type(m) in TRANSPARENT_MODULES:
             return False
@@ -88,7 +88,7 @@ class _FunctionalTracer(Tracer):
     ) -> Any:
         """A BatchNorm in eval mode becomes `F.batch_norm`; its check of the rank is remembered."""
         path = self.path_of_module(m)
-        if not _is_stock_norm(m) or self.is_leaf_module(m, path):
+        if not is_stock_norm(m) or self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         x = args[0] if args else kwargs["input"]
         statistics = (m.running_mean, m.running_var, m.weight, m.bias)
@@ -110,14 +110,6 @@ def _names_of_tensors(root: nn.Module) -> dict[int, tuple[str, dict[str, Any]]]:
                 if tensor is not None:
                     names.setdefault(id(tensor), (f"{path}.{leaf}" if path else leaf, owner))
     return names
-
-
-def _is_stock_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
-    """Whether this is BatchNorm as torch computes it; in eval mode SyncBatchNorm is the same."""
-    stock = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    if not isinstance(module, _BatchNorm) or "forward" in vars(module):
-        return False
-    return type(module).forward in stock
 
 
 @dataclass(frozen=True)
@@ -321,7 +313,9 @@ def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
             continue
         return captured
     outputs(clone(root), given)  # the model itself may not run on the example, which says more
-    raise CaptureError(f"{type(root).__name__} cannot be captured. " + "; ".join(errors))
+    raise NotCapturedError(
+        f"{type(root).__name__} cannot be captured. " + "; ".join(dict.fromkeys(errors))
+    )
 
 
 def exported(root: nn.Module, example: Example, sizes: Any = None) -> Captured:

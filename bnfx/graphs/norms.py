@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from torch import Tensor, fx, nn
@@ -55,6 +55,14 @@ def holds_norm(module: nn.Module) -> bool:
     state = {**module._parameters, **module._buffers}
     known = (state.get(name) is not None for name in ("running_mean", "running_var"))
     return all(known) and not module._modules
+
+
+def is_stock_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether this is BatchNorm as torch computes it; in eval mode SyncBatchNorm is the same."""
+    stock = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    if not isinstance(module, _BatchNorm) or "forward" in vars(module):
+        return False
+    return type(module).forward in stock
 
 
 def affine_map_of(node: fx.Node, values: Values) -> AffineMap | str:

@@ -283,6 +283,8 @@ class FoldReport(Report):
     #: A number of BatchNorms that is proved to stay, whatever is chosen under the rules; None where
     #: that was not asked.
     unavoidable: int | None = None
+    #: With form="module": keys of the state_dict that came or went, and why.
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     #: The graph before and after, to draw.
     graphs: tuple[tuple[Box, ...], tuple[Box, ...]] = dataclasses.field(
         default=((), ()), repr=False, compare=False

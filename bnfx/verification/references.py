@@ -281,7 +281,9 @@ class TorchReference:
         known = self._folded
 
         def exact(**options: Any) -> fx.GraphModule:
-            return fold_bn(self._exact(), given.args, example_kwargs=given.kwargs, **options)
+            folded = fold_bn(self._exact(), given.args, example_kwargs=given.kwargs, **options)
+            assert isinstance(folded, fx.GraphModule)
+            return folded
 
         return [
             ("folded by the rules of its own dtype", own if known is None else lambda: known),

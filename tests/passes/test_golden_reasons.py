@@ -18,6 +18,10 @@ ROOMS = ("passes", "bnfx/gauges", "bnfx/editing", "bnfx/graphs/norms.py")
 _WORDS = 3
 #: Words that are no reason, or that no small network brings out; with the cause.
 EXCEPT = {
+    "{}, whose parameters serve several calls": "named where nothing nearer fixes a gauge",
+    "its module is called several times, and at one of the calls it stays": "parameters of a norm"
+    " without labels are held before",
+    "a constant of the model's own code": "of an operator, which has no record",
     "no numerically sound gauge was found": "after rounds that no network has needed so far",
     "has other channels at another input size": "the cause of a cause",
     "one behind it has a scale of zero, and gives its constant through it": "where the exchange"

@@ -1,0 +1,424 @@
+"""Folding into a copy of the model that keeps its class: `fold_bn(form="module")`.
+
+The parts of the copy that can be captured are solved as graphs are (`bnfx.gauges`), with what their
+modules cannot express forbidden (`bnfx.gauges.slots`). Then the new parameters go into the copy's
+own layers, and what vanished becomes an `nn.Identity`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bnfx.editing.driver import run
+from bnfx.editing.inference_draft import InferenceDraft
+from bnfx.errors import CaptureError, FoldError
+from bnfx.gauges import written_out
+from bnfx.gauges.slots import Slots, scope_of
+from bnfx.gauges.walk import FoldOptions
+from bnfx.graphs.agreement import outputs
+from bnfx.graphs.boxes import boxes
+from bnfx.graphs.examples import Example, clone, has_hooks, in_float64, untouched
+from bnfx.graphs.inference import Captured, inference_graph
+from bnfx.graphs.naming import owner_of
+from bnfx.graphs.norms import holds_norm, is_stock_norm
+from bnfx.graphs.observed import SCOPES, Observation, observe, tensors_in
+from bnfx.graphs.parameters import attribute
+from bnfx.numbers import relative_error
+from bnfx.passes import FoldBatchNorm
+from bnfx.reports.report import FoldRecord, FoldReport, remember
+
+#: How often a part is solved again without a layer that turned out not to take its new weights.
+_ROUNDS = 8
+_APART = "its calls would need weights of their own; use form='graph'"
+_REPORT = "use form='graph', and please report the model"
+_UNKNOWN = "no call was seen that computes y = s x + t with its statistics"
+_NOT_CALLED = "the forward did not call it on the example"
+
+
+def fold_modules(model: nn.Module, given: Example | None, options: FoldOptions) -> nn.Module:
+    """A copy of `model`, of its class, with the BatchNorms folded that such a copy can do without.
+
+    Raises:
+        CaptureError: Without an example the whole forward must be traceable.
+        FoldError: The copy does not compute what the model does.
+    """
+    copied = clone(model)
+    done = _Done(copied)
+    parts = _Parts(copied, given)
+    for part in list(parts.found()):
+        _fold_part(done, part, options)
+    done.records += _unseen(done, parts)
+    if given is not None:
+        _require_same(model, copied, given)
+    told = FoldReport(
+        batch_norms=tuple(done.records),
+        provenance=done.provenance,
+        keys=done.keys,
+        graphs=done.pictures,
+    )
+    copied.register_load_state_dict_pre_hook(_explain_keys)
+    return remember(copied, told)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the model that could be captured."""
+
+    path: str
+    captured: Captured
+    #: Paths, in the part, that code outside of it calls or reads.
+    outside: frozenset[str]
+    #: Whether values that leave a module with a forward of its own stay.
+    closed: bool
+
+
+@dataclass
+class _Done:
+    """What was done so far."""
+
+    root: nn.Module
+    records: list[FoldRecord] = field(default_factory=list)
+    provenance: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Records of BatchNorms in modules that a graph calls as a whole; those may be parts, too.
+    whole: dict[str, FoldRecord] = field(default_factory=dict)
+    #: Keys of the state_dict that came or went, and why.
+    keys: dict[str, str] = field(default_factory=dict)
+    pictures: Any = ((), ())
+
+
+# -- parts -----------------------------------------------------------------------------------------
+
+
+class _Parts:
+    """The largest parts of a model that can be captured, and why others cannot."""
+
+    def __init__(self, root: nn.Module, given: Example | None) -> None:
+        self.root, self.given = root, given
+        self.closed = _may_hand_out_more(root, given)
+        #: Path of each module that could not be captured -> why.
+        self.causes: dict[str, str] = {}
+
+    def found(self) -> Iterator[_Part]:
+        """Them, outer ones first."""
+        try:
+            yield from self._captured("", self.given, frozenset())
+        except CaptureError as error:
+            if self.given is None:
+                raise
+            yield from self._inside("", str(error))
+
+    def _look(self, path: str, given: Example | None) -> Iterator[_Part]:
+        module = self.root.get_submodule(path)
+        if is_stock_norm(module) or not any(holds_norm(inner) for inner in module.modules()):
+            return
+        if given is None and self.given is not None:
+            return  # the forward did not call it
+        try:
+            yield from self._captured(path, given, self._used_elsewhere(path))
+        except CaptureError as error:
+            yield from self._inside(path, str(error))
+
+    def _captured(
+        self, path: str, given: Example | None, outside: frozenset[str]
+    ) -> Iterator[_Part]:
+        module = self.root.get_submodule(path)
+        captured = inference_graph(module, given)
+        closed = self.closed or _may_hand_out_more(module, given)
+        yield _Part(path, captured, outside, closed)
+        slots = dict(module.named_modules(remove_duplicate=False))
+        calls = captured.module.graph.find_nodes(op="call_module")
+        for inner in dict.fromkeys(str(node.target) for node in calls):
+            if inner not in slots:  # the exporter's checks of its inputs
+                continue
+            if has_hooks(slots[inner]):
+                yield from self._each([_join(path, inner)])
+            else:
+                yield from self._inside(_join(path, inner), "its forward cannot be traced")
+
+    def _inside(self, path: str, cause: str) -> Iterator[_Part]:
+        self.causes[path] = cause
+        children = self.root.get_submodule(path).named_children()
+        yield from self._each([_join(path, name) for name, _ in children])
+
+    def _each(self, paths: Sequence[str]) -> Iterator[_Part]:
+        given = _examples(self.root, self.given, paths)
+        for path in paths:
+            yield from self._look(path, given.get(path))
+
+    def _used_elsewhere(self, path: str) -> frozenset[str]:
+        """Paths of modules and parameters of a part that a run uses while the part does not run."""
+        part = self.root.get_submodule(path)
+        modules = dict(self.root.named_modules(remove_duplicate=False))
+        inner = {id(module) for module in part.modules()} - {id(part)}
+        tensors = {id(t) for t in (*part.parameters(), *part.buffers())}
+        used: set[int] = set()
+        for node in self._run.graph.nodes if self._run is not None else ():
+            running = [modules[scope] for scope in node.meta.get(SCOPES, ())]
+            if any(module is part for module in running):
+                continue
+            used |= {id(module) for module in running} & inner
+            read = (n for n in node.all_input_nodes if n.op == "get_attr")
+            used |= {id(attribute(self.root, str(n.target))) for n in read} & tensors
+        names = (
+            *part.named_modules(remove_duplicate=False),
+            *part.named_parameters(remove_duplicate=False),
+            *part.named_buffers(remove_duplicate=False),
+        )
+        return frozenset(name for name, value in names if id(value) in used)
+
+    def runs(self, path: str) -> bool:
+        """Whether the forward calls the module at `path`, as far as the example tells."""
+        return self._run is None or self._run.runs[path] > 0
+
+    @functools.cached_property
+    def _run(self) -> Observation | None:
+        if self.given is None:
+            return None
+        with untouched(self.root):
+            return observe(self.root, self.given, training=False)
+
+
+def _examples(
+    root: nn.Module, given: Example | None, paths: Sequence[str]
+) -> Mapping[str, Example]:
+    """What the modules at `paths` are given first when the model runs on the example."""
+    if given is None:
+        return {}
+    seen: dict[str, Example] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if path not in seen:
+                seen[path] = Example(args, kwargs).copied()
+
+        return first
+
+    with untouched(root), ExitStack() as hooks:
+        for path in paths:
+            module = root.get_submodule(path)
+            handle = module.register_forward_pre_hook(note(path), with_kwargs=True)
+            hooks.callback(handle.remove)
+        outputs(root, given)
+    return seen
+
+
+def _may_hand_out_more(module: nn.Module, given: Example | None) -> bool:
+    """Whether the forward has arguments that the example does not give: they may ask for more."""
+    try:
+        parameters = inspect.signature(module.forward).parameters
+        bound = inspect.signature(module.forward).bind_partial(
+            *(given.args if given is not None else ()),
+            **(given.kwargs if given is not None else {}),
+        )
+    except (TypeError, ValueError):  # the latter from a forward that is no Python
+        return True
+    required = (
+        name
+        for name, p in parameters.items()
+        if given is None
+        and p.default is p.empty
+        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    )
+    return bool(parameters.keys() - bound.arguments.keys() - set(required))
+
+
+# -- one part --------------------------------------------------------------------------------------
+
+
+def _fold_part(done: _Done, part: _Part, options: FoldOptions) -> None:
+    """Solve one part, and write what was found into its modules."""
+    root = done.root.get_submodule(part.path)
+    draft = InferenceDraft(part.captured)
+    written_out.mark(draft.module)
+    stuck: dict[str, str] = {}
+    for _ in range(_ROUNDS):
+        attempt = draft.copy()
+        slots = Slots(root, attempt.graph, attempt.values, part.outside, part.closed, stuck)
+        places = {node.name: scope_of(node) for node in attempt.graph.nodes}
+        run(attempt, FoldBatchNorm(options, slots))
+        odd = {owner_of(name): _APART for name in attempt.written.dtypes if not slots.takes(name)}
+        graph = attempt.finish()
+        odd |= slots.written_over(draft.graph, attempt.fresh)
+        if not odd:
+            break
+        stuck |= odd
+    else:
+        raise FoldError(
+            f"no weights were found that all calls of {sorted(stuck)} share; use form='graph', and "
+            "please report the model"
+        )
+    written = attempt.written
+    written.round(graph)
+    for node in attempt.fresh:
+        vars(slots.modules[scope_of(node)])["inplace"] = False
+    changes = attempt.in_order()
+    for name, dtype in written.dtypes.items():
+        value = attribute(graph, name)
+        assert isinstance(value, Tensor)
+        _write(done, _join(part.path, name), value.detach().to(dtype))
+    for change in changes:
+        if change.action == "changed":
+            rest = slots.instead(places[change.at])
+            assert rest is not None
+            _give_way(done, _join(part.path, places[change.at]), rest, change.into)
+    _tell(done, part, attempt)
+    if not part.path:
+        done.pictures = (draft.drawn, boxes(graph))
+
+
+def _write(done: _Done, name: str, value: Tensor) -> None:
+    """Put new values where the old ones are; a bias that comes is noted."""
+    path, _, leaf = name.rpartition(".")
+    owner = done.root.get_submodule(path)
+    old: Tensor | None = {**owner._parameters, **owner._buffers}.get(leaf)
+    if old is not None:
+        old.data = value.reshape(old.shape).clone()
+        return
+    weight = owner._parameters.get("weight")
+    trained = True if weight is None else weight.requires_grad
+    owner.register_parameter(leaf, nn.Parameter(value.clone(), requires_grad=trained))
+    done.keys[name] = f"{path} has a {leaf} now, which carries what was folded into it"
+
+
+def _give_way(done: _Done, path: str, rest: nn.Module, into: tuple[str, ...]) -> None:
+    """Let the module at `path` become `rest`, under all names and for all that hold it."""
+    module = done.root.get_submodule(path)
+    if type(module) is type(rest) and not module.state_dict():
+        return  # at another call
+    stays = rest.state_dict().keys()
+    where = f"into {', '.join(into)}" if into else "away"
+    for key in module.state_dict():
+        if key not in stays:
+            done.keys[_join(path, key)] = f"{path} was folded {where}"
+    training = module.training
+    module.__class__ = type(rest)
+    module.__dict__.clear()
+    module.__dict__.update(rest.__dict__)
+    module.training = training
+
+
+def _tell(done: _Done, part: _Part, draft: InferenceDraft) -> None:
+    """Add the records of a part, in names of the whole."""
+    found = [
+        FoldRecord(
+            path=_join(part.path, change.path),
+            verdict="folded" if change.action == "changed" else "kept",
+            into=tuple(_join(part.path, name) for name in change.into),
+            reason=change.reason,
+        )
+        for change in draft.in_order()
+    ]
+    inner = ["/" in change.at for change in draft.in_order()]  # of what the graph calls as a whole
+    done.records += itertools.compress(found, map(operator.not_, inner))
+    done.whole |= {record.path: record for record in itertools.compress(found, inner)}
+    done.provenance |= {
+        _join(part.path, name): tuple(_join(part.path, source) for source in sources)
+        for name, sources in draft.written.provenance.items()
+    }
+
+
+def _unseen(done: _Done, parts: _Parts) -> Iterator[FoldRecord]:
+    """Records of the BatchNorms of which no part tells."""
+    told, causes = {record.path for record in done.records}, parts.causes
+    for path, module in done.root.named_modules():
+        if not holds_norm(module) or path in told:
+            continue
+        if path in done.whole:
+            yield done.whole[path]
+            continue
+        outer = max((p for p in causes if p != path and _lies_in(path, p)), key=len, default=None)
+        if path in causes:
+            why = f"{type(module).__name__} has a forward of its own that cannot be captured"
+        elif not parts.runs(path):
+            why = _NOT_CALLED
+        elif outer is None:
+            why = _UNKNOWN
+        else:
+            kind = type(done.root.get_submodule(outer)).__name__
+            why = f"what is around it, {kind} {outer!r}, cannot be captured: {causes[outer]}"
+        yield FoldRecord(path, "kept", (), why)
+
+
+def _lies_in(path: str, outer: str) -> bool:
+    return not outer or path.startswith(f"{outer}.")
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+
+def _require_same(model: nn.Module, folded: nn.Module, given: Example) -> None:
+    """Raise unless both give the same on the example, in float64, but for rounded weights."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    if any(t.is_meta for t in tensors):
+        return  # there are no values
+    largest = max((torch.finfo(t.dtype).eps for t in tensors), default=0.0)
+    wide = _widened(given)
+    try:
+        truth = tensors_in(outputs(in_float64(model), wide))
+        ours = tensors_in(outputs(in_float64(folded), wide))
+    except CaptureError:  # its own code asks for a fixed dtype
+        truth = tensors_in(outputs(clone(model), given))
+        ours = tensors_in(outputs(clone(folded), given))
+    same = [a.shape == b.shape for a, b in zip(ours, truth, strict=False)]
+    if len(ours) != len(truth):
+        raise FoldError(f"{type(model).__name__}, folded, returns something else; {_REPORT}")
+    floats = [
+        (a, b)
+        for a, b, fits in zip(ours, truth, same, strict=True)
+        if fits and b.is_floating_point()  # a length may depend on the data
+    ]
+    values = [[t.double().cpu().numpy() for t in side] for side in zip(*floats, strict=True)]
+    error = relative_error(*values) if values else 0.0
+    if not error <= largest**0.5:
+        raise FoldError(
+            f"{type(model).__name__}, folded in its own class, differs from the model by "
+            f"{error:.3g} relative on the example; {_REPORT}"
+        )
+
+
+def _widened(given: Example) -> Example:
+    def wide(leaf: Any) -> Any:
+        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.double() if floating else leaf
+
+    mine = given.copied()
+    args, kwargs = pytree.tree_map(wide, (mine.args, dict(mine.kwargs)))
+    return Example(args, kwargs)
+
+
+def _explain_keys(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any
+) -> None:
+    """Say in the error of a checkpoint that does not fit what folding did to the keys."""
+    _metadata, strict, _missing, _unexpected, errors = rest
+    done = vars(module).get("_bnfx_report")
+    if not strict or not isinstance(done, FoldReport):
+        return
+    own = module.state_dict().keys()
+    odd = [
+        (key, why)
+        for key, why in done.keys.items()
+        if (key in own) != (f"{prefix}{key}" in state_dict)
+    ]
+    if odd:
+        shown = "; ".join(f"{key!r}: {why}" for key, why in odd[:4])
+        more = f"; and {len(odd) - 4} more" if len(odd) > 4 else ""
+        errors.append(
+            f"the BatchNorms of this {type(module).__name__} are folded ({shown}{more}). Load the "
+            "checkpoint into the model first, and fold it then"
+        )
+
+
+def _join(path: str, name: str) -> str:
+    return ".".join(filter(None, (path, name)))

@@ -1,0 +1,302 @@
+"""fold_bn(form="module"): a copy of the user's class, with what it can express folded."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import bnfx
+from bnfx.reports.report import FoldReport
+from tests.passes.test_fold_bn import LAYERS
+from tests.support.laws import assert_close, assert_same_state, randomise
+
+
+def fold(model: nn.Module, *args: Tensor, given: bool = True, **kwargs: Any) -> nn.Module:
+    """Fold a float64 copy in its own class: the laws of folding hold for it."""
+    wide, inputs = copy.deepcopy(randomise(model)).double(), [x.double() for x in args]
+    before = copy.deepcopy(wide.state_dict())
+    folded = bnfx.fold_bn(wide, tuple(inputs) if given else None, form="module", **kwargs)
+    assert_same_state(wide.state_dict(), before)
+    assert type(folded) is type(wide)
+    assert_close(wide, folded, inputs)
+    assert_close(wide, copy.deepcopy(folded), inputs)
+    assert_close(wide, pickle.loads(pickle.dumps(folded)), inputs)
+    norms = sum(isinstance(m, _BatchNorm) for m in folded.modules())
+    records = told(folded).batch_norms
+    assert norms == len({r.path for r in records if r.verdict == "kept"})
+    assert all(r.reason for r in records if r.verdict == "kept")
+    shared = {t.data_ptr() for t in wide.parameters()} & {t.data_ptr() for t in folded.parameters()}
+    assert not shared, "training it would change the model"
+    again = bnfx.fold_bn(folded, tuple(inputs) if given else None, form="module")
+    assert_close(folded, again, inputs)
+    return folded
+
+
+def told(folded: nn.Module) -> FoldReport:
+    done = bnfx.report(folded)
+    assert isinstance(done, FoldReport)
+    return done
+
+
+def left(folded: nn.Module) -> list[str]:
+    return [r.path for r in told(folded).batch_norms if r.verdict != "folded"]
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer(name: str, given: bool) -> None:  # noqa: FBT001  # pytest's parameter
+    made, shape = LAYERS[name]
+    model = nn.Sequential(*made())
+    folded = fold(model, torch.randn(*shape), given=given)
+    assert isinstance(folded, nn.Sequential)
+    assert not left(folded) or not given
+    assert [type(layer) for layer in folded][:1] == [type(model[0])]
+
+
+class Net(nn.Module):
+    """Optional arguments, a method, attributes."""
+
+    def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, *, bias: bool = False):
+        super().__init__()
+        self.config = {"name": "net"}
+        self.conv = nn.Conv2d(3, 4, 3, bias=bias)
+        self.norm = norm(4)
+        self.act = nn.ReLU(inplace=True)
+        self.head = nn.Linear(4, 2)
+
+    def features(self, x: Tensor) -> Any:
+        return self.act(self.norm(self.conv(x)))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        y = self.head(self.features(x).mean((2, 3)))
+        return y if labels is None else (F.cross_entropy(y, labels), y)
+
+
+def test_methods_attributes_and_optional_arguments_stay() -> None:
+    model, x = Net(), torch.randn(2, 3, 6, 6)
+    folded = fold(model, x)
+    assert isinstance(folded, Net)
+    assert not left(folded)
+    assert folded.config == {"name": "net"}
+    assert type(folded.norm) is nn.Identity
+    assert type(folded.conv) is nn.Conv2d
+    wide = copy.deepcopy(model).double()
+    torch.testing.assert_close(folded.features(x.double()), wide.features(x.double()))
+    labels = torch.tensor([0, 1])
+    loss, _ = folded(x.double(), labels=labels)
+    torch.testing.assert_close(loss, wide(x.double(), labels=labels)[0])
+    loss.backward()
+    assert folded.conv.bias is not None
+    assert folded.conv.bias.grad is not None
+
+
+class Stage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return x + self.conv(torch.sigmoid(self.norm(x)))
+
+
+class Stages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stages = nn.Conv2d(3, 4, 1), nn.ModuleList([Stage(), Stage()])
+        self.last, self.head = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Any:  # noqa: FBT001, FBT002
+        seen = [self.stem(x)]
+        for stage in self.stages:
+            seen.append(stage(seen[-1]))
+        y = self.head(self.last(seen[-1]))
+        return (y, seen[1:]) if hidden else y
+
+
+def test_values_that_an_optional_argument_may_return_stay() -> None:
+    model, x = Stages(), torch.randn(2, 3, 5, 5)
+    folded = fold(model, x)
+    wide = copy.deepcopy(model).double()
+    for ours, theirs in zip(
+        folded(x.double(), hidden=True)[1], wide(x.double(), hidden=True)[1], strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    assert "last" not in left(folded)
+
+
+def test_a_checkpoint_loads_into_a_fresh_instance_with_biases() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    folded = bnfx.fold_bn(randomise(Net()), (x,), form="module")
+    fresh = Net(nn.Identity, bias=True).eval()
+    fresh.load_state_dict(folded.state_dict(), strict=True)
+    torch.testing.assert_close(fresh(x), folded(x))
+
+
+def test_the_report_and_the_loading_error_name_the_keys() -> None:
+    model = randomise(Net())
+    folded = bnfx.fold_bn(model, (torch.randn(2, 3, 6, 6),), form="module")
+    keys = told(folded).keys
+    assert set(keys) == {k for k in model.state_dict() if "norm" in k} | {"conv.bias"}
+    with pytest.raises(RuntimeError, match=r"'conv\.bias': conv has a bias now.*fold it then"):
+        folded.load_state_dict(model.state_dict())
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.b(self.conv(torch.sigmoid(self.a(self.conv(x)))))
+
+
+def test_calls_of_one_layer_share_its_weights() -> None:
+    assert len(left(fold(Twice(), torch.randn(2, 4, 5, 5)))) == 1
+    model = Twice()
+    model.b = model.a
+    assert not left(fold(model, torch.randn(2, 4, 5, 5)))
+
+
+class PreActivation(nn.Module):
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.norm, self.act = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), act
+        self.left, self.right = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(x)
+        return self.left(self.act(self.norm(x))) + self.right(x)
+
+
+def test_what_works_in_place_does_not_reach_others_through_an_identity() -> None:
+    model = PreActivation(nn.ReLU(inplace=True))
+    model.norm.weight.data.abs_()
+    x = torch.randn(2, 4, 5, 5)
+    folded = bnfx.fold_bn(positive(model), (x,), form="module")
+    assert not left(folded)
+    assert not folded.get_submodule("act").extra_repr()
+    torch.testing.assert_close(folded(x), model(x))
+    by_function = positive(PreActivation(torch.relu_))
+    folded = bnfx.fold_bn(by_function, (x,), form="module")
+    assert "in place" in told(folded).batch_norms[0].reason
+    torch.testing.assert_close(folded(x), by_function(x))
+
+
+def positive(model: nn.Module) -> nn.Module:
+    randomise(model)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.weight.data.abs_()
+    return model
+
+
+class NormAct(nn.BatchNorm2d):
+    """As in timm: a BatchNorm with its activation inside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.PReLU()
+
+    def forward(self, x: Tensor) -> Any:
+        torch._assert(x.ndim == 4, "an image")
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False)
+        return self.act(y)
+
+
+def test_a_norm_with_an_activation_inside_leaves_the_activation() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4), nn.Conv2d(4, 2, 1))
+    folded = fold(model, torch.randn(2, 3, 6, 6))
+    assert not left(folded)
+    assert [key for key in folded.state_dict() if key.startswith("1.")] == ["1.act.weight"]
+
+
+def test_hooks_see_what_they_saw() -> None:
+    inner = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), inner, nn.ReLU(), nn.Conv2d(4, 4, 1), NormAct(4))
+    seen: list[Tensor] = []
+    inner.register_forward_hook(lambda _module, _args, out: seen.append(out.detach()))
+    x = torch.randn(2, 3, 6, 6)
+    folded = bnfx.fold_bn(randomise(model), (x,), form="module")
+    assert not left(folded)
+    seen.clear()
+    torch.testing.assert_close(folded(x), model(x))
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+class Detector(nn.Module):
+    """Its end depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        self.conv, self.norm, self.head = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2)
+        self.unused = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = self.norm(self.conv(self.body(x))).mean((2, 3))
+        return [self.head(row) for row in y if row.sum() > 0]
+
+
+def test_what_no_graph_holds_is_folded_in_parts() -> None:
+    model, x = randomise(Detector()), torch.randn(4, 3, 6, 6)
+    with pytest.raises(bnfx.CaptureError, match="form='module'"):
+        bnfx.fold_bn(model, (x,))
+    with pytest.raises(bnfx.CaptureError, match="Pass example_inputs"):
+        bnfx.fold_bn(model, form="module")
+    folded = bnfx.fold_bn(model, (x,), form="module")
+    torch.testing.assert_close(folded(x), model(x))
+    reasons = {r.path: r.reason for r in told(folded).batch_norms}
+    assert reasons["body.1"] == ""
+    assert "Detector" in reasons["norm"]
+    assert "did not call it" in reasons["unused"]
+
+
+def test_a_part_that_others_use_keeps_what_they_use() -> None:
+    class Tied(Detector):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            layer, norm = self.body.get_submodule("0"), self.body.get_submodule("1")
+            y = self.body(x).mean((2, 3)) + norm(layer(x)).mean((2, 3))
+            return [self.head(row) for row in y if row.sum() > -99]
+
+    model, x = randomise(Tied()), torch.randn(4, 3, 6, 6)
+    folded = bnfx.fold_bn(model, (x,), form="module")
+    torch.testing.assert_close(folded(x), model(x))
+    [record] = [r for r in told(folded).batch_norms if r.path == "body.1"]
+    assert "outside" in record.reason
+
+
+def test_modes_and_options() -> None:
+    model, x = Net(), torch.randn(2, 3, 6, 6)
+    folded = bnfx.fold_bn(model.train(), (x,), form="module")
+    assert folded.training
+    assert "train mode" in told(folded).batch_norms[0].reason
+    with pytest.raises(bnfx.FoldError, match="form='graph'"):
+        bnfx.fold_bn(model, (x,), form="module", thresholds=True)
+    with pytest.raises(bnfx.FoldError, match="choose from"):
+        bnfx.fold_bn(model, (x,), form="modul")  # type: ignore[call-overload]  # the fault
+    assert bnfx.plan_fold(model.eval(), (x,), form="module").folded == 1
+
+
+class Read(Net):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]  # no labels here
+        return self.features(x) * self.conv.weight.norm()
+
+
+def test_the_same_name_holds_one_parameter() -> None:
+    """A weight that another operator reads too is nobody's to change."""
+    model, x = Read(), torch.randn(2, 3, 6, 6)
+    assert left(fold(model, x)) == ["norm"]
+
+
+def test_a_wrong_copy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bnfx.module_folding._write", lambda *_: None)
+    with pytest.raises(bnfx.FoldError, match="differs from the model by"):
+        bnfx.fold_bn(randomise(Net()), (torch.randn(2, 3, 6, 6),), form="module")
