@@ -75,6 +75,8 @@ class Layer:
     rank: int = 0
     #: Parts that are parameters of the source, not changed by folding.
     untouched: frozenset[str] = frozenset()
+    #: Part -> how many roundings come of one in each step, where the reference computes it.
+    conditions: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def channels(self) -> int:

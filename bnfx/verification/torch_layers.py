@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from bnfx.graphs.naming import norm_path, owner_of
+from bnfx.numbers import UNIT
 from bnfx.operators.calls import arguments, call_name
 from bnfx.operators.table import Operator, affine_of, is_batch_norm, layer_call, operator_of
 from bnfx.verification.layers import Geometry, Kind, Layer, samples
 
 _NARROW = {torch.float32, torch.float16, torch.bfloat16}
+#: How often a weight that is computed is computed again with other roundings.
+_TRIALS = 4
 
 
 class Widened(TorchFunctionMode):
@@ -168,6 +172,30 @@ class _Recorder(fx.Interpreter):
                 names[part] = str(node.target if node.op == "get_attr" else node.name)
         return parts, names
 
+    def _condition(self, n: fx.Node) -> float:
+        """How many roundings come of one in each step that computes a weight, at least 1."""
+        if n.op == "get_attr" or n not in self.fixed:
+            return 1.0
+        exact, generator = self.env[n], torch.Generator().manual_seed(0)
+        unit = UNIT["fp32"] * float(exact.abs().max())
+        moved = [self._shaken(n, {}, generator) - exact for _ in range(_TRIALS)]
+        return max(1.0, *(float(change.abs().max()) / unit for change in moved)) if unit else 1.0
+
+    def _shaken(self, n: fx.Node, known: dict[fx.Node, Any], generator: torch.Generator) -> Any:
+        """A fixed value with a rounding of single precision put into each step towards it."""
+
+        def rounded(value: Tensor) -> Tensor:
+            if not value.is_floating_point():
+                return value
+            noise = 2 * torch.rand(value.shape, generator=generator, dtype=torch.float64) - 1
+            return value * (1 + noise.to(value) * UNIT["fp32"])
+
+        for source in (node for node in n.all_input_nodes if node not in known):
+            known[source] = self._shaken(source, known, generator)
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), known.__getitem__)
+        result = getattr(self, n.op)(n.target, args, kwargs)
+        return pytree.tree_map_only(Tensor, rounded, result)
+
     def _made(
         self,
         n: fx.Node,
@@ -179,11 +207,10 @@ class _Recorder(fx.Interpreter):
         geometry: Geometry | None = None,
         path: str = "",
     ) -> Layer:
-        stored = {
-            part
-            for part, argument in (("weight", "weight"), ("bias", "bias"))
-            if isinstance(call.get(argument), fx.Node) and call[argument].op == "get_attr"
+        sources = {
+            part: call[part] for part in ("weight", "bias") if isinstance(call.get(part), fx.Node)
         }
+        stored = {part for part, node in sources.items() if node.op == "get_attr"}
         first = call.get("input")
         return Layer(
             kind=kind,
@@ -198,6 +225,7 @@ class _Recorder(fx.Interpreter):
             y=n.name,
             source=first.name if isinstance(first, fx.Node) else "",
             untouched=frozenset(part for part in stored if names[part] not in self.changed),
+            conditions={part: self._condition(node) for part, node in sources.items()},
         )
 
     def _remember_constants(self, n: fx.Node) -> None:

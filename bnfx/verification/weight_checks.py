@@ -72,7 +72,7 @@ def _check_part(pair: Pair, part: str, dtypes: dict[str, str], rounding: Roundin
     truth, ours = pair.truth, pair.ours
     stored = ours.names.get(part, "")
     unit = rounding.unit(dtypes.get(stored, "float32"))
-    limit = MAX_WEIGHT_RATIO
+    limit = MAX_WEIGHT_RATIO * truth.conditions.get(part, 1.0)
     if rounding.claimed and part in truth.untouched:
         limit = _MAX_UNTOUCHED
     name = truth.names.get(part) or f"{truth.name}.{part}"
