@@ -23,7 +23,7 @@ from bnfx.graphs.shapes import UNKNOWN, shapes_of
 from bnfx.onnx_files.importing import Imported, imported
 from bnfx.onnx_files.node_call import unescaped
 from bnfx.onnx_files.placing import move_into_place, real_target
-from bnfx.onnx_files.reading import located_nodes, opset_of, read_onnx
+from bnfx.onnx_files.reading import describe_type, located_nodes, opset_of, read_onnx
 from bnfx.onnx_files.rebuilding import rebuilt
 from bnfx.onnx_files.sizes import SPACE, Axes, axes_of, filled, open_axes, varied
 from bnfx.onnx_files.storing import store
@@ -157,7 +157,7 @@ def fold_onnx(
             f"border_maps=True adds maps of one size, and {source} leaves {example.words} open; "
             "pass args of the size that it will have"
         )
-    if opset_of(model) < 8 and thresholds:
+    if 0 < opset_of(model) < 8 and thresholds:
         raise FoldError(f"thresholds=True needs operator set 8, {source} has {opset_of(model)}")
     options = FoldOptions(merge_branches, thresholds, border_maps)
     folded = fold_captured(example.captured(read), options)
@@ -175,7 +175,7 @@ def fold_onnx(
     with workspace(target) as folder:
         written = folder / target.name
         store(model, done.tensors, source, written)
-        _check(written)
+        _check(written, source)
         verified = None
         if verify:
             verified = verify_onnx(
@@ -205,11 +205,20 @@ def fold_onnx(
     return result
 
 
-def _check(written: Path) -> None:
+def _check(written: Path, source: Path) -> None:
+    """A valid file stays one; what onnx's checker refused before, it may refuse again."""
+    found = _invalid(written)
+    if found and not _invalid(source):
+        raise FoldError(f"the result is no valid ONNX file, please report it: {found}")
+
+
+def _invalid(f: Path) -> str:
+    """What onnx's checker says against a file."""
     try:
-        onnx.checker.check_model(str(written))
+        onnx.checker.check_model(str(f))
     except onnx.checker.ValidationError as error:
-        raise FoldError(f"the result is no valid ONNX file, please report it: {error}") from error
+        return str(error)
+    return ""
 
 
 # -- example inputs --------------------------------------------------------------------------------
@@ -219,6 +228,8 @@ def _check(written: Path) -> None:
 class _Example:
     """Shapes of the inputs, and values where they were given."""
 
+    #: Names and types of the inputs, for messages.
+    inputs: tuple[str, ...]
     #: None where the rank of an input is unknown.
     axes: tuple[Axes | None, ...]
     #: Sizes of what is open.
@@ -232,15 +243,16 @@ class _Example:
         """The example given, or the first sizes that fit."""
         axes = tuple(axes_of(value, _channels(read, at)) for at, value in enumerate(read.inputs))
         names = open_axes([a for a in axes if a is not None])
+        inputs = tuple(f"input {value.name!r}, {describe_type(value)}" for value in read.inputs)
         if args is not None:
             given = _given(source, read, args)
-            return _Example(axes, _sizes_in(source, axes, given), names, given)
-        best = _Example(axes, filled(names, SPACE[0]), names, None)
+            return _Example(inputs, axes, _sizes_in(source, axes, given), names, given)
+        best = _Example(inputs, axes, filled(names, SPACE[0]), names, None)
         least, first = best.failures(read), best.sizes
         for tried, space in enumerate(SPACE[1:], 1):
             if not least or not names or (tried >= _TRIES and best.sizes == first):
                 break
-            other = _Example(axes, filled(names, space), names, None)
+            other = _Example(inputs, axes, filled(names, space), names, None)
             if (failures := other.failures(read)) < least:
                 least, best = failures, other
         return best
@@ -283,10 +295,10 @@ class _Example:
             return self.given
         generator = torch.Generator().manual_seed(0)
         found = []
-        for axes in self.axes:
+        for name, axes in zip(self.inputs, self.axes, strict=True):
             kind = dtype_of(axes.elem_type) if axes is not None else None
             if axes is None or kind is None:
-                raise FoldError("an input has no shape; pass args, or verify=False")
+                raise FoldError(f"no example can be drawn for {name}; pass args, or verify=False")
             noise = torch.randn(axes.filled(self.sizes), generator=generator)
             found.append((noise if kind.is_floating_point else noise > 0).to(kind))
         return tuple(found)
