@@ -176,15 +176,8 @@ def fold_onnx(
         written = folder / target.name
         store(model, done.tensors, source, written)
         _check(written, source)
-        verified = None
-        if verify:
-            verified = verify_onnx(
-                source,
-                written,
-                example.drawn(),
-                rewritten=(*done.changed, *done.added),
-                **dict(verify_options or {}),
-            )
+        changed = (*done.changed, *done.added)
+        verified = _verified(source, written, example, changed, verify_options) if verify else None
         result = FoldOnnxReport(
             source=str(source),
             path=str(target),
@@ -203,6 +196,23 @@ def fold_onnx(
             )
         move_into_place(written, target)
     return result
+
+
+def _verified(
+    source: Path,
+    written: Path,
+    example: _Example,
+    changed: Sequence[str],
+    options: Mapping[str, Any] | None,
+) -> VerifyReport:
+    given = dict(options or {})
+    try:
+        return verify_onnx(source, written, example.drawn(), rewritten=changed, **given)
+    except VerificationError as error:
+        raise VerificationError(
+            f"{source} was folded, and the result could not be verified, so that nothing was "
+            f"written: {error}; pass args that {source} takes, or verify=False"
+        ) from error
 
 
 def _check(written: Path, source: Path) -> None:

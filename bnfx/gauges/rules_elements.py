@@ -28,9 +28,9 @@ def move(walk: Walk, node: fx.Node) -> Any:
             if known is None:
                 raise Opaque
             return known
-        if labels is not None:
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(labels)):
             return labels
-        return fake
+        return fake  # sizes, say
 
     first = argument(node, 0, "input")
     if isinstance(first, fx.Node) and isinstance(walk.maps.get(first), Tensor):

@@ -285,7 +285,8 @@ class _Rebuilding:
                     wish.node.input[wish.at] = name
 
     def _add(self, wish: _Wish) -> str:
-        name = self._fresh(f"{wish.old}_of_{wish.node.name}" if wish.old else wish.name)
+        reader = wish.node.name or wish.node.output[0]
+        name = self._fresh(f"{wish.old}_of_{reader}" if wish.old else wish.name)
         self._store(self._initializer(name, wish.value), name, wish.value)
         self.done.added.append(name)
         return name

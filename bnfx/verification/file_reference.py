@@ -27,6 +27,7 @@ from bnfx.onnx_files.retyping import BFLOAT16, DOUBLE, FLOAT, HALF, float_types,
 from bnfx.operators.calls import words
 from bnfx.runtime.isolated import execute_apart
 from bnfx.runtime.runner import Answer, Request, execute
+from bnfx.verification.file_kernels import kernels_of
 from bnfx.verification.file_layers import file_layers
 from bnfx.verification.file_operators import OPERATORS
 from bnfx.verification.layers import as_tensor, composed, samples
@@ -168,7 +169,7 @@ class OnnxReference:
         wide = retyped(
             inlined(self.proto, self.path), self.path.parent, {FLOAT, HALF, BFLOAT16}, DOUBLE
         )
-        return ReferenceEvaluator(wide, new_ops=OPERATORS)
+        return ReferenceEvaluator(wide, new_ops=[*OPERATORS, *kernels_of(wide)])
 
     def _exactly(self, sample: Example) -> Mapping[str, Any]:
         """All of its values in float64."""

@@ -515,3 +515,30 @@ def test_one_folding_gives_the_result_and_its_exact_form(
         assert type(value) is kinds[key]
     assert {value.dtype for value in both.exact.state_dict().values()} == {torch.float64}
     torch.testing.assert_close(both.exact(x.double()), model.double()(x.double()))
+
+
+SIZES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "view": lambda flat, like: flat.view(like.shape),
+    "reshape": lambda flat, like: flat.reshape(like.size()),
+    "unflatten": lambda flat, like: flat.unflatten(2, like.shape[2:]),
+    "expand": lambda flat, like: flat[:, :, :1, None].expand(like.shape),
+}
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_taken_whole_move_like_numbers(name: str, *, given: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            out: Tensor = self.norm(SIZES[name](y.flatten(2), y))
+            return out
+
+    model, x = randomise(Net()).double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    folded = bnfx.fold_bn(model, (x,)) if given else bnfx.fold_bn(model)
+    assert count_batch_norms(folded) == 0
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)

@@ -11,15 +11,9 @@ import torch
 
 from bnfx.onnx_files.foreign import Arithmetic, Foreign
 from bnfx.onnx_files.importing import imported
-from tests.support.onnx_graphs import Shape, Weights, distance, feed_of, graph, run
+from tests.support.onnx_graphs import Shape, Weights, distance, feed_of, graph, ints, run
 
 W = (4, 3, 3, 3)
-INTS = np.int64
-
-
-def ints(*values: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """A constant of integers."""
-    return np.array(values, INTS)
 
 
 def check(model: onnx.ModelProto, *, foreign: int = 0, size: int = 8) -> None:

@@ -10,11 +10,18 @@ import numpy as np
 import onnx
 import onnxruntime
 
+import bnfx
+from bnfx.file_folding import FoldOnnxReport
 from bnfx.numbers import Array
 
 Shape = tuple[int | str, ...]
 #: Initializers by name: their values, or shapes of what is drawn.
 Weights = dict[str, Any]
+
+
+def ints(*values: int) -> Array:
+    """A constant of integers."""
+    return np.array(values, np.int64)
 
 
 def graph(
@@ -118,3 +125,43 @@ def count(model: onnx.ModelProto | Path, kind: str = "BatchNormalization") -> in
     """How many nodes of a kind the main graph has."""
     read = onnx.load(str(model)) if isinstance(model, Path) else model
     return sum(node.op_type == kind for node in read.graph.node)
+
+
+def fold(model: onnx.ModelProto, tmp_path: Path, **options: Any) -> FoldOnnxReport:
+    """Fold a file; what is left computes the same, is valid, and keeps what must stay."""
+    source, out = saved(model, tmp_path), tmp_path / "out.onnx"
+    before = source.read_bytes()
+    done = bnfx.fold_onnx(source, out, verify=False, **options)
+    assert source.read_bytes() == before
+    written = onnx.load(str(out))
+    onnx.checker.check_model(written, full_check=True)
+    for batch, size in ((2, 8), (1, 16)):
+        feed = feed_of(model, batch=batch, size=size)
+        truth, ours = run(source, feed), run(out, feed)
+        assert list(truth) == list(ours)
+        for name, value in truth.items():
+            assert distance(ours[name], value) < 1e-5, name
+    kept_of_file(model, written)
+    kept = sum(record.verdict != "folded" for record in done.batch_norms)
+    assert len(done.batch_norms) >= kept >= count(written)
+    return done
+
+
+def kept_of_file(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
+    """What folding must not touch."""
+    for field in ("ir_version", "producer_name", "doc_string", "opset_import", "metadata_props"):
+        assert getattr(before, field) == getattr(after, field), field
+    assert list(before.functions) == list(after.functions)
+    assert before.graph.name == after.graph.name
+    stored = {t.name for m in (before, after) for t in m.graph.initializer}
+    inputs = [[v for v in m.graph.input if v.name not in stored] for m in (before, after)]
+    assert inputs[0] == inputs[1]
+    assert before.graph.output == after.graph.output
+    old = {(n.name, n.op_type): n for n in before.graph.node if n.name}
+    for node in after.graph.node:
+        twin = old.get((node.name, node.op_type))
+        if twin is not None and node.op_type != "Constant":
+            assert node.attribute == twin.attribute
+    values = {name for node in after.graph.node for name in node.output}
+    values |= {t.name for t in after.graph.initializer} | {v.name for v in after.graph.input}
+    assert {v.name for v in after.graph.value_info} <= values

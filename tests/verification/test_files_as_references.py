@@ -159,3 +159,22 @@ def test_a_lone_layer_of_another_form_is_no_fault(tmp_path: Path, *, merge: bool
     for reference in (model, unfolded):
         report = bnfx.verify_onnx(reference, folded, x, isolate=False)
         assert report, str(report)
+
+
+@pytest.mark.parametrize("foreign", ["Gelu(h)", "QuickGelu<alpha = 1.5>(h)", "BiasGelu(h, b)"])
+def test_operators_of_onnxruntime_alone_have_a_truth(tmp_path: Path, foreign: str) -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]> '
+        "g (float[N, 6] x) => (float[N, 4] y) <float[4] b = {1, 2, 3, 4}> "
+        f"{{ h = MatMul(x, w) k = com.microsoft.{foreign} y = Softplus(k) }}"
+    )
+    weight = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    f, wrong = tmp_path / "a.onnx", tmp_path / "wrong.onnx"
+    for path, values in ((f, weight), (wrong, weight * np.float32(1.001))):
+        del model.graph.initializer[1:]
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, "w"))
+        onnx.save(model, path)
+    report = bnfx.verify_onnx(f, f, isolate=False)
+    assert report, str(report)
+    assert max(check.budget for check in report.outputs) < 1e-6
+    assert bnfx.verify_onnx(f, wrong, isolate=False).status == "failed"
