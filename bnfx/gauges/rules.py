@@ -56,7 +56,7 @@ RULES: dict[Passage, Rule] = {
 }
 
 #: What may be read of these although the shapes of their inputs are unknown.
-_BY_PARAMETERS = (Passage.SHAPE, Passage.AFFINE, Passage.BATCH_NORM)
+_BY_PARAMETERS = (Passage.SHAPE, Passage.AFFINE, Passage.BATCH_NORM, Passage.MATMUL)
 
 
 def propagate(walk: Walk) -> None:

@@ -122,6 +122,8 @@ def matmul(walk: Walk, node: fx.Node) -> Tensor:
     if base_name(call_name(node)) in ("addmm", "einsum"):
         raise Opaque
     left, right = argument(node, 0, "input"), argument(node, 1, "other")
+    if any(not isinstance(walk.maps.get(n), Tensor) for n in node.all_input_nodes):
+        raise Opaque
     if isinstance(node.target, torch._ops.OpOverload):
         right = argument(node, 1, "mat2" if "bmm" in str(node.target) else "other")
     weights, values = walk.labels_of(left), walk.labels_of(right)
@@ -149,16 +151,19 @@ def attention(walk: Walk, node: fx.Node) -> Tensor:
 
 def _layer(walk: Walk, node: fx.Node, product: Product, weight: Tensor) -> Tensor:
     """A gauge for each feature in and another out."""
-    labels, shape = walk.labels_of(product.input), walk.shape_of(node)
-    bias = walk.values.of(product.bias)
+    shape, bias = walk.shape_of(node), walk.values.of(product.bias)
     if product.bias is not None and (bias is None or bias.numel() not in (1, shape[-1])):
         raise Opaque
     if bias is not None and bias.dim() > 1 and bias.shape[-1] != bias.numel():
         raise Opaque
     outputs, inputs = product.rows(weight).shape
-    axis, made = labels.dim() + product.x_axis, len(shape) + product.y_axis
+    made = len(shape) + product.y_axis
     words = f"{describe(node)}, whose weights take one gauge for each channel"
-    x = walk.channels(labels, axis, Cause(node, words))
+    if isinstance(walk.maps.get(product.input), Tensor):
+        labels = walk.labels_of(product.input)
+        x = walk.channels(labels, labels.dim() + product.x_axis, Cause(node, words))
+    else:
+        x = np.zeros(inputs, np.int64)
     if len(x) != inputs or not made >= 0 or shape[made] != outputs:
         raise Opaque
     y = walk.found.fresh(node, "y", outputs)

@@ -25,20 +25,9 @@ from bnfx.gauges.soundness import NARROW, WIDE
 from bnfx.gauges.walk import FoldOptions, Walk
 from bnfx.graphs.constants import Values, readers
 from bnfx.graphs.in_place import Aliases, aliases
-from bnfx.graphs.shapes import EXACT, Shapes, at_other_ranks, is_tensor
+from bnfx.graphs.shapes import EXACT, Shapes, at_other_ranks, is_tensor, keeps_rank
 from bnfx.graphs.tracing import RANKS
-from bnfx.operators.table import Passage, Role, affine_of, is_batch_norm, passage_of, role_of
-
-_SAME_RANK = (
-    Passage.IDENTITY,
-    Passage.RECTIFIER,
-    Passage.MAX_POOL,
-    Passage.AVERAGE_POOL,
-    Passage.INTERPOLATE,
-    Passage.PAD,
-    Passage.CLAMP,
-    Passage.SOFTMAX,
-)
+from bnfx.operators.table import affine_of
 
 
 @dataclass(frozen=True)
@@ -162,11 +151,9 @@ def _unremovable(site: Site, problem: Problem, views: Aliases) -> str:
     assert source is not None
     if problem.slots is not None and (why := problem.slots.why_kept(node)):
         return why
-    values = problem.runs[0].values
-    before, after = values.get(source), values.get(node)
-    if not is_tensor(after):
+    if not is_tensor(problem.runs[0].values.get(node)):
         return "the shape of its output is unknown; pass example_inputs"
-    if is_tensor(before) and (before.shape != after.shape or before.dtype != after.dtype):
+    if _reshapes(site, problem.runs[0]):
         return "its output has another shape or dtype than its input"
     if node not in problem.barred and source not in problem.barred:
         return ""
@@ -174,6 +161,18 @@ def _unremovable(site: Site, problem: Problem, views: Aliases) -> str:
     if alone and source.op in ("call_function", "call_method"):
         return ""
     return "values that it reads or gives are written in place while others read them"
+
+
+def _reshapes(site: Site, shapes: Shapes) -> bool:
+    """Whether what the call gives differs in shape or dtype from the operand that would replace it.
+
+    A constant of higher rank makes it so.
+    """
+    assert site.source is not None
+    before, after = shapes.values.get(site.source), shapes.values.get(site.node)
+    if not is_tensor(before) or not is_tensor(after):
+        return False
+    return before.shape != after.shape or before.dtype != after.dtype
 
 
 def _guarded(problem: Problem, solution: Solution) -> Solution:
@@ -186,6 +185,7 @@ def _guarded(problem: Problem, solution: Solution) -> Solution:
         wider = problem.demands(others, solution.found.copy())
         again = _gauges(problem, wider, solution.candidates)
         same = again.eliminated == solution.gauges.eliminated
+        same = same and not any(_reshapes(s, run) for s in again.eliminated for run in others)
         if others and same and not solution.needs_rank():
             solution = Solution(wider, again, solution.candidates, {})
         else:
@@ -201,17 +201,8 @@ def _demanded(start: fx.Node, rank: int) -> bool:
         if node.meta.get(RANKS) == frozenset({rank}):
             return True
         for user in node.users:
-            if user not in seen and _keeps_rank(user) and user.args and user.args[0] is node:
+            same = affine_of(user) is not None or keeps_rank(user)
+            if user not in seen and same and user.args and user.args[0] is node:
                 seen.add(user)
                 queue.append(user)
     return False
-
-
-def _keeps_rank(node: fx.Node) -> bool:
-    if affine_of(node) is not None or is_batch_norm(node):
-        return True
-    return passage_of(node) in _SAME_RANK or (
-        node.op != "call_module"
-        and role_of(node, {}) in (Role.NONLINEARITY, Role.SQUASHING)
-        and len(node.all_input_nodes) == 1
-    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -21,14 +21,45 @@ from torch.utils import _pytree as pytree
 from bnfx.graphs.examples import has_hooks
 from bnfx.graphs.parameters import attribute
 from bnfx.graphs.tracing import RANKS
-from bnfx.operators.calls import argument
-from bnfx.operators.table import Passage, affine_of, is_batch_norm, layer_call, passage_of
+from bnfx.operators.calls import argument, base_name, call_name
+from bnfx.operators.products import products
+from bnfx.operators.table import (
+    Passage,
+    Role,
+    affine_of,
+    is_batch_norm,
+    layer_call,
+    passage_of,
+    product_of,
+    role_of,
+)
 
 #: Sizes to assume along spatial axes, in this order, until all of a network fits.
 _SIZES = (224, 32, 28, 64, 8, 96, 128, 256, 299, 384, 512)
 _BATCH = 2
 _FEW = 8
 
+
+#: Calls that keep the rank of what they read, and its channels.
+_SAME_RANK = (
+    Passage.IDENTITY,
+    Passage.RECTIFIER,
+    Passage.CLAMP,
+    Passage.SOFTMAX,
+    Passage.MAX_POOL,
+    Passage.AVERAGE_POOL,
+    Passage.INTERPOLATE,
+    Passage.PAD,
+)
+#: Calls that do so with values of one rank.
+_OF_TWO = (
+    Passage.ADD,
+    Passage.SUBTRACT,
+    Passage.NEGATE,
+    Passage.MULTIPLY,
+    Passage.DIVIDE,
+    Passage.EXTREMUM,
+)
 
 #: Key of a graph's `meta`: parameters that are kept in float64 until the end, and their dtypes.
 EXACT = "bnfx_exact"
@@ -154,6 +185,25 @@ def _silent() -> Iterator[None]:
         logger.disabled = before
 
 
+#: Ranks that a linear layer takes.
+_ANY = frozenset(range(1, 9))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What fixes ranks and channels where nothing else does."""
+
+    #: The ranks that it takes, and the one to assume.
+    ranks: frozenset[int]
+    usual: int
+    #: How many axes lie behind the channels; None for all behind the first two.
+    spatial: int | None
+    inputs: int
+    outputs: int
+    #: A tensor like what it takes.
+    like: Tensor
+
+
 class _Runner:
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
@@ -162,6 +212,7 @@ class _Runner:
         self.fixed: dict[str, Any] = {}
         self.shifts: dict[fx.Node, int] = {}
         self.first = True
+        self._readers = _first_layers(module.graph)
 
     def run(self, inputs: Sequence[Any] | None, batch: int, size: int) -> Shapes:
         found = Shapes()
@@ -170,7 +221,8 @@ class _Runner:
             for node in self.module.graph.nodes:
                 if node.op == "placeholder":
                     value = pytree.tree_map(self._fake, next(given)) if inputs else UNKNOWN
-                    found.values[node] = self._assumed_input(node, batch, size, found, value)
+                    known = value is not UNKNOWN
+                    found.values[node] = value if known else self._source(node, batch, size, found)
                 elif node.op == "get_attr":
                     found.values[node] = self._attribute(str(node.target))
                 elif node.op != "output":
@@ -191,34 +243,65 @@ class _Runner:
             self.fixed[name] = value if dtype is None else torch.empty_like(value, dtype=dtype)
         return self.fixed[name]
 
-    def _assumed_input(
-        self, node: fx.Node, batch: int, size: int, found: Shapes, value: Any
+    def _source(self, node: fx.Node, batch: int, size: int, found: Shapes) -> Any:
+        """What nothing else tells has the rank and channels that the first layers behind it take.
+
+        All these must agree: ranks assumed one by one would exclude each other.
+        """
+        behind = [layer for n in self._readers.get(node, ()) if (layer := self._layer(n, found))]
+        if not behind:
+            return UNKNOWN
+        first = min(behind, key=lambda layer: layer.spatial is None)  # a convolution, if any
+        fits = frozenset.intersection(*(layer.ranks for layer in behind))
+        return self._assumed(node, replace(first, ranks=fits), first.inputs, (batch, size), found)
+
+    def _assume(self, node: fx.Node, batch: int, size: int, found: Shapes) -> Any:
+        layer = self._layer(node, found)
+        if layer is None:
+            return UNKNOWN
+        return self._assumed(node, layer, layer.outputs, (batch, max(size, 32)), found)
+
+    def _assumed(
+        self, node: fx.Node, layer: _Layer, channels: int, sizes: tuple[int, int], found: Shapes
     ) -> Any:
-        """An input that a convolution reads first has its rank and channels from there."""
-        if value is not UNKNOWN:
-            return value
-        for user in node.users:
-            row = affine_of(user)
-            if row is None or row.spatial is None:
-                continue
-            call = layer_call(user)
+        """A value of `layer`'s usual rank, or of that with the shift which is tried."""
+        rank = layer.usual + self.shifts.get(node, 0)
+        if rank not in layer.ranks:
+            found.failures.append(node)
+            found.impossible = True
+            return UNKNOWN
+        found.assumed[node] = rank
+        batch, size = sizes
+        spatial = rank - 2 if layer.spatial is None else layer.spatial
+        shape = [*[batch] * (rank - 1 - spatial), channels, *[size] * spatial]
+        return torch.empty(shape, dtype=layer.like.dtype, device=layer.like.device)
+
+    def _layer(self, node: fx.Node, found: Shapes) -> _Layer | None:
+        """What a layer, a BatchNorm or a product with a matrix says of what it reads and gives."""
+        row, ranks = affine_of(node), node.meta.get(RANKS)
+        if row is not None:
+            call = layer_call(node)
             weight = self._weight(call["weight"], found)
-            if weight is None or call["input"] is not node:
-                continue
-            channels = weight.shape[0 if row.transposed else 1] * (
-                1 if row.transposed else int(call["groups"])
-            )
-            rank = row.spatial + 2 + self.shifts.get(node, 0)
-            if rank not in (row.spatial + 1, row.spatial + 2):
-                found.failures.append(node)
-                found.impossible = True
-                return UNKNOWN
-            found.assumed[node] = rank
-            shape = [batch, channels, *[size] * row.spatial]
-            return torch.empty(
-                shape[row.spatial + 2 - rank :], dtype=weight.dtype, device=weight.device
-            )
-        return UNKNOWN
+            if weight is None or weight.dim() < 2:
+                return None
+            into, out = weight.shape[1] * int(call["groups"]), weight.shape[0]
+            if row.transposed:
+                into, out = out, into
+            if row.spatial is None:
+                return _Layer(_ANY, 2, 0, weight.shape[1], weight.shape[0], weight)
+            usual = row.spatial + 2
+            return _Layer(frozenset({usual - 1, usual}), usual, row.spatial, into, out, weight)
+        if is_batch_norm(node) and ranks:
+            mean = self._weight(argument(node, 1, "running_mean"), found)
+            size = 0 if mean is None else mean.shape[0]
+            return None if mean is None else _Layer(ranks, min(ranks), None, size, size, mean)
+        name = base_name(call_name(node))
+        for product in products(node) if product_of(node) and name != "einsum" else ():
+            weight = self._weight(product.weight, found)
+            if product.transposed and weight is not None and weight.dim() == 2:
+                fits = _ANY if "matmul" in name else frozenset({2})
+                return _Layer(fits, 2, 0, weight.shape[0], weight.shape[1], weight)
+        return None
 
     def _weight(self, node: object, found: Shapes) -> Tensor | None:
         """What a layer reads beside its input; a view of a parameter, say."""
@@ -232,7 +315,8 @@ class _Runner:
         seen = [found.values.get(n, UNKNOWN) for n in node.all_input_nodes]
         reads = passage_of(node) is Passage.SHAPE
         if any(value is UNKNOWN for value in seen):
-            return UNKNOWN if reads else self._assume(node, batch, size, found)
+            value = UNKNOWN if reads else self._assume(node, batch, size, found)
+            return self._source(node, batch, size, found) if value is UNKNOWN else value
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: found.values[n])
         try:
             return self._run(node, args, kwargs)
@@ -262,41 +346,37 @@ class _Runner:
         fakes = {name: self._fake(tensor) for name, tensor in state.items()}
         return torch.func.functional_call(module, fakes, args, kwargs)
 
-    def _assume(self, node: fx.Node, batch: int, size: int, found: Shapes) -> Any:
+
+def keeps_rank(node: fx.Node) -> bool:
+    """Whether what a call gives has the rank of what it reads."""
+    if passage_of(node) in _SAME_RANK or is_batch_norm(node):
+        return True
+    return (
+        node.op != "call_module"
+        and role_of(node, {}) in (Role.NONLINEARITY, Role.SQUASHING)
+        and len(node.all_input_nodes) == 1
+    )
+
+
+def _first_layers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Each value -> the convolutions and BatchNorms that read it, or it after such calls alone."""
+    of: dict[fx.Node, fx.Node] = {}
+    free: set[fx.Node] = set()
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" or (inputs and free.issuperset(inputs)):
+            free.add(node)
+            continue
+        sources = {of[n] for n in inputs if n not in free}
         row = affine_of(node)
-        space = max(size, 32)
-        if row is not None:
-            call = layer_call(node)
-            weight = self._weight(call["weight"], found)
-            if weight is None:
-                return UNKNOWN
-            grouped = int(call["groups"]) if row.transposed else 1
-            channels = weight.shape[1] * grouped if row.transposed else weight.shape[0]
-            shift = self.shifts.get(node, 0)
-            sizes = (batch, channels, *[space] * (row.spatial or 0))
-            if row.spatial is None:
-                sizes = (*[batch] * (1 + shift), channels)
-            elif shift == -1:
-                sizes = sizes[1:]
-            elif shift:
-                found.failures.append(node)
-                found.impossible = True
-            found.assumed[node] = len(sizes)
-            return torch.empty(sizes, dtype=weight.dtype, device=weight.device)
-        ranks = node.meta.get(RANKS, frozenset())
-        if is_batch_norm(node) and ranks:
-            mean = self._weight(argument(node, 1, "running_mean"), found)
-            if mean is None:
-                return UNKNOWN
-            found.assumed[node] = rank = min(ranks) + self.shifts.get(node, 0)
-            if rank not in ranks:
-                found.failures.append(node)
-                found.impossible = True
-                return UNKNOWN
-            return torch.empty(
-                batch, mean.shape[0], *[space] * (rank - 2), dtype=mean.dtype, device=mean.device
-            )
-        return UNKNOWN
+        layer = is_batch_norm(node) or (row is not None and row.spatial is not None)
+        if layer and len(sources) == 1:
+            found.setdefault(next(iter(sources)), []).append(node)
+        same = keeps_rank(node) or passage_of(node) in _OF_TWO
+        whole = row is None and base_name(call_name(node)) != "glu"  # which halves the channels
+        of[node] = next(iter(sources)) if len(sources) == 1 and same and whole else node
+    return found
 
 
 def _is_stock(module: nn.Module) -> bool:

@@ -131,9 +131,24 @@ def test_before_a_layer_that_pads_nothing_it_goes_forward() -> None:
     net = Net(lambda m, x: m.conv(m.norm(x)), conv=nn.Conv2d(4, 5, 3), norm=Statistics(in_steps))
     (record,) = records_of(net, "example")
     assert (record.verdict, record.into) == ("folded", ("conv",))
-    (record,) = records_of(net, "traced")
-    assert record.verdict == "kept"
-    assert "pass example_inputs" in record.reason
+    (record,) = records_of(net, "traced")  # the convolution tells the rank of the input
+    assert (record.verdict, record.into) == ("folded", ("conv",))
+    double = net.double().eval()
+    folded, x = bnfx.fold_bn(double), torch.randn(2, 4, 6, 7, dtype=torch.float64)
+    torch.testing.assert_close(folded(x), double(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_constants_that_raise_the_rank_hold_for_one_rank_only(before: bool) -> None:  # noqa: FBT001  # drawn by pytest
+    def body(m: Any, x: Tensor) -> Any:
+        return m.norm(m.conv(x)) if before else m.conv(m.norm(x))
+
+    net = Net(body, conv=nn.Conv2d(4, 4, 3), norm=Statistics(in_steps)).double().eval()
+    folded, x = bnfx.fold_bn(net), torch.randn(4, 6, 7, dtype=torch.float64)
+    torch.testing.assert_close(folded(x[None]), net(x[None]), rtol=1e-10, atol=1e-10)
+    assert net(x).dim() == 4
+    with pytest.raises(AssertionError, match="hold for rank 4 only"):
+        folded(x)
 
 
 def test_in_merged_branches_it_is_recorded_with_the_layer_that_took_it() -> None:

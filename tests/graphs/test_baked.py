@@ -167,7 +167,7 @@ def test_a_batch_norm_folds_into_a_computed_weight(
 def test_also_where_the_forward_computes_it(layer: type[nn.Module], given: bool) -> None:  # noqa: FBT001  # drawn by pytest
     x = torch.randn(5, *((6,) if layer is Product else (3, 8)), dtype=torch.float64)
     model = settled(layer(), nn.BatchNorm1d(4))
-    folded = folds(model, x, given=given or layer is Product)
+    folded = folds(model, x, given=given)
     names = [name for name in folded.state_dict() if name.startswith("0.")]
     assert len(names) == 2, "a weight and a bias"
     assert not any(p.requires_grad is False for p in folded.parameters())

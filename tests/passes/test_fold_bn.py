@@ -125,11 +125,6 @@ KEPT: dict[str, Callable[[], nn.Module]] = {
     ),
     "no layer": lambda: Net(lambda m, x: m.bn(x), bn=bn()),
     "before the layer": lambda: Net(lambda m, x: m.conv(m.bn(x)), conv=conv(), bn=bn()),
-    "weight norm": lambda: Net(
-        lambda m, x: m.bn(m.conv(x)),
-        conv=nn.utils.parametrizations.weight_norm(conv()),
-        bn=bn(),
-    ),
 }
 
 
@@ -143,6 +138,14 @@ def shared_twice(m: Any, x: Tensor) -> Tensor:
 
 
 FOLDED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "weight norm": (
+        lambda: Net(
+            lambda m, x: m.bn(m.conv(x)),
+            conv=nn.utils.parametrizations.weight_norm(conv()),
+            bn=bn(),
+        ),
+        ["folded"],
+    ),
     "conv and bn called twice": (
         lambda: Net(shared_twice, conv=conv(), bn=bn()),
         ["folded", "folded"],
