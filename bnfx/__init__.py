@@ -42,6 +42,8 @@ if TYPE_CHECKING:  # the same for type checkers; a test keeps it equal to the ta
     from bnfx.inspection import InspectReport as InspectReport
     from bnfx.inspection import inspect_onnx as inspect_onnx
     from bnfx.optimizers import param_groups as param_groups
+    from bnfx.prove import ProofReport as ProofReport
+    from bnfx.prove import prove_onnx as prove_onnx
     from bnfx.recipes import Hparams as Hparams
     from bnfx.recipes import Recipe as Recipe
     from bnfx.recipes import recipe as recipe
@@ -69,6 +71,7 @@ _PUBLIC = {
     "insertion": "insert_bn plan_insert",
     "inspection": "InspectReport inspect_onnx",
     "optimizers": "param_groups",
+    "prove": "ProofReport prove_onnx",
     "recipes": "Hparams Recipe recipe",
     "removal": "StageReport removal_ledger",
     "reports.report": "Change FoldReport InsertReport report",

@@ -23,7 +23,7 @@ FLOORS = (
     "recipes",
     "verification",
     "removal verify benchmark",
-    "file_folding",
+    "file_folding prove",
     "deployment",
     "__init__",
     "cli",

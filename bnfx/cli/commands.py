@@ -371,7 +371,8 @@ def _deploy(options: argparse.Namespace, steps: Steps) -> Outcome:
 
 def _check_options(options: argparse.Namespace) -> dict[str, Any]:
     names = ("num_inputs", "batch_sizes", "precision", "max_ratio")
-    return _place(options) | {name: getattr(options, name) for name in names}
+    given = vars(options)
+    return _place(options) | {name: given[name] for name in names if name in given}
 
 
 def _place(options: argparse.Namespace) -> dict[str, Any]:
@@ -381,6 +382,16 @@ def _place(options: argparse.Namespace) -> dict[str, Any]:
         "provider_options": dict(options.provider_option),
         "allow_on_cpu": options.allow_on_cpu,
     }
+
+
+def _prove(options: argparse.Namespace, steps: Steps) -> Outcome:
+    steps.total = 1
+    args = _inputs_of_file(options) if options.input else None
+    checks = _check_options(options)
+    with steps("proving"):
+        done = bnfx.prove_onnx(options.model, args, **checks)
+    failure = "" if done else done.headline().verdict
+    return Outcome(done, failure, _code(failure))
 
 
 def _bench(options: argparse.Namespace, steps: Steps) -> Outcome:
@@ -407,7 +418,7 @@ def _inputs_of_file(options: argparse.Namespace) -> tuple[Tensor, ...]:
     if not given:
         return tuple(inputs_of(found).values())
     ordered = in_order(given, found.inputs)
-    require_fit(ordered.values(), found, cast=options.command == "verify")
+    require_fit(ordered.values(), found, cast=options.command in ("verify", "prove"))
     return tuple(ordered.values())
 
 
@@ -456,4 +467,5 @@ _RUN: dict[str, Callable[[argparse.Namespace, Steps], Outcome]] = {
     "verify": _verify,
     "deploy": _deploy,
     "bench": _bench,
+    "prove": _prove,
 }

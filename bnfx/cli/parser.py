@@ -411,6 +411,14 @@ def _verify(command: argparse.ArgumentParser) -> None:
     _policy(command)
 
 
+def _prove(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(takes=Takes(modules=False, onnx=True))
+    _model(command, "an .onnx file")
+    _inputs(command)
+    _provider(command)
+    _pooling(command)
+
+
 def _deploy(command: argparse.ArgumentParser) -> None:
     command.set_defaults(
         takes=Takes(onnx=True, inputs=True, writes=(".onnx",), rewrites=(".onnx",))
@@ -504,6 +512,15 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
   bnfx verify unfolded.onnx small.onnx
 """,
         _verify,
+    ),
+    "prove": (
+        "prove that an .onnx file ran on a provider, node by node, and computed what it must",
+        """\
+  bnfx export nets:small small.onnx --fold --input x:1x3x16x16 --dynamic-batch
+  bnfx prove small.onnx
+  bnfx prove small.onnx --input x:4x3x16x16 --html proof.html
+""",
+        _prove,
     ),
     "deploy": (
         "fold, export, verify, and only then move the .onnx file into place",

@@ -78,6 +78,7 @@ class Arithmetic:
         return {
             "canary": dict(self.canary),
             "arithmetic": dict(self.factors),
+            **({"coarsest": self.coarsest} if self.factors else {}),
             "tf32": any(name.startswith("TF32") for name in self.factors.values()),
             "truncated": any(name.endswith("truncated") for name in self.factors.values()),
             **({"sums": dict(self.sums)} if self.sums else {}),
