@@ -7,6 +7,7 @@ holds for inputs of that rank, so the caller guards the rank where nothing else 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,6 +85,8 @@ class Shapes:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     #: Node -> rank that was assumed for it.
     assumed: dict[fx.Node, int] = field(default_factory=dict)
+    #: Node -> by how much that is another rank than the usual one.
+    shifts: dict[fx.Node, int] = field(default_factory=dict)
     #: Nodes that could not be run though their inputs were known.
     failures: list[fx.Node] = field(default_factory=list)
     #: Whether one of them failed for the rank of its input, whatever its sizes.
@@ -125,16 +128,18 @@ def _assumed(runner: _Runner) -> list[Shapes]:
         if not tried[-1].failures:
             break
     first = min(tried, key=lambda run: len(run.failures))
-    if first.failures and len(first.assumed) <= _FEW:  # perhaps not the sizes, but a rank is wrong
-        size = _SIZES[tried.index(first)]
-        for node in first.assumed:
-            runner.shifts = {node: 1}
-            other = runner.run(None, _BATCH, size)
-            if len(other.failures) < len(first.failures):
-                larger = runner.run(None, _BATCH + 1, size)
-                return [other, larger] if not larger.failures else [other]
-        runner.shifts = {}
     size = _SIZES[tried.index(first)]
+    while first.failures:  # perhaps not the sizes, but a rank is wrong
+        better = None
+        for node in itertools.islice(first.assumed, _FEW):
+            runner.shifts = first.shifts | {node: first.shifts.get(node, 0) + 1}
+            other = runner.run(None, _BATCH, size)
+            if len(other.failures) < len((better or first).failures):
+                better = other
+        if better is None:
+            break
+        first = better
+    runner.shifts = first.shifts
     for batch, space in ((_BATCH + 1, size + 32), (_BATCH + 1, size)):
         second = runner.run(None, batch, space)
         if len(second.failures) <= len(first.failures):
@@ -152,7 +157,7 @@ def at_other_ranks(module: fx.GraphModule, runs: Sequence[Shapes], node: fx.Node
     runner = _Runner(module)
     found = []
     for change in (-1, 0, 1, 2):
-        runner.shifts = {node: change}
+        runner.shifts = first.shifts | {node: change}
         run = runner.run(None, _BATCH, size)
         if run.assumed.get(node) == first.assumed[node] or run.impossible:
             continue
@@ -215,7 +220,7 @@ class _Runner:
         self._readers = _first_layers(module.graph)
 
     def run(self, inputs: Sequence[Any] | None, batch: int, size: int) -> Shapes:
-        found = Shapes()
+        found = Shapes(shifts=self.shifts)
         given = iter(inputs or ())
         with torch.no_grad(), _silent(), self.mode:
             for node in self.module.graph.nodes:

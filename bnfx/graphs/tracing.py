@@ -133,7 +133,7 @@ class Tracer(fx.Tracer):
     ) -> Any:
         """A module in which tracing fails stays whole: the innermost one."""
         path, last = self.path_of_module(m), self.graph._root.prev
-        if self.is_leaf_module(m, path):
+        if not m._forward_pre_hooks:
             inspect.signature(m.forward).bind(*args, **kwargs)  # the error that a call would raise
         depth = len(self.module_stack)
         try:
