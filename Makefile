@@ -13,11 +13,13 @@ RUNTIME := $(if $(filter Linux-x86_64,$(PLATFORM)),gpu,cpu)
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 PIP := PYTHONWARNINGS=ignore $(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt
+# Wheels whose files would overwrite those of the onnxruntime in use lie apart.
+OTHERS := $(VENV)/providers
 READY := $(VENV)/.ready-demo
 READY_TEST := $(VENV)/.ready-test
 
 .DELETE_ON_ERROR:
-.PHONY: help demo paper test test-gpu dist clean distclean
+.PHONY: help demo paper test test-providers test-gpu dist clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile | awk -F: '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -33,6 +35,15 @@ test: $(READY_TEST)  ## format, lint, types, tests, wheel
 	$(RUN) ruff check .
 	$(RUN) mypy
 	$(RUN) pytest -n auto --maxprocesses 8 --dist loadgroup
+
+test-providers: $(READY_TEST)  ## other providers than the CPU's, run for real
+	@echo "Installing OpenVINO and ggml for onnxruntime into $(OTHERS) ..."
+	@[ -d $(OTHERS)/openvino ] || $(PIP) --no-deps --target $(OTHERS)/openvino onnxruntime-openvino
+	@[ -d $(OTHERS)/ggml ] || $(PIP) --no-deps --target $(OTHERS)/ggml onnxruntime-ggml
+	PYTHONPATH="$(CURDIR)/$(OTHERS)/openvino" BNFX_REQUIRE_PROVIDERS=openvino \
+		$(RUN) pytest -m providers tests/runtime -k openvino
+	BNFX_GGML_LIBRARY="$(CURDIR)/$$(echo $(OTHERS)/ggml/onnxruntime_ggml/lib/*ggml.*)" \
+		BNFX_REQUIRE_PROVIDERS=ggml $(RUN) pytest -m providers tests/runtime -k 'not openvino'
 
 test-gpu: $(READY_TEST)  ## the tests that need a GPU; without one they fail
 	BNFX_REQUIRE_GPU=1 $(RUN) pytest -m gpu
