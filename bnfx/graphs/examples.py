@@ -119,9 +119,20 @@ def in_float64(model: nn.Module) -> nn.Module:
     copied = clone(model).double()
     for module in copied.modules():
         for name, value in vars(module).items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                setattr(module, name, value.double())
+            if isinstance(value, Tensor):
+                setattr(module, name, in_precision(value, torch.float64))
+        for table in (module._parameters, module._buffers):
+            for value in table.values():
+                if value is not None and value.is_complex():  # which `double` leaves as they are
+                    value.data = in_precision(value.data, torch.float64)
     return copied
+
+
+def in_precision(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floating numbers in `dtype`, complex ones in the complex dtype of its parts."""
+    if value.is_complex():
+        return value.to(dtype.to_complex())
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def _sharing(tensor: Tensor) -> Tensor:

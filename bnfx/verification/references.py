@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from bnfx.errors import BnfxError, VerificationError
 from bnfx.folding import exact_graph, fold_bn
-from bnfx.graphs.examples import Example, clone, in_float64
+from bnfx.graphs.examples import Example, clone, in_float64, in_precision
 from bnfx.graphs.inference import exported, inference_graph
 from bnfx.graphs.observed import leaves_in
 from bnfx.numbers import UNIT, Array, relative_error
@@ -400,11 +400,11 @@ def _bound(model: nn.Module, sample: Example) -> dict[str, Any]:
 
 
 def cast(leaf: Any, dtype: torch.dtype | None) -> Any:
-    """A copy of a tensor, since a forward may work in place, in `dtype` if it is floating."""
+    """A copy of a tensor, since a forward may work in place, in the precision of `dtype`."""
     if not isinstance(leaf, Tensor):
         return leaf
     leaf = leaf.detach().clone()
-    return leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf
+    return in_precision(leaf, dtype) if dtype is not None else leaf
 
 
 def widened(sample: Example) -> Example:
@@ -416,8 +416,12 @@ def widened(sample: Example) -> Example:
 
 
 def arrays(tensors: Iterable[Tensor]) -> list[Array]:
-    """As numpy arrays; bfloat16, which numpy lacks, as float32."""
-    return [(t.float() if t.dtype is torch.bfloat16 else t).detach().cpu().numpy() for t in tensors]
+    """As numpy arrays: bfloat16, which numpy lacks, as float32, complex numbers as files hold them.
+
+    There they are pairs of real and imaginary part along a last axis.
+    """
+    plain = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors)
+    return [(t.float() if t.dtype is torch.bfloat16 else t).detach().cpu().numpy() for t in plain]
 
 
 #: Functions whose factors CUDA rounds to TF32.

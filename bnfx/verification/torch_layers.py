@@ -18,7 +18,10 @@ from bnfx.operators.calls import arguments, call_name
 from bnfx.operators.table import Operator, affine_of, is_batch_norm, layer_call, operator_of
 from bnfx.verification.layers import Geometry, Kind, Layer, samples
 
-_NARROW = {torch.float32, torch.float16, torch.bfloat16}
+_WIDE = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
+}
 #: How often a weight that is computed is computed again with other roundings.
 _TRIALS = 4
 
@@ -31,6 +34,8 @@ class Widened(TorchFunctionMode):
     ) -> Any:  # the signature is torch's
         """Run `func` with narrow dtypes replaced."""
         name = getattr(func, "__name__", "")
+        if name in ("cfloat", "chalf") and len(args) == 1:
+            return args[0].cdouble()
         if name in ("float", "half", "bfloat16") and len(args) == 1:
             return func(*args) if args[0].is_complex() else args[0].double()
         wide = tuple(_wide(arg) for arg in args)
@@ -38,7 +43,7 @@ class Widened(TorchFunctionMode):
 
 
 def _wide(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
+    return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 @dataclass(frozen=True)
