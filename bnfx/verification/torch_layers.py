@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -56,8 +57,8 @@ class Constant:
     value: Tensor
     #: Whether it is a parameter of the source as it is.
     untouched: bool
-    #: Whether it lies in a module that is kept whole and evaluates BatchNorms: bnfx folds nothing
-    #: there, an exporter may.
+    #: Whether it lies in a part that is kept whole and evaluates BatchNorms, or casts: bnfx changes
+    #: nothing there, an exporter may.
     hidden: bool = False
 
 
@@ -239,12 +240,14 @@ class _Recorder(fx.Interpreter):
             hidden = any(isinstance(module, _BatchNorm) for module in inner.modules())
             for name, value in inner.state_dict().items():
                 self._remember(f"{n.target}.{name}", value, stored=True, hidden=hidden)
+        # An operator that runs a graph of its own (a region of autocast) may round what it is given.
+        hidden = isinstance(n.target, HigherOrderOperator)
         for node in n.all_input_nodes:
             if node in self.fixed and n.op != "output":
                 stored = node.op == "get_attr"
-                value = self.env.get(node)
+                value, name = self.env.get(node), str(node.target) if stored else node.name
                 if isinstance(value, Tensor):
-                    self._remember(str(node.target) if stored else node.name, value, stored=stored)
+                    self._remember(name, value, stored=stored, hidden=hidden)
 
     def _remember(self, name: str, value: Tensor, *, stored: bool, hidden: bool = False) -> None:
         wide = value.detach().cpu()
