@@ -240,7 +240,7 @@ class _Recorder(fx.Interpreter):
             hidden = any(isinstance(module, _BatchNorm) for module in inner.modules())
             for name, value in inner.state_dict().items():
                 self._remember(f"{n.target}.{name}", value, stored=True, hidden=hidden)
-        # An operator that runs a graph of its own (a region of autocast) may round what it is given.
+        # An operator that runs a graph of its own (a region of autocast) may round what it reads.
         hidden = isinstance(n.target, HigherOrderOperator)
         for node in n.all_input_nodes:
             if node in self.fixed and n.op != "output":

@@ -111,6 +111,10 @@ FORMULAS = {
         lambda g, b, m, v, e: g / (m.abs() + e).sqrt(),
         lambda s, g, b, m, v, e, bias: b + s * (bias - v),
     ),
+    "statistics of another run": (
+        lambda g, b, m, v, e: g / (1.01 * v + e).sqrt(),
+        lambda s, g, b, m, v, e, bias: b + s * (bias - 1.01 * m),
+    ),
     "not folded": (
         lambda g, b, m, v, e: torch.ones_like(g),
         lambda s, g, b, m, v, e, bias: bias,
@@ -127,9 +131,8 @@ def edited(suffix: str, edit: Edit, which: int = 0) -> Inject:
     """Edit the weight or bias of one folded layer."""
 
     def inject(network: Network, model: nn.Module, proto: onnx.ModelProto) -> bool:
-        if which >= len(network.pairs):
-            return False
-        return rewrite(proto, f"{list(network.pairs)[which]}.{suffix}", edit)
+        layers = [*network.pairs, *network.layers]
+        return which < len(layers) and rewrite(proto, f"{layers[which]}.{suffix}", edit)
 
     return inject
 
