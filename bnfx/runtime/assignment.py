@@ -14,6 +14,7 @@ from onnx import TensorProto
 
 from bnfx.errors import ProviderError
 from bnfx.onnx_files.reading import all_nodes, graphs_of, opset_of
+from bnfx.onnx_files.retyping import BFLOAT16, float_types
 from bnfx.runtime.providers import CPU, Where
 from bnfx.runtime.sessions import SessionSettings, open_session
 
@@ -25,6 +26,7 @@ _ARITHMETIC = {
     *("Cast", "Concat", "Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Range", "Identity"),
     *("Not", "And", "Or", "ReduceProd", "ReduceMax", "ReduceMin", "ReduceSum", "ConstantOfShape"),
     *("Constant", "Expand", "Split", "Floor", "Ceil", "GreaterOrEqual", "LessOrEqual"),
+    *("If", "Loop", "Scan"),  # the nodes inside are told, and judged, one by one
 }
 _WHOLE = {
     *(TensorProto.INT64, TensorProto.INT32, TensorProto.INT16, TensorProto.INT8),
@@ -78,9 +80,9 @@ def open_placed(
     try:
         session = open_session(source, where, how)
     except ProviderError as error:
-        if "fallback" not in str(error).lower() or where.allow_on_cpu == ():
-            raise
-        # Shape arithmetic may have to run on the CPU: whether it is only that, is looked at below.
+        if "fallback" not in str(error).lower():
+            raise ProviderError(f"{error}{_narrow(model)}") from error
+        # Some nodes would run on the CPU: which, and whether they may, is looked at below.
         session = open_session(source, where, dataclasses.replace(how, strict=False))
     try:
         nodes = placed_nodes(session)
@@ -131,20 +133,31 @@ def require_placed(nodes: Sequence[PlacedNode], where: Where, model: str) -> lis
     wrong = [node for node in strays if node not in allowed]
     if not wrong:
         return strays
-    opset = opset_of(onnx.load(model, load_external_data=False))
-    newer = ""
-    if opset > _WIDESPREAD:
-        newer = (
-            f"; the file has opset {opset}, of which providers lack kernels that they have of "
-            f"opset {_WIDESPREAD}: try opset_version={_WIDESPREAD}"
-        )
     names = ", ".join(sorted({node.operator for node in wrong}))
     raise ProviderError(
         f"{where.name} was asked for, but these nodes run elsewhere: "
-        f"{', '.join(map(str, wrong[:8]))}{' and more' if len(wrong) > 8 else ''}{newer}; move "
-        f"them into operators that it has, allow them there (allow_on_cpu, for: {names}), or use "
-        "provider='cpu'"
+        f"{', '.join(map(str, wrong[:8]))}{' and more' if len(wrong) > 8 else ''}; move them into "
+        f"operators that it has, allow them there (allow_on_cpu, for: {names}), or use "
+        f"provider='cpu'{_newer(model)}{_narrow(model)}"
     )
+
+
+def _newer(model: str) -> str:
+    """A word on operator sets that providers come to later than the CPU."""
+    opset = opset_of(onnx.load(model, load_external_data=False))
+    if opset <= _WIDESPREAD:
+        return ""
+    return (
+        f". The file has opset {opset}, of which providers lack kernels that they have of opset "
+        f"{_WIDESPREAD}: try opset_version={_WIDESPREAD}"
+    )
+
+
+def _narrow(model: str) -> str:
+    """A word on bfloat16, which few kernels take."""
+    if BFLOAT16 not in float_types(onnx.load(model, load_external_data=False)):
+        return ""
+    return ". The file is in bfloat16, for which it lacks kernels: export it in float16 or float32"
 
 
 def _allowed(

@@ -12,6 +12,7 @@ import ctypes
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ _REMEDIES = {
     CUDA: "install onnxruntime-gpu on a machine with an NVIDIA GPU and driver, with CUDA libraries "
     "of its own major version (torch brings them), "
 }
+#: Where in onnxruntime's own code it was, which tells a user nothing.
+_SOURCE = re.compile(
+    r"/onnxruntime_src/\S+:\d+ [^()]*\([^()]*\)(?: const)? |\[ONNXRuntimeError\] : \d+ : "
+)
 _WHEELS = {provider.name: provider.wheels for provider in SHORT.values()}
 
 
@@ -127,8 +132,9 @@ def open_session(
 def _cause(name: str, error: Exception) -> str:
     """What onnxruntime says, or why the provider's library does not load, and what to do."""
     problem = cuda_problem() if name == CUDA else None
-    said = str(error).strip().rstrip(".;")
-    return f"{problem or said}; {_REMEDIES.get(name, '')}or use provider='cpu'"
+    said = _SOURCE.sub("", str(error)).strip().rstrip(".; ")
+    remedy = _REMEDIES.get(name, "") if problem or "CUDA failure" in said else ""
+    return f"{problem or said}; {remedy}or use provider='cpu'"
 
 
 def require_still_on(session: Any, name: str, what: str) -> None:

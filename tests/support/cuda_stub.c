@@ -59,6 +59,22 @@ int cudaDeviceGetAttribute(int *value, int attribute, int device) {
                                                                   : 0;
   return 0;
 }
+int cuInit(unsigned flags) {
+  (void)flags;
+  return 0;
+}
+int cuDriverGetVersion(int *version) {
+  *version = 13000;
+  return 0;
+}
+int cuDeviceGetCount(int *count) {
+  *count = devices();
+  return 0;
+}
+int cuDeviceGetName(char *name, int size, int device) {
+  snprintf(name, size, "stub %d", device);
+  return 0;
+}
 int cudaDriverGetVersion(int *version) {
   *version = 13000;
   return 0;

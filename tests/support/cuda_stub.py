@@ -69,12 +69,9 @@ def build(folder: Path, provider: Path, headers: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         for library in needed:
             names = symbols[library]
-            own = {name: name for name in names if name in ours}
-            rest = "".join(
-                f"int {name}(void) {{ return 0; }}\n" for name in names if name not in own
-            )
+            rest = (f"int {name}(void) {{ return 0; }}\n" for name in names if name not in ours)
             source = Path(place, "stub.c")
-            source.write_text(f"{written if own else ''}\n{rest}", encoding="utf-8")
+            source.write_text(f"{written}\n{''.join(rest)}", encoding="utf-8")
             _compile(source, folder / library, library, headers, versioned=library in asked)
 
 
