@@ -19,6 +19,7 @@ from bnfx.errors import FoldError, VerificationError
 from bnfx.folding import fold_captured
 from bnfx.gauges.walk import FoldOptions
 from bnfx.graphs.inference import Captured
+from bnfx.graphs.mapped import mapped_into
 from bnfx.graphs.shapes import UNKNOWN, shapes_of
 from bnfx.onnx_files.importing import Imported, imported
 from bnfx.onnx_files.node_call import unescaped
@@ -26,7 +27,7 @@ from bnfx.onnx_files.placing import move_into_place, real_target
 from bnfx.onnx_files.reading import describe_type, located_nodes, opset_of, read_onnx
 from bnfx.onnx_files.rebuilding import rebuilt
 from bnfx.onnx_files.sizes import SPACE, Axes, axes_of, filled, open_axes, varied
-from bnfx.onnx_files.storing import store
+from bnfx.onnx_files.storing import is_beside, store
 from bnfx.onnx_files.tensors import dtype_of
 from bnfx.reports.document import Headline
 from bnfx.reports.report import FoldRecord, FoldReport, Report, report, table, tally
@@ -160,21 +161,22 @@ def fold_onnx(
     if 0 < opset_of(model) < 8 and thresholds:
         raise FoldError(f"thresholds=True needs operator set 8, {source} has {opset_of(model)}")
     options = FoldOptions(merge_branches, thresholds, border_maps)
-    folded = fold_captured(example.captured(read), options)
-    told = report(folded)
-    assert isinstance(told, FoldReport)
-    records = tuple(_records(names, read, told))
-    left = sum(bn.verdict != "folded" for bn in records)
-    if max_batch_norms_left is not None and left > max_batch_norms_left:
-        raise VerificationError(
-            f"{target} was not written: {left} BatchNormalizations stay, and at most "
-            f"{max_batch_norms_left} may. An older file is as it was",
-            replace(told, batch_norms=records),
-        )
-    done = rebuilt(model, read, folded)
-    with workspace(target) as folder:
+    with workspace(target) as folder, mapped_into(folder):
+        folded = fold_captured(example.captured(read), options)
+        told = report(folded)
+        assert isinstance(told, FoldReport)
+        records = tuple(_records(names, read, told))
+        left = sum(bn.verdict != "folded" for bn in records)
+        if max_batch_norms_left is not None and left > max_batch_norms_left:
+            raise VerificationError(
+                f"{target} was not written: {left} BatchNormalizations stay, and at most "
+                f"{max_batch_norms_left} may. An older file is as it was",
+                replace(told, batch_norms=records),
+            )
+        beside = is_beside(model)
+        done = rebuilt(model, read, folded)
         written = folder / target.name
-        store(model, done.tensors, source, written)
+        store(model, done.tensors, source, written, beside=beside)
         _check(written, source)
         changed = (*done.changed, *done.added)
         verified = _verified(source, written, example, changed, verify_options) if verify else None

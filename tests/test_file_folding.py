@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 import bnfx
-from tests.support.onnx_graphs import Weights, count, fold, graph, saved
+from tests.support.onnx_graphs import Weights, count, distance, feed_of, fold, graph, run, saved
 
 W = (4, 3, 3, 3)
 NORM: Weights = {"s": (4,), "b": (4,), "mean": (4,), "var": (4,)}
@@ -166,3 +166,24 @@ def test_files_without_batch_normalization_verify(nodes: str, tmp_path: Path) ->
     onnx.save(written, str(out))
     again = bnfx.verify_onnx(source, out, rewritten=done.changed, isolate=False)
     assert again.status == "failed", str(again)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_large_weights_fold(beside: bool, tmp_path: Path) -> None:  # noqa: FBT001  # a parameter of the test
+    """Large ones lie in files while they are folded."""
+    nodes = (
+        "h = Conv(x, w)\ni = BatchNormalization(h, s, b, mean, var)\nj = Relu(i)\n"
+        "k = Flatten(j)\nl = MatMul(k, v)\nm = Mul(l, r)\ny = Add(m, r)"
+    )
+    weights: Weights = {"w": (512, 64, 3, 3), **dict.fromkeys(NORM, (512,))}
+    weights |= {"v": (512, 1024), "r": (1024,)}
+    model = graph(nodes, weights, x=("n", 64, 3, 3))
+    source, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    onnx.save(model, str(source), save_as_external_data=beside, location="model.data")
+    done = bnfx.fold_onnx(source, out, verify=False)
+    assert {"w", "v"} <= set(done.changed)
+    feed = feed_of(model)
+    assert distance(run(out, feed)["y"], run(source, feed)["y"]) < 1e-5
+    assert beside == any(
+        path.suffix == ".data" and "out" in path.name for path in tmp_path.iterdir()
+    )

@@ -25,6 +25,7 @@ from torch import Tensor
 from bnfx.gauges.choice import Gauges
 from bnfx.gauges.constraints import Bounds, Kind, Site
 from bnfx.graphs.constants import Values
+from bnfx.graphs.mapped import unfilled
 from bnfx.graphs.norms import STATE, norm_call
 from bnfx.numbers import Floats
 from bnfx.operators.calls import argument
@@ -172,7 +173,7 @@ def _affine(
     kept[list(dead)] = 0.0
     borders = bool(site.size) and bool((d_i != 0).any())
     dtype = site.like.dtype if rounded else torch.float64
-    new = torch.empty(weight.shape, dtype=dtype, device="cpu")
+    new = unfilled(weight.shape, dtype)
     layout = _Layout(row, int(call["groups"]))
     moved = _scale_into(new, weight.detach(), layout, (a_i, a_o * kept), d_i)
     new_bias = a_o * (old + d_o - (0.0 if borders else moved))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from bnfx.graphs.mapped import unfilled
 from bnfx.operators.effects import writes
 from bnfx.operators.table import affine_of, is_batch_norm
 
@@ -53,7 +54,10 @@ class Written:
             value = attribute(module, name)
             assert isinstance(value, Tensor)
             if value.dtype is not self.dtypes[name]:
-                stored = value.detach().to(self.dtypes[name])
+                stored = value.detach()
+                if stored.device.type == "cpu":
+                    stored = unfilled(stored.shape, self.dtypes[name]).copy_(stored)
+                stored = stored.to(self.dtypes[name])
                 buffer = not isinstance(value, nn.Parameter)
                 set_tensor(module, name, stored, trained=value.requires_grad, buffer=buffer)
 

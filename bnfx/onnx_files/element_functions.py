@@ -48,6 +48,10 @@ def _leaky(call: Call) -> fx.Node:
     return call.main(F.leaky_relu, call.data(), float(call.attribute("alpha", 0.01)))
 
 
+def _gelu(call: Call) -> fx.Node:
+    return call.main(F.gelu, call.data(), approximate=call.attribute("approximate", "none"))
+
+
 def _prelu(call: Call) -> fx.Node:
     """With one slope, or one for each channel of axis 1."""
     slope = call.wanted(1)
@@ -269,6 +273,7 @@ _ALONE: dict[str, Any] = {
     "Erf": torch.erf,
     "Exp": torch.exp,
     "Floor": torch.floor,
+    "HardSwish": F.hardswish,
     "Log": torch.log,
     "Mish": F.mish,
     "Neg": torch.neg,
@@ -276,6 +281,7 @@ _ALONE: dict[str, Any] = {
     "Relu": F.relu,
     "Sigmoid": torch.sigmoid,
     "Sin": torch.sin,
+    "Softplus": F.softplus,
     "Softsign": F.softsign,
     "Sqrt": torch.sqrt,
     "Tanh": torch.tanh,
@@ -289,6 +295,7 @@ FUNCTIONS: dict[str, Callable[[Call], Any]] = {
     "Clip": _clip,
     "Div": _divided,
     "Dropout": _dropout,
+    "Gelu": _gelu,
     "GlobalAveragePool": _global_average,
     "GlobalMaxPool": _global_max,
     "Identity": _identity,

@@ -91,6 +91,8 @@ class Foreign:
         return [np.asarray(array) for array in found]
 
     def _fakes(self, values: Sequence[Any]) -> list[Any]:
+        if any(isinstance(v, tuple | list) for v in values):
+            raise ValueError(f"{self.node.op_type} reads a sequence")
         shapes = tuple(tuple(int(n) for n in v.shape) for v in values)
         key = (shapes, *(v.tobytes() for v in values if isinstance(v, np.ndarray)))
         if key not in self._inferred:

@@ -177,6 +177,24 @@ def _split(call: Call) -> list[fx.Node]:
     return [call.part(operator.getitem, made, at) for at in range(len(call.node.output))]
 
 
+def _split_to_sequence(call: Call) -> fx.Node:
+    """Parts of one size, or of several; torch has them in a tuple."""
+    if not call.name_of(1) and not call.attribute("keepdims", 1):
+        raise NoFunction
+    parts = call.wanted(1) if call.name_of(1) else torch.tensor(1)
+    sizes = call.numbers(1) if parts.dim() else int(parts)
+    return call.main(torch.split, call.data(), sizes, int(call.attribute("axis", 0)))
+
+
+def _sequence_at(call: Call) -> fx.Node:
+    return call.main(operator.getitem, call.data(), int(call.wanted(1)))
+
+
+def _joined_sequence(call: Call) -> fx.Node:
+    function = torch.stack if call.attribute("new_axis", 0) else torch.cat
+    return call.main(function, call.data(), int(call.attribute("axis")))
+
+
 def _sliced(call: Call) -> fx.Node:
     """One slice for each axis; backwards only a whole axis."""
     if call.opset < 10:
@@ -292,17 +310,20 @@ def _padded(call: Call) -> fx.Node:
 FUNCTIONS: dict[str, Callable[[Call], Any]] = {
     "CastLike": _cast_like,
     "Concat": _concatenated,
+    "ConcatFromSequence": _joined_sequence,
     "DepthToSpace": _depth_to_space,
     "Expand": _expanded,
     "Flatten": _flatten,
     "Gather": _gathered,
     "Pad": _padded,
     "Reshape": _reshape,
+    "SequenceAt": _sequence_at,
     "Shape": _shape,
     "Size": _count,
     "Slice": _sliced,
     "SpaceToDepth": _space_to_depth,
     "Split": _split,
+    "SplitToSequence": _split_to_sequence,
     "Squeeze": _squeeze,
     "Tile": _tiled,
     "Transpose": _transpose,

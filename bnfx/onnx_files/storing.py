@@ -9,6 +9,7 @@ from typing import BinaryIO
 import onnx
 from torch import Tensor
 
+from bnfx.graphs.mapped import unload
 from bnfx.onnx_files.placing import name_by_content
 from bnfx.onnx_files.reading import external_location, stored_tensors
 from bnfx.onnx_files.tensors import raw_bytes
@@ -22,21 +23,28 @@ _ALIGNED = 4096
 _CHUNK = 1 << 24
 
 
-def store(model: onnx.ModelProto, new: Mapping[str, Tensor], source: Path, written: Path) -> None:
-    """Write `model` to the file `written`, and weights beside it if they are beside `source`.
+def is_beside(model: onnx.ModelProto) -> bool:
+    """Whether weights of a model lie in a file beside it."""
+    return any(tensor.data_location == _EXTERNAL for tensor, _ in stored_tensors(model))
+
+
+def store(
+    model: onnx.ModelProto, new: Mapping[str, Tensor], source: Path, written: Path, *, beside: bool
+) -> None:
+    """Write `model` to the file `written`.
 
     Args:
         model: With the names, types and shapes of its new tensors; it gets their values.
         new: Values of new initializers and constants, by name.
         source: The file that `model` was read from.
         written: Where to write, in an empty folder.
+        beside: Whether weights go into a file beside it, as those do that no file could hold.
     """
     for node in model.graph.node:  # not every runtime reads constants of nodes from beside
         if node.op_type == "Constant" and node.output[0] in new:
             node.attribute[0].t.raw_data = raw_bytes(new[node.output[0]])
     places = [(t, new[t.name]) for t in model.graph.initializer if t.name in new]
     inside = model.ByteSize() + sum(value.nbytes for _, value in places)
-    beside = any(tensor.data_location == _EXTERNAL for tensor, _ in stored_tensors(model))
     if not beside and inside <= _INSIDE:
         for place, value in places:
             place.raw_data = raw_bytes(value)
@@ -51,7 +59,8 @@ def store(model: onnx.ModelProto, new: Mapping[str, Tensor], source: Path, writt
                 _put(stream, tensor, _chunks(data, offset, length), length)
         for place, value in places:
             if value.nbytes > _SMALL:
-                _put(stream, place, [raw_bytes(value)], value.nbytes)
+                _put(stream, place, _rows(value), value.nbytes)
+                unload()
             else:
                 place.raw_data = raw_bytes(value)
         for tensor in model.graph.initializer if inside > _INSIDE else ():
@@ -72,6 +81,12 @@ def _put(stream: BinaryIO, tensor: onnx.TensorProto, parts: Iterable[bytes], len
     del tensor.external_data[:]
     for key, value in where.items():
         tensor.external_data.add(key=key, value=str(value))
+
+
+def _rows(value: Tensor) -> Iterator[bytes]:
+    rows = value.reshape(1) if value.dim() == 0 else value
+    step = max(1, _CHUNK // max(1, rows[:1].nbytes))
+    yield from (raw_bytes(rows[at : at + step]) for at in range(0, len(rows), step))
 
 
 def _chunks(data: Path, offset: int, length: int) -> Iterator[bytes]:
