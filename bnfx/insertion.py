@@ -12,13 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnfx.editing.affine_calls import Evidence
 from bnfx.editing.draft import Draft
 from bnfx.editing.driver import run
-from bnfx.editing.inserted import Origin
 from bnfx.editing.preservation import require_reached, require_same_outputs
-from bnfx.errors import InsertError
+from bnfx.errors import CaptureError, InsertError
 from bnfx.graphs.examples import Example, example, modes_kept, obstacle
+from bnfx.graphs.origins import Origin
 from bnfx.graphs.parameters import attribute
 from bnfx.optimizers import patch_optimizer, require_patchable
-from bnfx.passes import InsertBatchNorm, InsertFilter, InsertPlacement
+from bnfx.passes import InsertBatchNorm, InsertFilter, InsertForm, InsertPlacement
 from bnfx.reports.report import Change, InsertRecord, InsertReport, remember
 from bnfx.statistics.calibration import calibrate
 
@@ -37,12 +37,13 @@ def insert_bn(
     include: InsertFilter = None,
     exclude: InsertFilter = None,
     optimizer: torch.optim.Optimizer | None = None,
+    form: InsertForm = "module",
 ) -> nn.Module:
     """A copy of `model` with a BatchNorm behind every affine layer that feeds a nonlinearity.
 
-    The rule is that of Ioffe & Szegedy 2015 (arXiv 1502.03167), section 3.2. A layer `<layer>` gets
-    a sibling `<layer>_bn`, a plain `nn.BatchNorm1d/2d/3d`, or, where the code around it cannot be
-    traced, a child `<layer>.bn`; its bias becomes beta. All other parameters and buffers keep their
+    The rule is that of Ioffe & Szegedy 2015 (arXiv 1502.03167), section 3.2. The BatchNorm of
+    `<layer>` is a plain `nn.BatchNorm1d/2d/3d` inside of it, `<layer>.bn`, or a sibling,
+    `<layer>_bn`; its bias becomes beta. All other parameters and buffers keep their
     `state_dict` keys, and the result loads checkpoints of the model from before (the BatchNorms are
     identities then). For linear layers on (N, ..., C) the leading axes are flattened around a
     BatchNorm1d, so that statistics are per feature. Frozen layers stay frozen, and so do gamma and
@@ -70,25 +71,32 @@ def insert_bn(
         optimizer: An optimizer of `model`, which becomes one of the result: parameters are
             exchanged with their state kept, dead biases taken out, gamma and beta added without
             weight decay.
+        form: "module": the result, and everything in it, keeps its class, its methods, attributes
+            and optional arguments; a layer runs its own forward and then the BatchNorm that it
+            holds. Where a layer is called several times, the forward around it gets new code, with
+            a BatchNorm for each call, if it takes no optional arguments. "graph": one graph.
 
     Returns:
-        A `torch.fx.GraphModule` where the whole forward can be traced, otherwise a module of the
-        class of `model`; in the mode of `model`. `bnfx.report(result)` tells what was done.
+        A module of the class of `model`, or with form="graph" a `torch.fx.GraphModule`, in the mode
+        of `model`. `bnfx.report(result)` tells what was done.
 
     Raises:
-        CaptureError: The model cannot be copied, or does not run on the example.
+        CaptureError: The model cannot be copied, does not run on the example, or with form="graph"
+            cannot be traced as a whole.
         CalibrationError: The calibration data is empty, too short, not finite or does not fit.
         InsertError: No affine layer; unbatched example inputs; contradictory arguments; eval
             outputs moved with init="identity" or "calibrate".
     """
-    _require_options(init, calibration_data, placement)
+    _require_options(init, calibration_data, placement, form)
     _require_model(model)
     if optimizer is not None:
         require_patchable(optimizer, model)
     given = example(example_inputs, example_kwargs)
     kind: Literal["fresh", "identity"] = "fresh" if init == "fresh" else "identity"
     draft = Draft(model, given)
-    must_run = insert_into(draft, InsertBatchNorm(kind, placement, include, exclude))
+    if form == "graph":
+        _require_whole(draft)
+    must_run = insert_into(draft, InsertBatchNorm(kind, placement, include, exclude, form))
     first = given
     if calibration_data is not None and draft.origins:
         first = _calibrate(draft, calibration_data)
@@ -114,14 +122,17 @@ def plan_insert(
     include: InsertFilter = None,
     exclude: InsertFilter = None,
     optimizer: torch.optim.Optimizer | None = None,
+    form: InsertForm = "module",
 ) -> InsertReport:
     """What `insert_bn` would do with the same arguments; nothing is changed, no data is read."""
-    _require_options(init, calibration_data, placement)
+    _require_options(init, calibration_data, placement, form)
     _require_model(model)
     if optimizer is not None:
         require_patchable(optimizer, model)
     draft = Draft(model, example(example_inputs, example_kwargs))
-    insert_into(draft, InsertBatchNorm("identity", placement, include, exclude))
+    if form == "graph":
+        _require_whole(draft)
+    insert_into(draft, InsertBatchNorm("identity", placement, include, exclude, form))
     return insert_report(draft.changes)
 
 
@@ -171,10 +182,11 @@ def _bias(model: nn.Module, origin: Origin) -> Tensor | None:
     return bias.detach()
 
 
-def _require_options(init: str, data: object, placement: str) -> None:
+def _require_options(init: str, data: object, placement: str, form: str) -> None:
     choices = {
         "init": (init, ("fresh", "identity", "calibrate")),
         "placement": (placement, ("pre_activation", "post_activation")),
+        "form": (form, ("module", "graph")),
     }
     for name, (value, known) in choices.items():
         if value not in known:
@@ -187,6 +199,15 @@ def _require_options(init: str, data: object, placement: str) -> None:
     if init != "calibrate" and data is not None:
         raise InsertError(
             f"calibration_data is not read with init={init!r}; use init='calibrate' or leave it out"
+        )
+
+
+def _require_whole(draft: Draft) -> None:
+    """Raise unless one graph can hold the model."""
+    if draft.whole is None:
+        raise CaptureError(
+            f"the forward of {type(draft.source).__name__} cannot be traced as a whole, so that "
+            "form='graph' has no graph to give; use form='module', which works inside it"
         )
 
 

@@ -10,6 +10,7 @@ if __name__ != "bnfx.passes":
 from .erase_unread import EraseUnread
 from .fold_bn import FoldBatchNorm
 from .insert_bn import Filter as InsertFilter
+from .insert_bn import Form as InsertForm
 from .insert_bn import InsertBatchNorm
 from .insert_bn import Placement as InsertPlacement
 from .insert_bn import Site as InsertSite
@@ -23,6 +24,7 @@ __all__ = [
     "FoldBatchNorm",
     "InsertBatchNorm",
     "InsertFilter",
+    "InsertForm",
     "InsertPlacement",
     "InsertSite",
     "MergeBranches",

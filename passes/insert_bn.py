@@ -34,14 +34,16 @@ from bnfx.editing.affine_calls import AffineCall, Evidence, evidences, never_cal
 from bnfx.editing.consumers import Ends, depends_on_input, describe, ends_of, reaches
 from bnfx.editing.declarations import Preserved
 from bnfx.editing.draft import Draft, Region, join
-from bnfx.editing.inserted import Origin
 from bnfx.editing.regions import share_out
 from bnfx.errors import InsertError
+from bnfx.graphs.kept import Behind
+from bnfx.graphs.origins import Origin
 from bnfx.graphs.parameters import free_name
 from bnfx.operators.table import Role, layer_call, role_of
 from bnfx.reports.report import Change, InsertRecord
 
 Init = Literal["fresh", "identity"]
+Form = Literal["graph", "module"]
 Placement = Literal["pre_activation", "post_activation"]
 Filter = str | Sequence[str] | Callable[[InsertRecord], bool] | None
 
@@ -79,6 +81,8 @@ class InsertBatchNorm:
     include: Filter = None
     #: Likewise, for layers to leave alone.
     exclude: Filter = None
+    #: "graph" for one graph where the whole can be traced; "module" to keep every class.
+    form: Form = "graph"
     #: Added to the variance.
     eps: float = 1e-5
     #: Of the running statistics.
@@ -111,10 +115,15 @@ class InsertBatchNorm:
             )
         sites = [entry for entry in entries if isinstance(entry, Site)]
         wanted = [(site.call, site.scopes) for site in sites]
-        behind = self.placement == "post_activation"
-        places = dict(
-            zip(sites, share_out(draft, wanted, calls=calls, runs=runs, behind=behind), strict=True)
+        shared = share_out(
+            draft,
+            wanted,
+            calls=calls,
+            runs=runs,
+            behind=self.placement == "post_activation",
+            kept=self.form == "module",
         )
+        places = dict(zip(sites, shared, strict=True))
         return [
             self._placed(entry, *places[entry]) if isinstance(entry, Site) else entry
             for entry in entries
@@ -129,11 +138,12 @@ class InsertBatchNorm:
         for entry in found:
             if isinstance(entry, Site):
                 sites.setdefault(entry.region, []).append(entry)
-        if draft.whole is not None:
+        kept = self.form == "module"
+        if draft.whole is not None and not kept:
             sites.setdefault("", [])
         done: dict[Site, Change] = {}
         for region in sorted(sites, key=lambda path: not path):
-            done |= self._rewrite(draft.root, draft.open(region), sites[region])
+            done |= self._rewrite(draft.root, draft.open(region, kept=kept), sites[region])
         return tuple(done[entry] if isinstance(entry, Site) else entry for entry in found)
 
     def _look_through(self, evidence: Evidence) -> list[Site | Change]:
@@ -225,13 +235,20 @@ class InsertBatchNorm:
         layer = call.path[len(region.path) :].removeprefix(".")
         norm = self._norm(region, site, call)
         norm.train(root.training)
-        name = free_name(root, f"{layer}_bn" if layer else "bn")
+        wanted = f"{layer}_bn" if layer else "bn"
+        if region.kept and _is_counted(root, layer):
+            wanted = f"{layer}.bn"
+        name = free_name(root, wanted)
         parent, _, leaf = name.rpartition(".")
         root.get_submodule(parent).add_module(leaf, norm)
         behind = call.node
         if self.placement == "post_activation":
             behind = ends_of(call.node, region.modules).nonlinearities[0]
-        _put_behind(region.graph, behind, name, per_row=call.row.spatial is None)
+        per_row = call.row.spatial is None
+        if region.kept and not layer and _is_result(region.graph, behind):
+            region.behind = Behind(name, per_row)
+        else:
+            _put_behind(region.graph, behind, name, per_row=per_row)
         return Origin(layer, call.bias if site.drops_bias else None, name)
 
     def _norm(self, region: Region, site: Site, call: AffineCall) -> _BatchNorm:
@@ -282,6 +299,18 @@ def _aliases(region: Region, origin: Origin) -> list[Origin]:
             bias = None if origin.bias is None else join(path, leaf)
             found.append(Origin(path, bias, norms.get(path.rpartition(".")[0], origin.norm)))
     return found
+
+
+def _is_counted(root: nn.Module, layer: str) -> bool:
+    """Whether the parent of a layer goes through its children, so that one more would count."""
+    parent = root.get_submodule(layer.rpartition(".")[0])
+    return bool(layer) and isinstance(parent, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+
+
+def _is_result(graph: fx.Graph, node: fx.Node) -> bool:
+    """Whether what a call gives is what the graph gives, and nothing else reads it."""
+    [out] = graph.find_nodes(op="output")
+    return out.args[0] is node and list(node.users) == [out]
 
 
 def _put_behind(graph: fx.Graph, node: fx.Node, name: str, *, per_row: bool) -> None:

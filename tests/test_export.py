@@ -175,6 +175,8 @@ def test_the_module_of_a_program_needs_no_eval_mode(tmp_path: Path) -> None:
     training: Any = torch.export.export(net.train(), (x,)).module()
     with pytest.raises(bnfx.ExportError, match=r"in train mode: 'batch_norm"):
         bnfx.export_onnx(training, x, tmp_path / "m.onnx")
-    inserted = bnfx.insert_bn(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)))
+    inserted = bnfx.insert_bn(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), form="graph"
+    )
     with pytest.raises(bnfx.ExportError, match="0_bn"):
         bnfx.export_onnx(inserted, x, tmp_path / "m.onnx")

@@ -36,7 +36,7 @@ def inserted(kind: str, seed: int) -> tuple[nn.Module, _BatchNorm, Tensor]:
     """
     torch.manual_seed(seed)
     build, shape = LAYERS[kind]
-    net = bnfx.insert_bn(nn.Sequential(build(), nn.ReLU())).double().train()
+    net = bnfx.insert_bn(nn.Sequential(build(), nn.ReLU()), form="graph").double().train()
     norm = net.get_submodule("0_bn")
     assert isinstance(norm, _BatchNorm)
     norm.eps = 1e-300

@@ -8,6 +8,7 @@ anew after each pass.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +18,14 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from bnfx.editing.declarations import ModelFacts, Preserved
-from bnfx.editing.inserted import InsertedGraph, Origin
+from bnfx.editing.inserted import InsertedGraph
 from bnfx.editing.preservation import agrees, floats
 from bnfx.errors import BnfxError, CaptureError
 from bnfx.graphs.agreement import outputs
 from bnfx.graphs.examples import Example, clone, obstacle, untouched
+from bnfx.graphs.kept import Behind, Code, Kept, keep_class
 from bnfx.graphs.observed import SCOPES, observe
+from bnfx.graphs.origins import Origin
 from bnfx.graphs.parameters import attribute
 from bnfx.graphs.training import ByMode, module_graph
 from bnfx.operators.table import affine_module
@@ -50,6 +53,10 @@ class Region:
     runs: Mapping[str, int] = field(default_factory=dict)
     #: The BatchNorms that were put into it.
     origins: list[Origin] = field(default_factory=list)
+    #: Whether the module keeps its class, with the code of the edited graph for its forward.
+    kept: bool = False
+    #: Where that is enough: its own forward, and then one BatchNorm.
+    behind: Behind | None = None
 
     def name(self, target: str) -> str:
         """Path in the whole model of what the graph calls `target`."""
@@ -177,7 +184,7 @@ class Draft:
                 str(n.target) for n in captured.graph.nodes if n.op in ("get_attr", "call_module")
             ]
             held = {name: attribute(module, name) for name in read}
-            opaque, fixed = tuple(captured.opaque), not path or _takes_just_what_it_must(module)
+            opaque, fixed = tuple(captured.opaque), not path or takes_just_what_it_must(module)
         made = {name: value for name, value in held.items() if not _holds(module, name)}
         return Region(path, module, captured.graph, modules, made, opaque, fixed)
 
@@ -199,12 +206,15 @@ class Draft:
         parent, _, leaf = path.rpartition(".")
         self.root.get_submodule(parent)._modules[leaf] = module
 
-    def open(self, path: str) -> Region:
-        """The trace of the part at `path`, which becomes a GraphModule: to edit its graph."""
+    def open(self, path: str, *, kept: bool = False) -> Region:
+        """The trace of the part at `path`, to edit its graph.
+
+        It becomes a GraphModule, or with `kept` stays an object of its class.
+        """
         if path not in self._edited:
             region = self.traced(path) if path else self.whole
             assert region is not None
-            self._edited[path] = region
+            self._edited[path] = dataclasses.replace(region, kept=kept)
         return self._edited[path]
 
     def bypass(self, node: fx.Node, value: fx.Node) -> None:
@@ -258,7 +268,7 @@ class Draft:
         self.changes += changes
         for path in sorted(self._edited, key=lambda path: -len(path)):
             region = self._edited[path]
-            made = _as_graph(region)
+            made = _as_its_class(region) if region.kept else _as_graph(region)
             for slot, module in self.modules():
                 if module is region.root:
                     self._put(slot, made, region)
@@ -315,10 +325,13 @@ def _holds(module: nn.Module, name: str) -> bool:
 def _as_graph(region: Region) -> nn.Module:
     """The module of a region as its edited graph, with the report of it that there may be."""
     module = region.root
-    for name, value in region.made.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, value)
-    before = module._bnfx_origins if isinstance(module, InsertedGraph) else ()
+    _take_what_was_made(region)
+    before = [
+        Origin(join(path, o.layer), o.bias and join(path, o.bias), join(path, o.norm))
+        for path, inner in module.named_modules(remove_duplicate=False)
+        if isinstance(inner, InsertedGraph | Kept)
+        for o in inner._bnfx_origins
+    ]
     like = module if region.path else None
     made = InsertedGraph.build(module, region.graph, [*before, *region.origins], like)
     try:
@@ -327,7 +340,22 @@ def _as_graph(region: Region) -> nn.Module:
         return made
 
 
-def _takes_just_what_it_must(module: nn.Module) -> bool:
+def _as_its_class(region: Region) -> nn.Module:
+    """The module of a region itself, with another forward."""
+    module = region.root
+    _take_what_was_made(region)
+    made = region.behind or Code.of(region.graph)
+    keep_class(module, made, region.origins, region.path)
+    return module
+
+
+def _take_what_was_made(region: Region) -> None:
+    for name, value in region.made.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(region.root.get_submodule(parent), leaf, value)
+
+
+def takes_just_what_it_must(module: nn.Module) -> bool:
     """Whether every argument of the forward is required, so that every caller gives all."""
     parameters = inspect.signature(module.forward).parameters.values()
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import fx, nn
 
 from bnfx.graphs.durable import DurableGraph
 from bnfx.graphs.examples import take_hooks
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where an inserted BatchNorm came from, in names that start from the graph's root.
-
-    Attributes:
-        layer: Path of the affine layer, "" for the root itself.
-        bias: Name of the bias that beta replaced; None where there was none, or where it stays.
-        norm: Path of the BatchNorm.
-    """
-
-    layer: str
-    bias: str | None
-    norm: str
+from bnfx.graphs.origins import Origin, name_the_layer, translate
 
 
 class InsertedGraph(DurableGraph):
@@ -69,13 +51,13 @@ class InsertedGraph(DurableGraph):
         try:
             return super().__call__(*args, **kwargs)
         except ValueError as error:
-            _name_the_layer(self, error)
+            name_the_layer(self, self._bnfx_origins, "", error)
             raise
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        _translate(self, state_dict, prefix)
+        translate(self, self._bnfx_origins, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -117,57 +99,8 @@ def _resemble(made: nn.Module, source: nn.Module) -> None:
     take_hooks(made, source)
 
 
-def _name_the_layer(module: InsertedGraph, error: ValueError) -> None:
-    """Note on an error the inserted BatchNorm that raised it: that of a batch too small, mostly."""
-    norms = {id(module.get_submodule(o.norm)): o for o in reversed(module._bnfx_origins)}
-    trace = error.__traceback__
-    while trace is not None:
-        origin = norms.get(id(trace.tb_frame.f_locals.get("self")))
-        if origin is not None:
-            layer = origin.layer or type(module).__name__
-            error.add_note(
-                f"raised by the BatchNorm that bnfx put behind {layer!r} ({origin.norm!r}); in "
-                "train mode it needs more than one value per channel: give larger batches, exclude "
-                "the layer, or call eval()"
-            )
-            return
-        trace = trace.tb_next
-
-
 def _take_absent(made: nn.Module, source: nn.Module) -> None:
     """A parameter that is None, such as a bias that is gone, stays an attribute."""
     for name, parameter in source._parameters.items():
         if parameter is None and name not in made._parameters:
             made.register_parameter(name, None)
-
-
-def _translate(module: InsertedGraph, state_dict: dict[str, Any], prefix: str) -> None:
-    """Turn a checkpoint from before the insertion into one of `module`."""
-    spent: set[str] = set()
-    given = list(state_dict)
-    for origin in module._bnfx_origins:
-        norm = module.get_submodule(origin.norm)
-        own, layer = f"{prefix}{origin.norm}.", f"{prefix}{origin.layer}"
-        known = any(key == layer or key.startswith(f"{layer}.") for key in given)
-        if origin.layer == "":
-            known = any(key.startswith(prefix) for key in given)
-        if not isinstance(norm, _BatchNorm) or not known:
-            continue
-        if any(key.startswith(own) for key in given):
-            continue
-        bias = None if origin.bias is None else state_dict.get(f"{prefix}{origin.bias}")
-        for name, value in _identity(norm, bias).items():
-            state_dict[own + name] = value
-        spent.add(f"{prefix}{origin.bias}")
-    for key in spent & state_dict.keys():
-        del state_dict[key]
-
-
-def _identity(norm: _BatchNorm, bias: Tensor | None) -> dict[str, Tensor]:
-    """The state of a BatchNorm that only adds `bias`."""
-    state = {name: torch.zeros_like(value) for name, value in norm.state_dict().items()}
-    state["running_var"].fill_(1)
-    state["weight"].fill_(math.sqrt(1 + norm.eps))
-    if bias is not None:
-        state["bias"].copy_(bias)
-    return state

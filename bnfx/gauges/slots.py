@@ -30,12 +30,13 @@ from bnfx.gauges.written_out import part_of
 from bnfx.graphs.constants import Values
 from bnfx.graphs.examples import has_hooks, skeleton
 from bnfx.graphs.in_place import aliases
+from bnfx.graphs.kept import plain_class
 from bnfx.graphs.naming import OWNER, describe, owner_of
 from bnfx.graphs.norms import STATE, is_norm, is_stock_norm
 from bnfx.graphs.parameters import sweep
 from bnfx.graphs.tracing import Tracer, trace
 from bnfx.numbers import Ints
-from bnfx.operators.table import Passage, affine_module, is_batch_norm, passage_of
+from bnfx.operators.table import Passage, affine_class, is_batch_norm, passage_of
 
 _HOOKED = "it has hooks, which see its input and output; remove them first"
 _SPLIT = "its module is called several times, and at one of the calls it stays"
@@ -140,7 +141,7 @@ class Slots:
         weight = call_of(site).get("weight")
         owner = self.modules.get(owner_of(str(getattr(weight, "target", ""))))
         own = owner is module and str(getattr(weight, "target", "")).endswith("weight")
-        return own and site.kind is Kind.AFFINE and affine_module(module) is not None
+        return own and site.kind is Kind.AFFINE and _takes_bias(module)
 
     def _is_removable(self, site: Site) -> bool:
         return _is_norm(site.node) and not self.why_kept(site.node)
@@ -225,8 +226,9 @@ class Slots:
         state = {**module._parameters, **module._buffers}
         if state.get(leaf) is not None:
             return True
-        fits = ("bias",) if affine_module(module) is not None else ("weight", "bias")
-        return leaf in fits and (affine_module(module) is not None or _is_stock(module))
+        return leaf in (
+            ("weight", "bias") if _is_stock(module) else ("bias",) * _takes_bias(module)
+        )
 
     def written_over(self, before: fx.Graph, fresh: Iterable[fx.Node]) -> dict[str, str]:
         """Norms that must stay, since what they give is written in place, and why.
@@ -291,6 +293,11 @@ def _is_stock(module: nn.Module) -> bool:
     if isinstance(module, _InstanceNorm):
         return type(module).forward is _InstanceNorm.forward and "forward" not in vars(module)
     return is_stock_norm(module)
+
+
+def _takes_bias(module: nn.Module) -> bool:
+    """Whether it is a layer of torch.nn, perhaps with a BatchNorm that insertion put behind it."""
+    return affine_class(plain_class(module)) is not None
 
 
 def _has_own_forward(module: nn.Module) -> bool:

@@ -442,11 +442,16 @@ def affine_of(node: fx.Node, modules: Mapping[str, nn.Module] | None = None) -> 
 
 def affine_module(module: nn.Module) -> Operator | None:
     """The row of an affine module. A subclass with a forward of its own is something else."""
-    row = operator_of_module(module)
+    return affine_class(type(module))
+
+
+def affine_class(kind: type[nn.Module]) -> Operator | None:
+    """The row of a class of affine modules, likewise."""
+    known: Any = next((base for base in kind.__mro__ if base in _BY_CLASS), None)
+    row = None if known is None else _BY_CLASS[known]
     if row is None or row.role is not Role.AFFINE:
         return None
-    kind: Any = next(kind for kind in type(module).__mro__ if kind in _BY_CLASS)
-    return row if type(module).forward is kind.forward else None
+    return row if kind.forward is known.forward else None
 
 
 def product_of(node: fx.Node) -> Operator | None:

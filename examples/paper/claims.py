@@ -208,7 +208,7 @@ def two_arms(
     torch.manual_seed(seed)
     plain = sigmoid_mlp(width, depth, inputs=bench.pixels, std=std)
     plain.to(bench.device)
-    return {"without": plain, "with": bnfx.insert_bn(plain)}
+    return {"without": plain, "with": bnfx.insert_bn(plain, form="graph")}
 
 
 def first_step(steps: list[int], accuracy: list[float], target: float) -> int | None:

@@ -25,7 +25,11 @@ def measure(bench: Bench) -> dict[str, Any]:
     """Relative differences in float64, on real images, through a network made by bnfx."""
     bench.expect(len(SCALES) * len(EPS))
     torch.manual_seed(0)
-    net = bnfx.insert_bn(sigmoid_mlp(20, 2, inputs=bench.pixels, std=0.1)).double().cpu()
+    net = (
+        bnfx.insert_bn(sigmoid_mlp(20, 2, inputs=bench.pixels, std=0.1), form="graph")
+        .double()
+        .cpu()
+    )
     images = bench.data.test_images[:60].double().cpu()
     scaled = {}
     for name, eps in EPS.items():

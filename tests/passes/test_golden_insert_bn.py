@@ -66,7 +66,7 @@ def test_a_function_with_parameters(golden: Golden) -> None:
 
 def test_in_the_slot_of_a_layer(golden: Golden) -> None:
     model = net("y * 2 if y.sum() > 1e9 else y", "y = torch.relu(self.fc(x))", fc=linear(2, 2))
-    golden.insert(model, ROWS, given=True)
+    golden.insert(model, ROWS, given=True, form="module")
 
 
 # Where none goes ----------------------------------------------------------------------------------
@@ -188,18 +188,22 @@ def test_inside_a_module_that_is_kept_whole(golden: Golden) -> None:
 
 def test_never_called_in_a_part_of_what_is_not_traced(golden: Golden) -> None:
     part = net("torch.relu(self.a(x))", a=linear(2, 2), b=linear(2, 2))
-    golden.insert(net("y * 2 if y.sum() > 1e9 else y", "y = self.part(x)", part=part), ROWS)
+    golden.insert(
+        net("y * 2 if y.sum() > 1e9 else y", "y = self.part(x)", part=part), ROWS, form="module"
+    )
 
 
 def test_its_output_leaves_a_part_that_is_traced(golden: Golden) -> None:
     part = chain(linear(2, 2), nn.ReLU(), linear(2, 2))
-    golden.insert(net("y * 2 if y.sum() > 1e9 else y", "y = self.part(x)", part=part), ROWS)
+    golden.insert(
+        net("y * 2 if y.sum() > 1e9 else y", "y = self.part(x)", part=part), ROWS, form="module"
+    )
 
 
 def test_behind_the_nonlinearity_in_a_part_of_what_is_not_traced(golden: Golden) -> None:
     part = net("torch.relu(self.fc(x))", fc=linear(2, 2))
     model = net("y * 2 if y.sum() > 1e9 else y", "y = self.part(x)", part=part)
-    golden.insert(model, ROWS, placement="post_activation")
+    golden.insert(model, ROWS, placement="post_activation", form="module")
 
 
 def test_called_twice_from_code_that_is_not_traced(golden: Golden) -> None:
@@ -209,12 +213,12 @@ def test_called_twice_from_code_that_is_not_traced(golden: Golden) -> None:
         "y = torch.relu(self.fc(y)) if x.sum() < 1e9 else y",
         fc=linear(2, 2),
     )
-    golden.insert(model, ROWS, given=True)
+    golden.insert(model, ROWS, given=True, form="module")
 
 
 def test_its_nonlinearity_is_in_code_that_is_not_traced(golden: Golden) -> None:
     model = net("y * 2 if y.sum() > 1e9 else y", "y = torch.relu(self.fc(x))", fc=linear(2, 2))
-    golden.insert(model, ROWS, given=True, placement="post_activation")
+    golden.insert(model, ROWS, given=True, placement="post_activation", form="module")
 
 
 def test_a_function_in_code_that_is_not_traced(golden: Golden) -> None:
@@ -223,4 +227,4 @@ def test_a_function_in_code_that_is_not_traced(golden: Golden) -> None:
         "y = torch.relu(F.linear(x, self.w))",
         w=nn.Parameter(torch.ones(2, 2)),
     )
-    golden.insert(model, ROWS, given=True)
+    golden.insert(model, ROWS, given=True, form="module")

@@ -30,7 +30,7 @@ def actions(model: nn.Module) -> dict[str, str]:
 def test_the_papers_rule() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
     before = copy.deepcopy(model.state_dict())
-    done = bnfx.insert_bn(model)
+    done = bnfx.insert_bn(model, form="graph")
     assert actions(done) == {"0": "inserted", "3": "skipped"}
     assert_same_state(model.state_dict(), before)
     assert type(done.get_submodule("0_bn")) is nn.BatchNorm2d
@@ -84,7 +84,7 @@ def test_train_and_eval_act_as_on_the_source() -> None:
             out: Tensor = self.head(F.dropout(F.relu(self.fc(x)), 0.5, self.training))
             return out
 
-    done = bnfx.insert_bn(Dropped(), exclude="*")
+    done = bnfx.insert_bn(Dropped(), exclude="*", form="graph")
     x = torch.randn(16, 8)
     for model in (done, copy.deepcopy(done), pickle.loads(pickle.dumps(done))):
         model.eval()
@@ -95,7 +95,7 @@ def test_train_and_eval_act_as_on_the_source() -> None:
 
 def test_statistics_of_a_linear_layer_are_per_feature() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
-    done = bnfx.insert_bn(model).train()
+    done = bnfx.insert_bn(model, form="graph").train()
     x = torch.randn(5, 6, 6)  # here the length equals the number of features
     done(x)
     mean = nn.functional.linear(x, model.get_parameter("0.weight")).flatten(0, -2).mean(0)
@@ -201,6 +201,6 @@ NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_trac
 def test_the_meta_device_has_no_values(init: Any) -> None:
     with torch.device("meta"):
         model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(2, 3, 8, 8)
-    done = bnfx.insert_bn(model, x, init=init)
+    done = bnfx.insert_bn(model, x, init=init, form="graph")
     assert done.get_parameter("0_bn.weight").is_meta
     assert done(x).shape == (2, 4, 6, 6)

@@ -167,7 +167,7 @@ def test_each_part_has_the_mode_of_the_source(name: str) -> None:
 
 def test_a_batch_of_one_value_names_the_layer() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
-    done = bnfx.insert_bn(net).train()
+    done = bnfx.insert_bn(net, form="graph").train()
     with pytest.raises(ValueError, match="more than 1 value per channel") as raised:
         done(torch.randn(1, 3, 1, 1))
     [note] = raised.value.__notes__

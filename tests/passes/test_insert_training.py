@@ -105,7 +105,7 @@ def test_an_optimizer_of_something_else_is_refused_before_anything_happens() -> 
 
 
 def test_param_groups_spare_gamma_beta_and_biases() -> None:
-    model = bnfx.insert_bn(Net())
+    model = bnfx.insert_bn(Net(), form="graph")
     model.get_parameter("head.weight").requires_grad_(False)
     decayed, spared = bnfx.param_groups(model, weight_decay=0.01)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -226,7 +226,7 @@ def test_behind_the_activation() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.ReLU(), nn.Linear(16, 2)
     )
-    done = bnfx.insert_bn(model, placement="post_activation", init="identity").eval()
+    done = bnfx.insert_bn(model, placement="post_activation", init="identity", form="graph").eval()
     x = torch.randn(2, 3, 6, 6)
     torch.testing.assert_close(done(x), model.eval()(x))
     assert records(done)["0"][0] == "inserted"
@@ -274,7 +274,7 @@ def test_filters_and_the_predicate_sees_a_record() -> None:
 def test_frozen_layers_stay_frozen() -> None:
     model = Net()
     model.conv1.requires_grad_(False)
-    done = bnfx.insert_bn(model)
+    done = bnfx.insert_bn(model, form="graph")
     frozen = {name for name, p in done.named_parameters() if not p.requires_grad}
     assert frozen == {"conv1.weight", "conv1_bn.weight", "conv1_bn.bias"}
 

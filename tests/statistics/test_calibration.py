@@ -55,7 +55,9 @@ def test_moments_of_large_batches_are_taken_in_chunks(monkeypatch: pytest.Monkey
 def test_calibration_keeps_outputs_and_takes_exact_statistics(placement: Any) -> None:
     model, data = convnet().eval(), batches()
     before = copy.deepcopy(model.state_dict())
-    done = bnfx.insert_bn(model, init="calibrate", calibration_data=iter(data), placement=placement)
+    done = bnfx.insert_bn(
+        model, init="calibrate", calibration_data=iter(data), placement=placement, form="graph"
+    )
     assert_same_state(model.state_dict(), before)
     for x in data:
         torch.testing.assert_close(done(x), model(x), rtol=1e-4, atol=1e-5)
@@ -76,7 +78,7 @@ def test_calibration_keeps_outputs_and_takes_exact_statistics(placement: Any) ->
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype(dtype: torch.dtype) -> None:
     model, data = convnet().to(dtype).eval(), batches()  # float32 batches for any model
-    done = bnfx.insert_bn(model, init="calibrate", calibration_data=data)
+    done = bnfx.insert_bn(model, init="calibrate", calibration_data=data, form="graph")
     assert done.get_buffer("0_bn.running_var").dtype == torch.promote_types(dtype, torch.float32)
     x = data[1].to(dtype)
     with torch.no_grad():
@@ -87,8 +89,10 @@ def test_every_dtype(dtype: torch.dtype) -> None:
 def test_train_mode_starts_close() -> None:
     torch.manual_seed(1)
     model, data = convnet(), [torch.randn(64, 3, 10, 10) for _ in range(4)]
-    calibrated = bnfx.insert_bn(model, init="calibrate", calibration_data=data).train()
-    fresh = bnfx.insert_bn(model).train()
+    calibrated = bnfx.insert_bn(
+        model, init="calibrate", calibration_data=data, form="graph"
+    ).train()
+    fresh = bnfx.insert_bn(model, form="graph").train()
     truth = model(data[0])
     apart = [
         float((m(data[0]) - truth).detach().norm() / truth.detach().norm())
@@ -122,7 +126,7 @@ def forms() -> Iterator[tuple[str, list[Any]]]:
 @pytest.mark.parametrize(("name", "data"), [*forms()])
 def test_any_form_of_batches(name: str, data: list[Any]) -> None:
     model = Masked().eval()
-    done = bnfx.insert_bn(model, init="calibrate", calibration_data=data)
+    done = bnfx.insert_bn(model, init="calibrate", calibration_data=data, form="graph")
     x = torch.randn(5, 4)
     torch.testing.assert_close(done(x), model(x), rtol=1e-4, atol=1e-5)
     mean = done.get_buffer("fc_bn.running_mean")
@@ -132,7 +136,7 @@ def test_any_form_of_batches(name: str, data: list[Any]) -> None:
 def test_sequences_of_any_rank() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4)).eval()
     data = [torch.randn(3, 5, 7, 4) + 2]
-    done = bnfx.insert_bn(model, init="calibrate", calibration_data=data)
+    done = bnfx.insert_bn(model, init="calibrate", calibration_data=data, form="graph")
     rows = nn.functional.linear(data[0], model.get_parameter("0.weight")).flatten(0, -2)
     torch.testing.assert_close(
         done.get_buffer("0_bn.running_var"), rows.var(0), rtol=1e-4, atol=1e-6
@@ -162,7 +166,7 @@ def test_bad_data_is_refused(name: str) -> None:
     model = convnet()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(bnfx.CalibrationError, match=message):
-        bnfx.insert_bn(model, init="calibrate", calibration_data=data)
+        bnfx.insert_bn(model, init="calibrate", calibration_data=data, form="graph")
     assert_same_state(model.state_dict(), before)
     assert all(module.training for module in model.modules())
 
@@ -172,7 +176,7 @@ def test_activations_that_overflow_are_refused() -> None:
     with torch.no_grad():
         model.get_parameter("0.weight").fill_(3e38)
     with pytest.raises(bnfx.CalibrationError, match="'0_bn'"):
-        bnfx.insert_bn(model, init="calibrate", calibration_data=[torch.ones(4, 4)])
+        bnfx.insert_bn(model, init="calibrate", calibration_data=[torch.ones(4, 4)], form="graph")
 
 
 def test_contradictory_arguments() -> None:

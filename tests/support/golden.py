@@ -67,7 +67,7 @@ class Golden:
     ) -> None:
         """`insert_bn` of a model; where it puts identities, eval outputs stay."""
         before = copy.deepcopy(model.state_dict())
-        options = {"init": "identity"} | options
+        options = {"init": "identity", "form": "graph"} | options
         done = bnfx.insert_bn(model, copy.deepcopy(inputs) if given else None, **options)
         if inputs and options["init"] == "identity":
             assert_close(copy.deepcopy(model).eval(), copy.deepcopy(done).eval(), [*inputs])
