@@ -196,19 +196,22 @@ def _product(site: Site, ends: Ends, values: Values, dead: Mapping[int, float]) 
     assert weight is not None
     a_i, d_i, a_o, d_o = map(_tensor, (ends.a_i, ends.d_i, ends.a_o, ends.d_o))
     rows = product.rows(weight.detach().cpu().double())
+    groups, outputs, inputs = rows.shape
     old = torch.zeros_like(a_o)
     if bias is not None:
         old = product.beta * bias.detach().cpu().double().reshape(-1).expand_as(a_o)
-    added = a_o * (old + d_o - product.alpha * (rows * d_i).sum(1))
+    moved = product.alpha * (rows * d_i.reshape(groups, 1, inputs)).sum(2).flatten()
+    added = a_o * (old + d_o - moved)
     kept = torch.ones_like(a_o)
     for channel, value in dead.items():
         kept[channel], added[channel] = 0.0, value
-    new = rows * (1.0 / a_i) * (a_o * kept)[:, None]
-    tensors = {"weight": product.rows(new).contiguous()}
+    factor = (a_o * kept).reshape(groups, outputs, 1)
+    new = rows * (1.0 / a_i).reshape(groups, 1, inputs) * factor
+    tensors = {"weight": product.weight_of(new, weight)}
     if bias is not None:
         tensors["bias"] = added / product.beta
     elif bool((added != 0).any()):
-        tensors["addend"] = added.reshape(-1, *[1] * (-1 - product.y_axis))
+        tensors["addend"] = product.over_outputs(added, weight)
     return Change(site, tensors, _sources(values, product.weight, product.bias))
 
 

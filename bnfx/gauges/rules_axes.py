@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from bnfx.gauges.constraints import Cause, Kind, Site
 from bnfx.gauges.labels import along, array, compact, ground_map, settled
 from bnfx.gauges.walk import Opaque, Walk
 from bnfx.graphs.naming import describe
+from bnfx.graphs.shapes import is_tensor
 from bnfx.operators.calls import all_equal, argument, base_name, call_name
 from bnfx.operators.products import Product, products
-from bnfx.operators.table import Passage, passage_of
+from bnfx.operators.table import Passage, layer_call, passage_of
 
 
 def pool(walk: Walk, node: fx.Node) -> Any:
@@ -115,9 +117,9 @@ def _counts_padding(node: fx.Node) -> bool:
 
 def matmul(walk: Walk, node: fx.Node) -> Tensor:
     """With a parameter a layer; else linear in the second operand, and the first is ground."""
-    for product in products(node):
+    for product in products(node, _ranks(walk, node)):
         weight = walk.values.of(product.weight)
-        if weight is not None and weight.dim() == 2 and weight.is_floating_point():
+        if weight is not None and weight.is_floating_point():
             return _layer(walk, node, product, weight)
     if base_name(call_name(node)) in ("addmm", "einsum"):
         raise Opaque
@@ -149,6 +151,13 @@ def attention(walk: Walk, node: fx.Node) -> Tensor:
     return _contracted(walk, node, values, cause, sums_to_one=mask is None)
 
 
+def _ranks(walk: Walk, node: fx.Node) -> tuple[int, int]:
+    """The ranks of the two factors; what is unknown is taken for a matrix."""
+    call: dict[Any, Any] = layer_call(node) if base_name(call_name(node)) != "einsum" else {}
+    first, second = (walk.shapes.values.get(call.get(part, node)) for part in ("input", "weight"))
+    return first.dim() if is_tensor(first) else 2, second.dim() if is_tensor(second) else 2
+
+
 def _layer(walk: Walk, node: fx.Node, product: Product, weight: Tensor) -> Tensor:
     """A gauge for each feature in and another out."""
     shape, bias = walk.shape_of(node), walk.values.of(product.bias)
@@ -156,22 +165,24 @@ def _layer(walk: Walk, node: fx.Node, product: Product, weight: Tensor) -> Tenso
         raise Opaque
     if bias is not None and bias.dim() > 1 and bias.shape[-1] != bias.numel():
         raise Opaque
-    outputs, inputs = product.rows(weight).shape
-    made = len(shape) + product.y_axis
+    inputs, outputs = product.sizes(weight)
     words = f"{describe(node)}, whose weights take one gauge for each channel"
     if isinstance(walk.maps.get(product.input), Tensor):
         labels = walk.labels_of(product.input)
-        x = walk.channels(labels, labels.dim() + product.x_axis, Cause(node, words))
+        axes = [labels.dim() + axis for axis in product.x_axes]
+        x = walk.rows(labels, axes, Cause(node, words))
+        if tuple(labels.shape[axis] for axis in axes) != inputs:  # one of them is broadcast
+            raise Opaque
     else:
-        x = np.zeros(inputs, np.int64)
-    if len(x) != inputs or not made >= 0 or shape[made] != outputs:
+        x = np.zeros(math.prod(inputs), np.int64)
+    if tuple(shape[axis] for axis in product.y_axes) != outputs:
         raise Opaque
-    y = walk.found.fresh(node, "y", outputs)
+    y = walk.found.fresh(node, "y", math.prod(outputs))
     walk.found.absorbers.append(y)
     walk.found.readers[node, 0] = np.unique(x)
     site = Site(node, Kind.PRODUCT, x, y, source=product.input, like=weight, product=product)
     walk.found.site(site)
-    return along(y, made, shape)
+    return product.over_outputs(torch.from_numpy(y), weight).expand(shape)
 
 
 def _contracted(

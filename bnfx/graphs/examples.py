@@ -172,8 +172,9 @@ def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
                 take_hooks(known[id(module)], module, known)
         return copied
     except Exception as error:  # copying is up to the classes in it, which raise anything
+        said = str(error).rstrip(".")
         raise CaptureError(
-            f"{type(model).__name__} cannot be copied: {error}. bnfx never changes the model that "
+            f"{type(model).__name__} cannot be copied: {said}. bnfx never changes the model that "
             "it is given; make copy.deepcopy(model) work, or shard and wrap what bnfx returns"
         ) from error
 

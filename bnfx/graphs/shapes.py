@@ -303,7 +303,7 @@ class _Runner:
         name = base_name(call_name(node))
         for product in products(node) if product_of(node) and name != "einsum" else ():
             weight = self._weight(product.weight, found)
-            if product.transposed and weight is not None and weight.dim() == 2:
+            if product.y_axes == (-1,) and weight is not None and weight.dim() == 2:
                 fits = _ANY if "matmul" in name else frozenset({2})
                 return _Layer(fits, 2, 0, weight.shape[0], weight.shape[1], weight)
         return None

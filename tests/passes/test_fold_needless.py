@@ -220,6 +220,57 @@ def test_products_with_a_parameter_are_layers(name: str, *, forward: bool) -> No
     folds(Net(call, *layers, shape=(4, 4)), image(4, 4), kept=not layer)
 
 
+#: Products over several axes or with a weight for each entry of one: shapes of x and w, and of y.
+_CONTRACTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
+    "bci,cio->bo": ((6, 3, 5), (3, 5, 4), (6, 4)),
+    "bci,oic->bo": ((6, 3, 5), (4, 5, 3), (6, 4)),
+    "bci,cio->bco": ((6, 3, 5), (3, 5, 4), (6, 3, 4)),
+    "bic,cio->bco": ((6, 5, 3), (3, 5, 4), (6, 3, 4)),
+    "bi,iop->bop": ((6, 5), (5, 4, 2), (6, 4, 2)),
+    "bi,ipo->bop": ((6, 5), (5, 2, 4), (6, 4, 2)),
+    "bci,c->bci": ((6, 3, 5), (3,), (6, 3, 5)),
+    "...i,io->...o": ((6, 5), (5, 4), (6, 4)),
+    "bchw,oc->bohw": ((2, 3, 4, 5), (4, 3), (2, 4, 4, 5)),
+    "bhci,hcio->bohc": ((2, 2, 3, 5), (2, 3, 5, 4), (2, 4, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("equation", _CONTRACTIONS)
+@pytest.mark.parametrize("first", [True, False])
+def test_contractions_with_a_parameter_are_layers(equation: str, *, first: bool) -> None:
+    taken, weight, given = _CONTRACTIONS[equation]
+    terms, _, out = equation.partition("->")
+    swapped = f"{','.join(reversed(terms.split(',')))}->{out}"
+    norms = [nn.BatchNorm2d(s[1]) if len(s) == 4 else nn.BatchNorm1d(s[1]) for s in (taken, given)]
+
+    def call(x: Tensor, w: Tensor) -> Tensor:
+        return torch.einsum(equation, x, w) if first else torch.einsum(swapped, w, x)
+
+    model, x = settled(Net(call, *norms, nn.Tanh(), shape=weight)), image(*taken)
+    folded = bnfx.fold_bn(model, (x,))
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+    assert verdicts(folded) == ["folded", "folded"]
+
+
+@pytest.mark.parametrize(
+    ("taken", "weight", "folded"),
+    [((6, 3, 5), (3, 5, 4), 2), ((6, 3, 2, 5), (3, 5, 4), 2), ((6, 3, 2, 5), (1, 5, 4), 0)],
+)
+def test_products_with_a_weight_for_each_entry(
+    taken: tuple[int, ...], weight: tuple[int, ...], folded: int
+) -> None:
+    """`bmm` and `matmul`; a weight that is repeated over an axis of x is none for each entry."""
+    norms = [nn.BatchNorm1d(3) if len(taken) == 3 else nn.BatchNorm2d(3) for _ in range(2)]
+
+    def call(x: Tensor, w: Tensor) -> Tensor:
+        return torch.bmm(x.transpose(0, 1), w).transpose(0, 1) if len(taken) == 3 else x @ w
+
+    model, x = settled(Net(call, *norms, nn.Tanh(), shape=weight)), image(*taken)
+    made = bnfx.fold_bn(model, (x,))
+    torch.testing.assert_close(made(x), model(x), rtol=1e-10, atol=1e-10)
+    assert verdicts(made).count("folded") == folded
+
+
 @pytest.mark.parametrize(
     "call",
     [

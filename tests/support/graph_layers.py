@@ -97,9 +97,11 @@ def functional_conv(w: Writer, v: str) -> str:
 
 def matmul(w: Writer, v: str) -> str:
     """A product with a parameter, in the spellings that are not F.linear."""
-    size = w.values[v].shape[-1]
+    *_, rows, size = w.values[v].shape
     weight = w.layer(f"nn.Parameter(torch.randn({size}, 4) / 2)")
     bias = w.layer("nn.Parameter(torch.randn(4))")
+    left = w.layer(f"nn.Parameter(torch.randn({w.pick((rows, 3))}, {rows}) / 2)")
+    pair = w.layer(f"nn.Parameter(torch.randn({rows}, {size}, 3) / 2)")
     return w.add(
         w.pick(
             (
@@ -108,19 +110,42 @@ def matmul(w: Writer, v: str) -> str:
                 f"torch.addmm({bias}, {v}, {weight})",
                 f"torch.einsum('...i,io->...o', {v}, {weight})",
                 f"F.linear({v}, {weight}.t(), {bias})",
+                f"{left} @ {v}",
+                f"torch.mm({v}, {weight})",
+                f"torch.mm({left}, {v})",
+                f"torch.addmm({bias}, {v}, {weight}, beta=0.5, alpha=-2)",
+                f"torch.einsum('bci,io->bco', {v}, {weight})",
+                f"torch.einsum('bci,oc->boi', {v}, {left})",
+                f"torch.einsum('bci,cio->bo', {v}, {pair})",
+                f"torch.einsum('bci,cio->bco', {v}, {pair})",
+                f"{v} @ ({weight} * {bias})",
             )
         )
     )
 
 
+_COMPUTED = (
+    "parametrizations.weight_norm({conv})",
+    "parametrizations.spectral_norm({conv})",
+    "parametrizations.orthogonal({conv})",
+    "prune.l1_unstructured({conv}, 'weight', 0.4)",
+    "utils.spectral_norm({conv})",
+    "watched({conv})",
+    "watched(utils.spectral_norm({conv}))",
+)
+
+
 def odd_affine(w: Writer, v: str) -> str:
-    """Layers that look like a convolution and are something else."""
-    channels = w.values[v].shape[1]
+    """Layers that look like a convolution and are something else, or compute their weight."""
+    spatial, channels = w.values[v].dim() - 2, w.values[v].shape[1]
+    if w.chance(60):
+        conv = f"nn.Conv{spatial}d({channels}, 4, {w.pick((1, 3))}, padding={w.pick((0, 1))})"
+        conv = conv if spatial else f"nn.Linear({channels}, 4)"
+        return w.call(w.layer(w.pick(_COMPUTED).format(conv=conv)), v)
     expression = w.pick(
         (
-            f"parametrizations.weight_norm(nn.Conv2d({channels}, 4, 3, padding=1))",
-            f"parametrizations.spectral_norm(nn.Conv2d({channels}, 4, 1))",
             f"DoubledConv({channels}, 4, 3, padding=1)",
+            f"MaskedConv({channels}, 4, 3, padding=1)",
             f"nn.Sequential(nn.Conv2d({channels}, 4, 1), nn.Identity())",
         )
     )

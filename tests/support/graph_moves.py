@@ -78,10 +78,13 @@ _MOVEMENTS = """
     F.dropout({v}, 0.5, self.training); {v}.float().double(); torch.diff({v}, dim=1); {v}.cumsum(1)
     {v}.sort(-1)[0]; F.pad({v}, (1, 1)); F.pad({v}, (0, 0, 1, 0)); {v}.flatten(0, -2)
     {v}.expand(2, *{v}.shape)[1]; {v}.unflatten(1, (2, -1)).flatten(1, 2); {v}.swapaxes(0, 1)
+    {v}.view({v}.shape); {v}.flatten(1).reshape({v}.size()); {v}.type_as(x); {v}.to(x.dtype)
+    F.pad({v}, (-1, 0)); F.pad({v}, (0, 0)); F.pad({v}, (-1, 1)); F.pad({v}, (0, 0, 0, -1))
 """
 
 _MOVEMENTS_3 = """
     {v}.flatten(2); {v}.flatten(1, 2); {v}.flatten(2).transpose(1, 2); {v}.movedim(1, 2)
+    {v}.flatten(2).unflatten(2, {v}.shape[2:])
 """
 
 _MOVEMENTS_4 = """
@@ -121,7 +124,10 @@ def merge(w: Writer, v: str) -> str:
     return w.add(w.pick(forms(_MERGES, v=v, o=other)))
 
 
-_SCALARS = "{v} * 2; {v} + 1; 1 - {v}; {v} / 3; -{v}; {v} * 0.5 + 0.25; {v}.mul(-1); {v} ** 2"
+_SCALARS = """
+    {v} * 2; {v} + 1; 1 - {v}; {v} / 3; -{v}; {v} * 0.5 + 0.25; {v}.mul(-1); {v} ** 2
+    torch.rsub({v}, 2); torch.neg({v}); {v}.negative(); torch.rsub({v}, 1, alpha=2)
+"""
 
 
 def scalar(w: Writer, v: str) -> str:
@@ -251,8 +257,8 @@ MOVES: tuple[tuple[int, Callable[[Writer, str], object]], ...] = (
     (1, layers.transposed),
     (2, layers.linear),
     (1, layers.functional_conv),
-    (1, layers.matmul),
-    (1, layers.odd_affine),
+    (2, layers.matmul),
+    (2, layers.odd_affine),
     (2, layers.functional_norm),
     (1, layers.other_norm),
     (2, layers.norm_on_last_axis),

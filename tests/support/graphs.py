@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 T = TypeVar("T")
 
@@ -38,6 +38,24 @@ class DoubledConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
+
+
+class MaskedConv(nn.Conv2d):
+    """A convolution that computes its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * (self.weight.abs() > 0.1)
+        return F.conv2d(x, weight - weight.mean(), self.bias, self.stride, self.padding)
+
+
+def watched(module: nn.Module) -> nn.Module:
+    """`module` with a hook that only looks."""
+    module.register_forward_hook(looks)
+    return module
+
+
+def looks(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+    """Nothing is changed."""
 
 
 def draw_statistics(norm: nn.Module, gammas: str, seed: int) -> nn.Module:
@@ -74,8 +92,12 @@ NAMESPACE: dict[str, Any] = {
     "nn": nn,
     "F": F,
     "parametrizations": parametrizations,
+    "prune": prune,
+    "utils": nn.utils,
     "NormRelu": NormRelu,
     "DoubledConv": DoubledConv,
+    "MaskedConv": MaskedConv,
+    "watched": watched,
     "draw_statistics": draw_statistics,
 }
 
@@ -83,9 +105,10 @@ _TEMPLATE = """\
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn import utils
+from torch.nn.utils import parametrizations, prune
 
-from tests.support.graphs import DoubledConv, NormRelu, draw_statistics
+from tests.support.graphs import DoubledConv, MaskedConv, NormRelu, draw_statistics, watched
 
 
 class Net(nn.Module):
