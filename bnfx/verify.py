@@ -347,6 +347,8 @@ def _report(
         first = _without_truth(plan, parted)
     own = batch_of(plan.pooled[0])
     notes = [*staged.notes, *found.notes]
+    if odd := _no_numbers(plan):
+        notes.append(f"{odd}: of what comes of these only the kind is compared")
     notes += [
         f"output {name!r}: compared to {max_ratio:g} times {SIGMOID:.1e}, which is what "
         "onnxruntime's Sigmoid errs by"
@@ -382,13 +384,20 @@ def _report(
     )
 
 
+def _no_numbers(plan: _Plan) -> str:
+    """The first input that holds NaN or infinities; "" without one."""
+    for sample in plan.pooled:
+        for name, leaf in zip(plan.names, plan.reference.leaves(sample), strict=False):
+            if count := leaf.numel() - int(torch.isfinite(leaf).sum()):
+                return f"input {name!r} holds {count} NaN or infinities"
+    return ""
+
+
 def _without_truth(plan: _Plan, check: OutputCheck) -> Divergence:
     """Why nothing is verified, and where float32 and float64 part."""
     message, where = f"not verified: output {check.name!r}: {check.reason}", ""
-    leaves = enumerate(plan.reference.leaves(plan.pooled[0]))
-    odd = next(((i, n) for i, leaf in leaves if (n := int(torch.isnan(leaf).sum()))), None)
-    if odd is not None:
-        message += f"; input {odd[0]} holds {odd[1]} NaN: give numbers"
+    if odd := _no_numbers(plan):
+        message += f"; {odd}: give numbers"
     elif where := plan.reference.parting(plan.pooled[0]):
         message += f"; they part at {where}"
     return Divergence("reference", "", where, None, math.nan, check.reason, message=message)

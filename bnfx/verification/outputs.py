@@ -234,7 +234,7 @@ def weight_ratio(
 
     The unit of output channel c is `unit` times the largest finite magnitude in that channel, so
     that a small channel is judged as strictly as a large one. Infinities (bounds that bound
-    nothing) must be the same ones.
+    nothing) and NaNs must be those of `exact`.
 
     Args:
         stored: (channels, everything else).
@@ -263,7 +263,8 @@ def _farthest(stored: Array, exact: Array) -> tuple[Floats, Floats]:
     wide, truth = stored.astype(np.float64), exact.astype(np.float64)
     rows = np.where(np.isfinite(truth), np.abs(truth), 0.0).max(axis=1)
     with np.errstate(invalid="ignore", over="ignore"):
-        return rows, np.where(wide == truth, 0.0, np.abs(wide - truth)).max(axis=1)
+        same = (wide == truth) | (np.isnan(wide) & np.isnan(truth))
+        return rows, np.where(same, 0.0, np.abs(wide - truth)).max(axis=1)
 
 
 _BLOCK = 2**22  # elements that are compared at a time, to bound the memory

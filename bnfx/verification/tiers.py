@@ -266,6 +266,9 @@ def _notes(
             "weights: the reference has BatchNorms, sums or products, which may have gone into "
             "several layers: other weights may be as right, so outputs decide"
         )
+    truths = [(pair.truth, part) for pair in match.pairing.pairs for part in pair.truth.names]
+    if odd := [t.names[part] for t, part in truths if not bool(t.parts[part].isfinite().all())]:
+        yield f"weights: {_few(odd)} of the reference itself hold NaN or infinities"
     if match.pairing.missing:
         names = _few(layer.name for layer in match.pairing.missing)
         yield f"weights: no node of the file has the shape of {names}; outputs decide there"

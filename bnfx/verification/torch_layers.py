@@ -250,6 +250,10 @@ class _Recorder(fx.Interpreter):
                     self._remember(name, value, stored=stored, hidden=hidden)
 
     def _remember(self, name: str, value: Tensor, *, stored: bool, hidden: bool = False) -> None:
+        if value.is_complex():  # files hold the parts apart
+            for part, numbers in (("real", value.real), ("imaginary", value.imag)):
+                self._remember(f"{name} ({part} part)", numbers, stored=False, hidden=hidden)
+            return
         wide = value.detach().cpu()
         wide = wide.double() if wide.is_floating_point() else wide
         untouched = stored and name not in self.changed

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import bnfx
 from bnfx.verification.file_operators import OPERATORS
 from bnfx.verification.outputs import parting
+from tests.support.laws import randomise
 
 #: Modules of onnx's own examples, for the operators that are evaluated here.
 EXAMPLES = (
@@ -214,7 +215,47 @@ def test_drawn_inputs_may_be_negative_and_nan_in_given_ones_is_told(tmp_path: Pa
     assert report, str(report)  # the same NaNs as the model, and numbers elsewhere
     report = bnfx.verify_onnx(model, g, torch.full_like(x, torch.nan), num_inputs=1, isolate=False)
     assert report.status == "skipped"
-    assert "input 0 holds 216 NaN" in str(report.first_divergence)
+    assert "input 'input' holds 216 NaN" in str(report.first_divergence)
+    assert any("holds 216 NaN" in note for note in report.notes)
+
+
+def test_nan_in_a_weight_of_the_reference_is_no_fault_of_the_file(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        model.get_parameter("0.weight")[1] = torch.nan
+    done = bnfx.deploy(model, x, tmp_path / "net.onnx").verify
+    assert any("'0.weight' of the reference itself hold NaN" in note for note in done.notes)
+    proto = onnx.load(tmp_path / "net.onnx")
+    (weight,) = [t for t in proto.graph.initializer if t.name == "0.weight"]
+    spoiled = onnx.numpy_helper.to_array(weight).copy()
+    spoiled[2, 0, 0, 0] = np.nan
+    weight.CopyFrom(onnx.numpy_helper.from_array(spoiled, weight.name))
+    onnx.save(proto, tmp_path / "net.onnx")
+    assert not bnfx.verify_onnx(model, tmp_path / "net.onnx", x, isolate=False)
+
+
+class Spectrum(nn.Module):
+    """Complex in, complex out, with a weight of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.randn(6, dtype=torch.complex64))
+        self.conv, self.norm = nn.Conv1d(2, 4, 1), nn.BatchNorm1d(4)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = z * self.phase
+        y = self.norm(self.conv(torch.cat([z.real, z.imag], 1)))
+        return torch.complex(y[:, :2], y[:, 2:])
+
+
+def test_complex_numbers_are_verified(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, z = randomise(Spectrum()), torch.randn(2, 1, 6, dtype=torch.complex64)
+    f = tmp_path / "net.onnx"
+    assert bnfx.deploy(model, z, f, dynamic_shapes=({0: "batch"},)).verify.batch_sizes == (2, 1, 7)
+    with torch.no_grad():
+        model.get_parameter("phase")[0] *= 1.001
+    assert not bnfx.verify_onnx(model, f, z, isolate=False)
 
 
 def test_integers_near_a_tie_may_be_either() -> None:
