@@ -85,7 +85,7 @@ def to_fragment(head: Headline, shown: Iterable[Block]) -> str:
     from markupsafe import escape
 
     def text(tag: str, content: str) -> str:
-        lines = escape(printable(content)).replace("\n", "<br>")
+        lines = str(escape(printable(content))).replace("\n", "<br>")
         return f"<{tag}>{lines}</{tag}>"
 
     parts = [text("strong", f"{_WORDS[head.status]} {head.verdict}".strip())]

@@ -142,6 +142,7 @@ def test_every_report_has_every_form(
     assert cells
     squeezed = "".join(plain.split())
     notebook = check_page(report._repr_html_())
+    assert "<br>" not in notebook.text, "lines break, they do not say so"
     for cell in cells:
         assert " ".join(cell.split()) in page.text
         assert " ".join(cell.split()) in notebook.text
