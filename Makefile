@@ -19,16 +19,21 @@ READY := $(VENV)/.ready-demo
 READY_TEST := $(VENV)/.ready-test
 
 .DELETE_ON_ERROR:
-.PHONY: help demo paper test test-providers test-gpu dist clean distclean
+.PHONY: help demo paper docs test test-providers test-gpu test-versions dist clean distclean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile | awk -F: '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile | awk -F: '{ printf "  make %-14s %s\n", $$1, $$2 }'
 
 demo: $(READY)  ## train with BatchNorm, fold, export to ONNX, verify (results in demo/)
 	@$(VENV)/bin/python examples/digits.py --out demo
 
 paper: $(READY)  ## the paper's claims on MNIST, three quarters of an hour (results in examples/)
 	@$(VENV)/bin/python examples/paper/run_all.py
+
+docs: $(READY_TEST)  ## build the documentation, notebooks run, links checked (in build/site/)
+	@$(PIP) -e '.[docs]'
+	cd examples/site && NO_MKDOCS_2_WARNING=1 ../../$(RUN) mkdocs build
+	@echo "Open build/site/index.html"
 
 test: $(READY_TEST)  ## format, lint, types, tests, wheel
 	$(RUN) ruff format --check .
@@ -47,6 +52,9 @@ test-providers: $(READY_TEST)  ## other providers than the CPU's, run for real
 
 test-gpu: $(READY_TEST)  ## the tests that need a GPU; without one they fail
 	BNFX_REQUIRE_GPU=1 $(RUN) pytest -m gpu
+
+test-versions:  ## the core tests on other versions of Python, torch, onnx, onnxruntime (gigabytes)
+	'$(PYTHON)' .ci/test_versions.py $(SETS)
 
 dist: $(READY_TEST)  ## build the wheel and the source archive as they are published (in dist/)
 	rm -rf dist
