@@ -32,7 +32,7 @@ from bnfx.runtime.isolated import execute_apart
 from bnfx.runtime.providers import Where
 from bnfx.runtime.runner import Request
 from bnfx.runtime.sessions import SessionSettings, require_still_on, runtime_errors
-from bnfx.runtime.values import ort_value
+from bnfx.runtime.values import empty_value, ort_value
 from bnfx.verification.file_reference import file_precision
 from bnfx.verification.references import Precision, arrays
 from bnfx.verification.samples import as_sample
@@ -40,6 +40,7 @@ from bnfx.workspace import workspace
 
 Fusions = Literal["on", "off", "both"]
 
+_GRAPHS = "enable_cuda_graph"
 _PATIENCE = 300.0  # seconds for a single run; one that takes longer is no latency to measure
 
 #: onnxruntime's optimisers that fold a BatchNorm, or hide it in a blocked convolution.
@@ -50,7 +51,8 @@ BN_FUSIONS = "ConvBNFusion;MatMul_BatchNormalization_Fusion;NchwcTransformer"
 class Latency:
     """Seconds of one run of a file, over all runs."""
 
-    #: "file", "baseline" or "floor"; ", fusions off" where onnxruntime leaves BatchNorms alone.
+    #: "file", "baseline", "floor" or another file's; ", fusions off" where onnxruntime leaves
+    #: BatchNorms alone.
     arm: str
     path: str
     median: float
@@ -154,6 +156,7 @@ def benchmark_onnx(
     args: Any,
     *,
     baseline: str | os.PathLike[str] | None = None,
+    others: Mapping[str, str | os.PathLike[str]] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     provider: str = "cpu",
     provider_options: Mapping[str, Any] | None = None,
@@ -164,6 +167,7 @@ def benchmark_onnx(
     num_threads: int = 1,
     bn_fusions: Fusions | None = None,
     floor: bool | None = None,
+    isolate: bool = True,
 ) -> BenchReport:
     """Measure a file, and a baseline in turns with it, with inputs and outputs on the device.
 
@@ -171,6 +175,8 @@ def benchmark_onnx(
         f: The ONNX file.
         args: Tuple of positional arguments, or a lone tensor.
         baseline: Another file with the same inputs, such as the unfolded model.
+        others: Name of an arm -> further file with the same inputs, such as other options of
+            folding.
         kwargs: Keyword arguments.
         provider: "cpu", "cuda", "cuda:1" or another, as in `verify_onnx`; it never falls back.
         provider_options: Options of the provider, as in `verify_onnx`.
@@ -184,6 +190,8 @@ def benchmark_onnx(
             None means "both" with a baseline and "on" without.
         floor: Whether to measure the baseline with every BatchNorm dropped too (its outputs are
             wrong, its latency is the least that folding can reach); None means with a baseline.
+        isolate: Whether each file first runs once in a process of its own, which survives what a
+            file may do to it.
 
     Raises:
         ProviderError: The provider did not run the graph.
@@ -194,6 +202,8 @@ def benchmark_onnx(
         raise BnfxError(f"num_runs={num_runs} is too few for a median and a spread; use 50 or more")
     fusions = bn_fusions or ("on" if baseline is None else "both")
     where = Where.of(provider, provider_options, allow_on_cpu)
+    # A graph is captured from values that stay on the device, which those of one run do not.
+    plain = replace(where, options={k: v for k, v in where.options.items() if k != _GRAPHS})
     sample = as_sample(args, kwargs)
     leaves = pytree.tree_leaves((sample.args, dict(sample.kwargs)))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -204,11 +214,12 @@ def benchmark_onnx(
             dropped, count = _write_floor(Path(baseline or f), folder)
             notes += [] if count else ["floor: the baseline has no BatchNorm to drop"]
             plan.append(("floor", dropped, fusions != "off"))
+        plan += [(name, Path(file), fusions != "off") for name, file in (others or {}).items()]
         precision = file_precision(read_onnx(Path(f)), precision)
         for _, path, on in plan:
-            if on or fusions == "off":
-                _try_apart(path, tensors, where, precision)
-        arithmetic = _arithmetic(where, precision)
+            if isolate and (on or fusions == "off"):
+                _try_apart(path, tensors, plain, precision)
+        arithmetic = _arithmetic(plain, precision)
         how = SessionSettings(num_threads=num_threads, tf32=precision != "fp32")
         arms = [
             _Arm(path, tensors, where, replace(how, without="" if on else BN_FUSIONS))
@@ -354,7 +365,12 @@ class _Arm:
             bound = ort_value(array, value.type, (memory, index))
             self.binding.bind_ortvalue_input(value.name, bound)
         for value in self.session.get_outputs():
-            self.binding.bind_output(value.name, memory, index)
+            if _GRAPHS not in where.options:
+                self.binding.bind_output(value.name, memory, index)
+                continue
+            # A captured graph writes to where it was captured, again and again.
+            kept = empty_value(value.shape, value.type, (memory, index))
+            self.binding.bind_ortvalue_output(value.name, kept)
         self.binding.synchronize_inputs()
 
     def run(self) -> float:

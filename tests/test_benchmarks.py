@@ -10,7 +10,15 @@ import pytest
 from tests.support import zoo
 from tests.test_examples import ROOT, run_script
 
-BENCHMARKS = ("random_graphs", "fold_zoo", "file_zoo", "fold_latency", "fold_cost", "verify_cost")
+BENCHMARKS = (
+    "random_graphs",
+    "fold_zoo",
+    "file_zoo",
+    "fold_latency",
+    "fold_cost",
+    "verify_cost",
+    "gpu",
+)
 
 
 @pytest.mark.slow
@@ -24,5 +32,5 @@ def test_benchmark(name: str, tmp_path: Path) -> None:
     assert found["environment"]["torch"] in text
     assert found["rows"]
     assert len((tmp_path / f"{name}.csv").read_text().splitlines()) == len(found["rows"]) + 1
-    if name not in ("random_graphs", "file_zoo", "verify_cost"):
+    if name not in ("random_graphs", "file_zoo", "verify_cost", "gpu"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -9,10 +9,19 @@ from typing import Any
 import numpy as np
 import onnx
 
+from bnfx.errors import ProviderError
 from bnfx.numbers import Array
 from bnfx.runtime.sessions import load_onnxruntime
 
 _BFLOAT16 = "tensor(bfloat16)"
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
 
 
 def run_session(session: Any, feed: Mapping[str, Array]) -> list[Array]:
@@ -44,6 +53,21 @@ def ort_value(array: Array, kind: str, memory: tuple[str, int] = ("cpu", 0)) -> 
     rounded = np.where(np.isnan(array), np.uint16(0x7FC0), rounded)
     make = ort.OrtValue.ortvalue_from_numpy_with_onnx_type
     return make(rounded, onnx.TensorProto.BFLOAT16)
+
+
+def empty_value(shape: Sequence[object], kind: str, memory: tuple[str, int]) -> Any:
+    """An `OrtValue` to write an output to.
+
+    Raises:
+        ProviderError: The output has no fixed size, or is no tensor of numbers.
+    """
+    if kind not in _DTYPES or not all(isinstance(size, int) for size in shape):
+        raise ProviderError(
+            f"a captured graph needs outputs of fixed size, and one is {kind}{list(shape)}: export "
+            "without free axes"
+        )
+    ort = load_onnxruntime()
+    return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), _DTYPES[kind], *memory)
 
 
 def _array(value: Any) -> Array:

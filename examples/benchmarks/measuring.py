@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bnfx.runtime.devices import driver
+
 #: The checkout; its tests hold the random networks and the laws.
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,8 +54,10 @@ def environment() -> dict[str, Any]:
     if info.exists():
         models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = models[0].partition(":")[2].strip() if models else cpu
+    gpus = driver()
     return {
         "cpu": cpu,
+        **({"gpus": ", ".join(gpus["devices"]), "driver": gpus["driver"]} if gpus else {}),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -176,9 +176,19 @@ told["libraries"] = answer.proof["libraries"]
 found = bnfx.benchmark_onnx(f, x, provider="cuda", num_runs=50, warmup=1)
 told["device"] = found.device
 told["notes"] = found.notes
+fixed = graph(f"{here}/fixed.onnx", "(float[2,4] x) => (float[2,4] y) { y = Relu(x) }")
+graphs = {"provider": "cuda", "provider_options": {"enable_cuda_graph": True}, "num_runs": 50}
+told["graph"] = error(lambda: bnfx.benchmark_onnx(fixed, x, **graphs))
+told["no graph"] = error(lambda: bnfx.benchmark_onnx(f, x, **graphs))
+doctor = bnfx.doctor()
+told["doctor"] = [doctor.why_not("cuda"), str(doctor)]
 """
     told = run(code, cuda, str(tmp_path))
     assert told["ran"] == told["assigned"] == {"CUDAExecutionProvider": 3, CPU: 1}
     assert told["libraries"] == {"cudnn": False, "cublas": True, "cudart": True}
     assert told["notes"] == []
     assert told["device"] == "stub 0"
+    assert told["graph"] == ""
+    assert "a captured graph needs outputs of fixed size" in told["no graph"]
+    assert "cuDNN is unavailable" in told["doctor"][0]
+    assert "stub 0" in told["doctor"][1]
