@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, overload
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from bnfx.editing.driver import repeat, run
 from bnfx.editing.inference_draft import InferenceDraft
@@ -110,7 +111,7 @@ def fold_bn(
 
     Raises:
         CaptureError: The model cannot be captured; the message says what to do.
-        FoldError: border_maps without example inputs.
+        FoldError: border_maps without example inputs, or for a program with open sizes.
     """
     options = FoldOptions(merge_branches, thresholds, border_maps)
     _require_form(form, options)
@@ -142,10 +143,23 @@ def _require_form(form: str, options: FoldOptions) -> None:
 
 def _fold_program(program: ExportedProgram, options: FoldOptions) -> ExportedProgram:
     source = opened(program)
-    edited = fold_captured(source.captured, options)
+    captured = source.captured
+    sizes = [_sizes(inputs) for inputs in (captured.inputs, *(captured.others or ()))]
+    if options.border_maps and any(size != sizes[0] for size in sizes):
+        raise FoldError(
+            "border_maps=True needs fixed sizes, and this program leaves some open; export it with "
+            "fixed sizes behind the batch"
+        )
+    edited = fold_captured(captured, options)
     done = report(edited)
     assert isinstance(done, FoldReport)
     return remember_in_program(closed(source, edited), done)
+
+
+def _sizes(inputs: Sequence[Any] | None) -> list[Any]:
+    """Sizes of the inputs behind the batch."""
+    leaves = pytree.tree_leaves(list(inputs or ()))
+    return [leaf.shape[1:] for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def fold_captured(captured: Captured, options: FoldOptions) -> fx.GraphModule:

@@ -40,6 +40,7 @@ from bnfx.graphs.examples import has_hooks
 from bnfx.graphs.inference import NOT_EXPORTED
 from bnfx.graphs.naming import describe, norm_path
 from bnfx.graphs.norms import affine_map_of, holds_norm, is_norm
+from bnfx.operators.calls import call_name
 from bnfx.reports.report import Change
 
 
@@ -137,6 +138,8 @@ class FoldBatchNorm:
         for node in draft.graph.nodes:
             if node.op == "call_module":
                 yield from self._kept_whole(node, modules[str(node.target)])
+            if node.op == "get_attr" and node.target in modules:
+                yield from self._kept_in_part(node, modules[str(node.target)])
             if not is_norm(node):
                 continue
             site = solution.found.sites.get(node)
@@ -162,6 +165,15 @@ class FoldBatchNorm:
             path = f"{node.target}.{name}" if name else str(node.target)
             why = _why_whole(inner, node, outer=None if inner is module else module)
             yield self._kept(path, why, f"{node.name}/{path}")
+
+    def _kept_in_part(self, node: fx.Node, part: nn.Module) -> Iterator[Change]:
+        """Records of the BatchNorms in a part of the graph that an operator runs as a whole."""
+        callers = ", ".join(dict.fromkeys(call_name(user) for user in node.users))
+        why = f"it lies inside a part that {callers} runs as a whole"
+        for inner in part.modules():
+            for norm in inner.graph.nodes if isinstance(inner, fx.GraphModule) else ():
+                if is_norm(norm):
+                    yield self._kept(norm_path(norm), why, f"{node.name}/{norm.name}")
 
     def _kept(self, path: str, why: str, at: str) -> Change:
         return Change(self.name, path, "batch_norm", "kept", why, at=at)

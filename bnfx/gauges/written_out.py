@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from bnfx.gauges.bound import Bound
 from bnfx.gauges.constraints import Constraints
@@ -64,6 +65,8 @@ def mark(module: fx.GraphModule) -> Mapping[str, Written]:
     values = Values(module.graph, known)
     of: dict[fx.Node, tuple[str, Written]] = {}
     for node in module.graph.nodes:
+        if isinstance(node.target, HigherOrderOperator):  # what it reads is for its parts
+            continue
         sources = _constants_of(node, values)
         owner = next(
             (o for s in sources if (o := s.removesuffix(s.rpartition(".")[2])) in owners), None

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
@@ -39,7 +39,8 @@ def saved(program: ExportedProgram) -> ExportedProgram:
 
 def norms(program: ExportedProgram) -> int:
     """How many BatchNorms it evaluates."""
-    return sum("batch_norm" in str(node.target) for node in program.graph.nodes)
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
+    return sum("batch_norm" in str(n.target) for g in graphs for n in g.nodes)
 
 
 def run(program: ExportedProgram, args: tuple[Any, ...]) -> tuple[Any, dict[str, Tensor]]:
@@ -248,3 +249,36 @@ def test_computed_weights_are_parameters() -> None:
     model = net(scaled, conv=conv(2, 2, bias=False), bn=nn.BatchNorm2d(2), mask=mask)
     folded = law(torch.export.export(randomise(model), (image(),)), (image(),))
     assert not [node for node in folded.graph.nodes if "mul" in node.name]
+
+
+def test_border_maps_need_sizes() -> None:
+    model = randomise(net("self.conv(self.bn(x))", conv=conv(2, 2, 3, padding=1), bn=norm([2, 3])))
+    program = torch.export.export(model, (image(),), dynamic_shapes=({0: BATCH},))
+    assert norms(bnfx.fold_bn(program, border_maps=True)) == 0
+    program = torch.export.export(model, (image(),), dynamic_shapes=({2: SIZE},))
+    with pytest.raises(bnfx.FoldError, match="fixed sizes"):
+        bnfx.fold_bn(program, border_maps=True)
+
+
+@pytest.mark.parametrize("form", ["plain", "core"])
+@pytest.mark.parametrize(
+    ("result", "line"),
+    [
+        ("self.w, y, y, self.other.running_mean", "y = self.bn(self.conv(x))"),
+        ("self.bn(self.conv(x)), x", "x.add_(1)"),
+        ("self.bn(self.conv(x)) * x[x > 0].sum().item()", ""),
+        ("y", "with torch.autocast('cpu', torch.bfloat16): y = self.bn(self.conv(x))"),
+        ("self.other(x), self.conv.weight", "self.seen.copy_(self.bn(self.conv(x)).mean())"),
+    ],
+)
+def test_programs_with_effects_branches_and_parameters_returned(
+    result: str, line: str, form: str
+) -> None:
+    parts = {"conv": conv(2, 2), "bn": nn.BatchNorm2d(2), "w": nn.Parameter(torch.ones(2))}
+    model = net(result, line or "pass", **parts, other=nn.BatchNorm2d(2), seen=torch.zeros(()))
+    program = form_of(torch.export.export(randomise(model), (image(),)), form)
+    folded = bnfx.fold_bn(program)
+    assert bnfx.report(folded).to_dict()["batch_norms"]
+    law(program, (image(),), (-image(),), left=norms(folded))
+    whole = "autocast" in line and form == "plain"  # core ATen has no such parts
+    assert norms(folded) == whole + ("self.other(" in result)

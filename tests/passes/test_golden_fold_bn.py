@@ -436,3 +436,8 @@ def test_arithmetic_with_a_map_for_each_place(golden: Golden) -> None:
         running_var=torch.ones(2, 1, 5),
     )
     golden.fold(chain(conv(2, 2), norm), X, given=True)
+
+
+def test_inside_a_part_of_the_graph(golden: Golden) -> None:
+    part = "with torch.autocast('cpu', torch.bfloat16): y = self.bn(self.conv(x))"
+    golden.fold(net("y", part, conv=conv(2, 2), bn=norm([2, 4])), X, given=True)
