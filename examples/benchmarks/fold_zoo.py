@@ -38,6 +38,7 @@ from measuring import (
 from pictures_of_folding import draw_left
 from rich.console import Console
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 import bnfx
 from bnfx.graphs.examples import example as as_example
@@ -82,7 +83,7 @@ def pooled(model: nn.Module, images: list[Tensor], truths: list[list[Tensor]]) -
     return math.hypot(*errors) / math.sqrt(len(errors))
 
 
-def left_by(folded: nn.Module) -> int:
+def left_by(folded: nn.Module | ExportedProgram) -> int:
     """BatchNorms that a fold left behind."""
     records = bnfx.report(folded).to_dict()["batch_norms"]
     return sum(record["verdict"] != "folded" for record in records)

@@ -274,7 +274,7 @@ def test_border_maps_need_sizes() -> None:
 def test_programs_with_effects_branches_and_parameters_returned(
     result: str, line: str, form: str
 ) -> None:
-    parts = {"conv": conv(2, 2), "bn": nn.BatchNorm2d(2), "w": nn.Parameter(torch.ones(2))}
+    parts: Any = {"conv": conv(2, 2), "bn": nn.BatchNorm2d(2), "w": nn.Parameter(torch.ones(2))}
     model = net(result, line or "pass", **parts, other=nn.BatchNorm2d(2), seen=torch.zeros(()))
     program = form_of(torch.export.export(randomise(model), (image(),)), form)
     folded = bnfx.fold_bn(program)
