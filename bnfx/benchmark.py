@@ -257,7 +257,7 @@ def _try_apart(path: Path, tensors: list[Tensor], where: Where, precision: Preci
     if len(names) != len(tensors):
         raise VerificationError(
             f"{path} takes {len(names)} inputs ({', '.join(names)}), the example has "
-            f"{len(tensors)} tensors"
+            f"{len(tensors)} tensors; give one for each"
         )
     with workspace() as folder:
         request = Request(

@@ -269,7 +269,8 @@ def deploy(
         done.write(Path(report))
     if not done:
         raise VerificationError(
-            f"{target} was not written: {verified.first_divergence}. An older file is as it was",
+            f"{target} was not written: {verified.first_divergence}. An older file is as it was; "
+            "print the .report of this error, or deploy with bundle='folder' to keep what shows it",
             done,
         )
     return done

@@ -138,7 +138,7 @@ def verify_onnx(
     if len(names) != len(reference.leaves(example)):
         raise VerificationError(
             f"{path} takes {len(names)} inputs ({', '.join(names)}), the example has "
-            f"{len(reference.leaves(example))} tensors"
+            f"{len(reference.leaves(example))} tensors; give one for each"
         )
     began = time.perf_counter()
     pooled, runs = pool(reference, example, inputs, num_inputs, drawn_too=drawn)

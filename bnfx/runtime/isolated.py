@@ -107,7 +107,8 @@ def _run(folder: Path, request: Request, timeout: float) -> None:
         )
     except subprocess.TimeoutExpired as error:
         raise VerificationError(
-            f"onnxruntime had not finished {request.model} after {timeout:.0f} s and was stopped"
+            f"onnxruntime had not finished {request.model} after {timeout:.0f} s and was stopped; "
+            "give it longer (timeout, in seconds) or fewer inputs (num_inputs)"
         ) from error
     finally:
         os.close(theirs)

@@ -123,10 +123,19 @@ def open_session(
             )
     except runtime_errors() as error:
         if where.on_cpu:
-            raise VerificationError(f"onnxruntime cannot open {what}: {error}") from error
+            raise VerificationError(f"onnxruntime cannot open {what}: {_advised(error)}") from error
         raise ProviderError(f"{name} did not run {what}: {_cause(name, error)}") from error
     require_still_on(session, name, what)
     return session
+
+
+def _advised(error: Exception) -> str:
+    if "NOT_IMPLEMENTED" not in str(error):
+        return str(error)
+    return (
+        f"{error}. It has no kernel for this operator in this dtype there; export in float32 "
+        "(model.float()), or with another opset_version"
+    )
 
 
 def _cause(name: str, error: Exception) -> str:

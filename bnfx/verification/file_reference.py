@@ -119,7 +119,10 @@ class OnnxReference:
         answer = self._answer(given, values=False)
         failed = next(iter(answer.failures.values()), None)
         if failed is not None:
-            raise VerificationError(f"onnxruntime cannot run the reference {self.name}: {failed}")
+            raise VerificationError(
+                f"onnxruntime cannot run the reference {self.name}: {failed}; give args and inputs "
+                "that it runs on"
+            )
         own = [outs or [] for outs in answer.results]
         outputs = self.proto.graph.output
         declared = tuple(type_name(value.type.tensor_type.elem_type) for value in outputs)
@@ -183,7 +186,8 @@ class OnnxReference:
         except Exception as error:  # onnx's reference raises anything
             raise VerificationError(
                 f"the reference {self.name} cannot be evaluated in float64: "
-                f"{type(error).__name__}: {str(error.__cause__ or error).partition(chr(10))[0]}"
+                f"{type(error).__name__}: {str(error.__cause__ or error).partition(chr(10))[0]}. "
+                "Verify against the torch module that the file was made from"
             ) from error
 
     def _answer(

@@ -210,7 +210,9 @@ class TorchReference:
                 leaves = list(leaves_in(module(*args, **kwargs)))
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
             raise VerificationError(
-                f"the reference {self.name} fails on an input: {error}"
+                f"the reference {self.name} fails on an input"
+                f"{'' if dtype is None else f' in {dtype}'}: {error}. Give args and inputs that it "
+                "runs on"
             ) from error
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if len(tensors) != self._outputs:  # a size that a forward returns is an output of the file
