@@ -75,6 +75,8 @@ class FoldOnnxReport(Report):
         """How many BatchNormalizations are gone, and whether that was verified."""
         facts = (("verdicts", tally(bn.verdict for bn in self.batch_norms)),)
         verdict = f"{self.folded} of {len(self.batch_norms)} BatchNormalizations folded."
+        if others := len(self.removed) - self.folded:
+            verdict = f"{verdict[:-1]}, {others} other nodes gone."
         title = f"bnfx: fold {self.source}"
         if self.verification is None:
             return Headline(title, "warning", f"{verdict} The file was not verified.", facts)

@@ -118,10 +118,22 @@ class Foreign:
             yield from (None for _ in model.graph.output)
             return
         for out in model.graph.output:
+            if self._is_like_input(out.name):
+                yield tuple(values[0].shape), values[0].dtype
+                continue
             tensor = out.type.tensor_type
             dtype, dims = dtype_of(tensor.elem_type), tensor.shape.dim
             whole = tensor.HasField("shape") and all(d.HasField("dim_value") for d in dims)
             yield (tuple(d.dim_value for d in dims), dtype) if whole and dtype is not None else None
+
+    def _is_like_input(self, output: str) -> bool:
+        """A BatchNormalization in training, of which onnx infers nothing."""
+        node = self.node
+        return (
+            node.op_type == "BatchNormalization"
+            and output == node.output[0]
+            and self.inputs[:1] == tuple(node.input[:1])
+        )
 
     def _model(
         self,

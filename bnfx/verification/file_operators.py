@@ -242,6 +242,26 @@ def _global_lp_pool(call: Call, x: Tensor) -> Tensor:
     return x.abs().pow(call["p"]).sum(axes, keepdim=True).pow(1 / call["p"])
 
 
+@_operator("Upsample")
+def _upsample(call: Call, x: Tensor, scales: Tensor | None = None) -> Tensor:
+    """Axis by axis, result i lies at i / factor; Resize of opset 10 is the same operator.
+
+    Where an axis shrinks, onnxruntime takes the nearest element behind.
+    """
+    factors = call["scales"] if scales is None else scales.tolist()
+    for axis, factor in enumerate(factors):
+        last = x.shape[axis] - 1
+        places = (torch.arange(int(x.shape[axis] * factor)) / factor).clamp(max=last).double()
+        low = places.floor().long()
+        if call["mode"] == "linear":
+            share = (places - low).reshape(-1, *[1] * (x.dim() - 1 - axis))
+            high = x.index_select(axis, (low + 1).clamp(max=last))
+            x = x.index_select(axis, low) * (1 - share) + high * share
+        else:
+            x = x.index_select(axis, low if factor >= 1 else places.ceil().long())
+    return x
+
+
 @_operator("BatchNormalization")
 def _batch_norm(call: Call, x: Tensor, *parts: Tensor) -> Computed:
     """Statistics of the batch where training_mode says so; before opset 14 outputs say so.

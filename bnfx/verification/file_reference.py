@@ -22,7 +22,14 @@ from torch.utils import _pytree as pytree
 from bnfx.errors import VerificationError
 from bnfx.graphs.examples import Example
 from bnfx.numbers import Array
-from bnfx.onnx_files.reading import all_nodes, describe_type, read_onnx, tensor_array, type_name
+from bnfx.onnx_files.reading import (
+    all_nodes,
+    describe_type,
+    opset_of,
+    read_onnx,
+    tensor_array,
+    type_name,
+)
 from bnfx.onnx_files.retyping import BFLOAT16, DOUBLE, FLOAT, HALF, float_types, retyped
 from bnfx.operators.calls import words
 from bnfx.runtime.isolated import execute_apart
@@ -172,6 +179,10 @@ class OnnxReference:
         wide = retyped(
             inlined(self.proto, self.path), self.path.parent, {FLOAT, HALF, BFLOAT16}, DOUBLE
         )
+        for node in all_nodes(wide) if opset_of(wide) == 10 else ():
+            node.op_type = node.op_type.replace(
+                "Resize", "Upsample"
+            )  # of which it was the new name
         return ReferenceEvaluator(wide, new_ops=[*OPERATORS, *kernels_of(wide)])
 
     def _exactly(self, sample: Example) -> Mapping[str, Any]:

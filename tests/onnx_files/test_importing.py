@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 
+from bnfx.graphs.shapes import shapes_of
 from bnfx.onnx_files.foreign import Arithmetic, Foreign
 from bnfx.onnx_files.importing import imported
 from tests.support.onnx_graphs import Shape, Weights, distance, feed_of, graph, ints, run
@@ -294,3 +295,12 @@ def test_initializers_that_are_inputs_may_be_overridden() -> None:
     assert [value.name for value in imported(model, Path()).inputs] == ["x", "w"]
     model.ir_version = 3
     assert [value.name for value in imported(model, Path()).inputs] == ["x"]
+
+
+def test_a_norm_in_training_has_a_shape() -> None:
+    """Onnx infers none, and what lies behind it folds all the same."""
+    nodes = "a, m, v = BatchNormalization<training_mode=1>(x, s, b, mean, var)\ny = Relu(a)"
+    weights: Weights = {"s": (3,), "b": (3,), "mean": (3,), "var": (3,)}
+    read = imported(graph(nodes, weights, opset=15), Path())
+    (runs, *_) = shapes_of(read.module, (torch.empty(2, 3, 8, 8, device="meta"),), ())
+    assert not runs.failures

@@ -86,6 +86,21 @@ FILES = {
     ),
     "softmax": (11, "(float[2,3,4] X) => (float[2,3,4] Y) { Y = Softmax (X) }"),
     "lrn": (11, "(float[2,6,5,5] X) => (float[2,6,5,5] Y) { Y = LRN <size = 3, alpha = 0.7> (X) }"),
+    "upsample": (
+        7,
+        "(float[2,3,6,6] X) => (float[2,3,12,15] Y) "
+        "{ Y = Upsample <scales = [1.0, 1.0, 2.0, 2.5]> (X) }",
+    ),
+    "linear upsample": (
+        9,
+        "(float[2,3,6,6] X) => (float[2,3,12,9] Y) <float[4] f = {1.0, 1.0, 2.0, 1.5}> "
+        '{ Y = Upsample <mode = "linear"> (X, f) }',
+    ),
+    "resize of opset 10": (
+        10,
+        "(float[2,3,6,6] X) => (float[2,3,3,9] Y) <float[4] f = {1.0, 1.0, 0.5, 1.5}> "
+        "{ Y = Resize (X, f) }",
+    ),
     "lp pool": (11, "(float[2,3,8] X) => (float[2,3,1] Y) { Y = GlobalLpPool <p = 3> (X) }"),
 }
 
