@@ -207,6 +207,8 @@ class _Layer:
     outputs: int
     #: A tensor like what it takes.
     like: Tensor
+    #: What it reads.
+    reads: fx.Node
 
 
 class _Runner:
@@ -264,6 +266,15 @@ class _Runner:
         layer = self._layer(node, found)
         if layer is None:
             return UNKNOWN
+        read = found.values.get(layer.reads)
+        if is_tensor(read) and read.dim() in layer.ranks:  # it is the sizes that do not fit
+            spatial = read.dim() - 2 if layer.spatial is None else layer.spatial
+            shape = list(read.shape)
+            shape[read.dim() - 1 - spatial] = layer.outputs
+            return read.new_empty(shape)
+        if layer.ranks is _ANY and self._readers.get(node):
+            made = self._source(node, batch, size, found)
+            return made.new_empty(*made.shape[:-1], layer.outputs) if is_tensor(made) else made
         return self._assumed(node, layer, layer.outputs, (batch, max(size, 32)), found)
 
     def _assumed(
@@ -289,23 +300,27 @@ class _Runner:
             weight = self._weight(call["weight"], found)
             if weight is None or weight.dim() < 2:
                 return None
-            into, out = weight.shape[1] * int(call["groups"]), weight.shape[0]
-            if row.transposed:
-                into, out = out, into
             if row.spatial is None:
-                return _Layer(_ANY, 2, 0, weight.shape[1], weight.shape[0], weight)
+                sizes = (weight.shape[1], weight.shape[0])
+                return _Layer(_ANY, 2, 0, *sizes, weight, call["input"])
+            into, out = weight.shape[1] * int(call["groups"]), weight.shape[0]
+            sizes = (out, into) if row.transposed else (into, out)
             usual = row.spatial + 2
-            return _Layer(frozenset({usual - 1, usual}), usual, row.spatial, into, out, weight)
+            fits = frozenset({usual - 1, usual})
+            return _Layer(fits, usual, row.spatial, *sizes, weight, call["input"])
         if is_batch_norm(node) and ranks:
             mean = self._weight(argument(node, 1, "running_mean"), found)
-            size = 0 if mean is None else mean.shape[0]
-            return None if mean is None else _Layer(ranks, min(ranks), None, size, size, mean)
+            if mean is None:
+                return None
+            sizes = (mean.shape[0], mean.shape[0])
+            return _Layer(ranks, min(ranks), None, *sizes, mean, argument(node, 0, "input"))
         name = base_name(call_name(node))
         for product in products(node) if product_of(node) and name != "einsum" else ():
             weight = self._weight(product.weight, found)
             if product.y_axes == (-1,) and weight is not None and weight.dim() == 2:
                 fits = _ANY if "matmul" in name else frozenset({2})
-                return _Layer(fits, 2, 0, weight.shape[0], weight.shape[1], weight)
+                into, out = weight.shape
+                return _Layer(fits, 2, 0, into, out, weight, product.input)
         return None
 
     def _weight(self, node: object, found: Shapes) -> Tensor | None:

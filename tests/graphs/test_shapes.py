@@ -81,6 +81,38 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Sequence[tuple[int, ...]], int]]
         [(5, 6)],
         1,
     ),
+    "a linear layer over a length, then a convolution": (
+        lambda: Net(
+            lambda m, x: m.conv(m.b(m.lin(m.a(x)))),
+            a=nn.SyncBatchNorm(3),
+            lin=nn.Linear(6, 5),
+            b=nn.BatchNorm1d(3),
+            conv=nn.Conv1d(3, 2, 1),
+        ),
+        [(2, 3, 6)],
+        1,
+    ),
+    "a product over a length, then a convolution": (
+        lambda: Net(
+            lambda m, x: m.conv(m.a(m.lin(x))),
+            lin=Matrix(torch.matmul),
+            a=nn.BatchNorm1d(3),
+            conv=nn.Conv1d(3, 2, 1),
+        ),
+        [(2, 3, 6)],
+        1,
+    ),
+    "a length that a linear layer fixes": (
+        lambda: Net(
+            lambda m, x: m.b(m.lin(m.a(m.conv(x.sum(-1))))),
+            conv=nn.Conv1d(4, 3, 2),
+            a=nn.BatchNorm1d(3),
+            lin=nn.Linear(5, 4),
+            b=nn.BatchNorm1d(3),
+        ),
+        [(2, 4, 6, 3)],
+        1,
+    ),
     "a product in a row": (
         lambda: Net(lambda m, x: m.lin(m.a(F.gelu(x) * 2)), lin=Matrix(torch.matmul), **norms(6)),
         [(5, 6)],
