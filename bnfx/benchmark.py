@@ -29,7 +29,7 @@ from bnfx.runtime.assignment import open_placed
 from bnfx.runtime.canary import require_arithmetic
 from bnfx.runtime.devices import device_name
 from bnfx.runtime.isolated import execute_apart
-from bnfx.runtime.providers import Where
+from bnfx.runtime.providers import CPU, Where
 from bnfx.runtime.runner import Request
 from bnfx.runtime.sessions import SessionSettings, require_still_on, runtime_errors
 from bnfx.runtime.values import empty_value, ort_value
@@ -377,14 +377,16 @@ class _Arm:
         """Seconds of one run.
 
         Raises:
-            ProviderError: onnxruntime fails, or has left the provider.
+            VerificationError: onnxruntime fails on the CPU.
+            ProviderError: It fails on another provider, or has left it.
         """
         start = time.perf_counter()
         try:
             self.session.run_with_iobinding(self.binding)
             self.binding.synchronize_outputs()
         except runtime_errors() as error:
-            raise ProviderError(f"{self.name} failed on {self.path}: {error}") from error
+            kind = VerificationError if self.name == CPU else ProviderError
+            raise kind(f"{self.name} failed on {self.path}: {error}") from error
         end = time.perf_counter()
         require_still_on(self.session, self.name, self.path)
         return end - start

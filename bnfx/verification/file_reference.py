@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from bnfx.errors import VerificationError
 from bnfx.graphs.examples import Example
-from bnfx.numbers import Array
+from bnfx.numbers import Array, relative_error
+from bnfx.onnx_files.importing import imported
 from bnfx.onnx_files.reading import (
     all_nodes,
     describe_type,
@@ -39,7 +41,17 @@ from bnfx.verification.file_layers import file_layers
 from bnfx.verification.file_operators import OPERATORS
 from bnfx.verification.layers import as_tensor, composed, samples
 from bnfx.verification.outputs import parting
-from bnfx.verification.references import COMPOSED, Form, Precision, arrays, require_same
+from bnfx.verification.references import (
+    COMPOSED,
+    Form,
+    Precision,
+    Tf32,
+    arrays,
+    require_same,
+    strict_float32,
+    to_tf32,
+    to_tf32_truncated,
+)
 from bnfx.verification.samples import RowTruths, Runs
 from bnfx.verification.staging import inlined, stage
 from bnfx.verification.torch_layers import Constant, Traced
@@ -49,6 +61,8 @@ _NAMES: Mapping[int, Precision] = {BFLOAT16: "bf16", HALF: "fp16"}
 #: Largest error of a sound file; beyond it, what float64 evaluates is another function.
 _SOUND = {"fp32": 1e-3, "tf32": 0.03, "fp16": 0.03, "bf16": 0.25}
 _FOLDABLE = words("Add BatchNormalization Div Mul Sub Sum")
+#: Two runs of a sound file in float32, in other orders of their sums.
+_ALIKE = 1e-4
 _ORDER: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16")
 
 
@@ -57,6 +71,12 @@ def file_precision(model: onnx.ModelProto, precision: Precision) -> Precision:
     types = float_types(model)
     own: Precision = next((_NAMES[t] for t in (BFLOAT16, HALF) if t in types), "fp32")
     return max(own, precision, key=_ORDER.index)
+
+
+def _like(one: Array, other: Array) -> bool:
+    """Whether two runs in float32 are of one function."""
+    same = one.shape == other.shape and one.dtype == other.dtype
+    return same and relative_error([one], [other.astype(np.float64)]) <= _ALIKE
 
 
 class OnnxReference:
@@ -140,11 +160,36 @@ class OnnxReference:
                 found = self._exactly(sample)
                 truth = [np.asarray(found[value.name]) for value in outputs]
             exact.append(truth)
-        return Runs(own, own, exact, declared)
+        runs = Runs(own, own, exact, declared)
+        return replace(runs, rounded=self._in_tf32(given, runs, to_tf32))
 
-    def truncated(self, given: Sequence[Example], runs: Runs) -> list[list[Array]]:  # noqa: ARG002
-        """As they are: the budget of TF32 is its unit, since a file runs in float32."""
-        return runs.rounded
+    def truncated(self, given: Sequence[Example], runs: Runs) -> list[list[Array]]:
+        """As `TorchReference` has it."""
+        return self._in_tf32(given, runs, to_tf32_truncated)
+
+    def _in_tf32(
+        self, given: Sequence[Example], runs: Runs, narrow: Callable[[Tensor], Tensor]
+    ) -> list[list[Array]]:
+        """Outputs with factors in TF32, as far as torch has the operators; else in float32."""
+        if self.precision != "tf32":
+            return runs.rounded
+        read = imported(inlined(self.proto, self.path), self.path.parent.resolve())
+        if read.outputs != tuple(value.name for value in self.proto.graph.output):
+            return runs.own
+        found: list[list[Array]] = []
+        for i, sample in enumerate(given):
+            leaves = self.leaves(sample)
+            try:
+                with torch.no_grad(), strict_float32():
+                    plain = arrays(read.module(*leaves))
+                    with Tf32(narrow):
+                        found.append(arrays(read.module(*leaves)))
+            except (RuntimeError, TypeError, ValueError, IndexError, VerificationError):
+                return runs.own
+            # A graph that does not compute what the file does has no say in its budget.
+            if not all(map(_like, plain, runs.own[i])):
+                return runs.own
+        return found
 
     def require_one_answer(self, sample: Example, runs: Runs) -> None:
         """Refuse a file that computes something else each time, as `TorchReference` does.

@@ -149,6 +149,21 @@ def test_only_shape_arithmetic_may_stray(tmp_path: Path) -> None:
         require_placed(placed_nodes(session), Where("cuda"), str(f))
 
 
+def test_no_fallback_of_onnxruntime_is_left(tmp_path: Path) -> None:
+    """Its Python class has one for opening and one for running, which prints, too."""
+    assert not open_session(relu_file(tmp_path))._enable_fallback
+
+
+def test_a_run_that_fails_while_measured_is_an_error_of_bnfx(tmp_path: Path) -> None:
+    text = "g (float[n] x) => (float[3] y) { y = Reshape(x, three) }"
+    model = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["": 18]> {text}')
+    model.graph.initializer.append(helper.make_tensor("three", TensorProto.INT64, [1], [3]))
+    onnx.save(model, tmp_path / "three.onnx")
+    for isolate in (True, False):
+        with pytest.raises(bnfx.VerificationError, match="Reshape"):
+            bnfx.benchmark_onnx(tmp_path / "three.onnx", torch.ones(4), isolate=isolate)
+
+
 def test_what_may_stray_is_named(tmp_path: Path) -> None:
     f = str(relu_file(tmp_path))
     nodes = placed_nodes(open_session(f, "cpu", SessionSettings(optimise=False)))
