@@ -25,6 +25,7 @@ from bnfx.graphs.constants import is_torch
 from bnfx.graphs.durable import InPlaceProxy
 from bnfx.graphs.examples import HOOKS, Example, clone, has_hooks, obstacle, skeleton
 from bnfx.graphs.export_guards import rewrite_guards
+from bnfx.graphs.grad_modes import inline_grad_modes
 from bnfx.graphs.naming import OWNER
 from bnfx.graphs.norms import holds_norm, is_stock_norm
 from bnfx.graphs.observed import undisturbed_random_state
@@ -337,6 +338,7 @@ def exported(root: nn.Module, example: Example, sizes: Any = None) -> Captured:
         getattr(captured, hooks).clear()
     captured.graph._tracer_cls = None  # unpickling would make one without its arguments
     rewrite_guards(captured)
+    inline_grad_modes(captured)
     _restore_modes(root, captured)
     # It names all state; what no operator reads (num_batches_tracked) is none of this graph.
     erase_dead(captured.graph, [n for n in captured.graph.nodes if n.op == "get_attr"])

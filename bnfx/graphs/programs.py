@@ -252,9 +252,21 @@ def _lifted(
         elif node.op != "placeholder":
             values[node] = graph.node_copy(node, values.__getitem__)
     spell_natively(graph)
-    for node in graph.nodes:
+    for node in list(graph.nodes):
+        _join_product(node)
         _spell(node, mode)
     return graph
+
+
+def _join_product(node: fx.Node) -> None:
+    """One call for a product and the bias that passes put behind it."""
+    product, bias = node.args if node.target is torch.add else (None, None)
+    if not isinstance(product, fx.Node) or not isinstance(bias, fx.Node):
+        return
+    row = bias.op == "placeholder" and bias.meta["val"].dim() == 1
+    if row and product.target is _aten.mm.default and len(product.users) == 1:
+        node.target, node.args = _aten.addmm.default, (bias, *product.args)
+        node.graph.erase_node(product)
 
 
 def _like(old: Any, new: Tensor) -> bool:

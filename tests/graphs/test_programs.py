@@ -243,6 +243,14 @@ def test_a_program_where_a_module_is_needed(call: Callable[[Any], object]) -> No
         call(program)
 
 
+def test_a_product_takes_its_bias_in_core_aten() -> None:
+    model = randomise(chain(linear(3, 2, bias=False), nn.BatchNorm1d(2), nn.ReLU()))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    folded = law(torch.export.export(model, (x,)).run_decompositions(), (x,))
+    calls = [node.target for node in folded.graph.nodes if node.op == "call_function"]
+    assert calls == [torch.ops.aten.addmm.default, torch.ops.aten.relu.default]
+
+
 def test_computed_weights_are_parameters() -> None:
     scaled = "self.bn(F.conv2d(x, self.conv.weight * self.mask))"
     mask = torch.tensor([1.0, 0.5]).reshape(2, 1, 1, 1)

@@ -255,3 +255,19 @@ def test_only_models_have_reports() -> None:
     nothing: Any = None
     with pytest.raises(bnfx.BnfxError, match="NoneType"):
         bnfx.report(nothing)
+
+
+def test_parts_without_gradients_fold_with_what_is_around_them() -> None:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = m.conv(x * 2 if x.shape[1] > 3 else x)
+        with torch.no_grad():
+            z = m.bn(y)
+            with torch.enable_grad():
+                y = m.after(z)
+        return y, z
+
+    model = randomise(Net(forward, conv=conv(), bn=bn(), after=conv())).double()
+    folded = bnfx.fold_bn(model, X)
+    assert [r["verdict"] for r in bnfx.report(folded).to_dict()["batch_norms"]] == ["folded"]
+    for ours, truth in zip(pickle.loads(pickle.dumps(folded))(X), model(X), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
