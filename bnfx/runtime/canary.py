@@ -7,12 +7,13 @@ float32 sums of float16 are told from float16 sums in the same way. Options are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.compose
 from onnx import TensorProto, helper, numpy_helper
 
 from bnfx.errors import ProviderError
@@ -100,22 +101,17 @@ def require_arithmetic(where: Where, precision: str = "fp32") -> Arithmetic:
     settings = SessionSettings(tf32=precision != "fp32")
     if precision in _HALF:
         return _half(where, settings, _HALF[precision])
-    found: dict[str, float] = {}
-    factors: dict[str, str] = {}
-    untried: dict[str, str] = {}
-    for kind, model in _models():
-        try:
-            factors[kind], found[kind] = _look(model, where, settings)
-        except faults() as error:
-            untried[kind] = str(error)
-    seen = Arithmetic(found, factors, {}, untried)
+    outputs, untried = _computed(dict(_models()), _numbers, where, settings)
+    seen = {kind: _seen(y) for kind, y in outputs.items()}
+    factors = {kind: name for kind, (name, _) in seen.items()}
+    found = Arithmetic({kind: back for kind, (_, back) in seen.items()}, factors, {}, untried)
     if not factors:
         raise ProviderError(
             f"{where.name} ran no layer in which its arithmetic would be seen: "
             f"{next(iter(untried.values()))}"
         )
-    _require(seen, where, precision)
-    return seen
+    _require(found, where, precision)
+    return found
 
 
 def _require(seen: Arithmetic, where: Where, precision: str) -> None:
@@ -140,14 +136,56 @@ def _advice(arithmetic: str, where: Where) -> str:
     return f"{first} (provider_options), or verify with precision={precision!r}"
 
 
-def _look(model: onnx.ModelProto, where: Where, settings: SessionSettings) -> tuple[str, float]:
+def _computed(
+    models: Mapping[str, onnx.ModelProto],
+    feed: Callable[[Sequence[int]], Array],
+    where: Where,
+    settings: SessionSettings,
+) -> tuple[dict[str, Array], dict[str, str]]:
+    """What each model gives, and why the provider runs the others not.
+
+    All are one graph, which some providers compile for seconds; one by one where that fails.
+    """
+
+    def run(parts: Sequence[onnx.ModelProto]) -> list[Array]:
+        session = open_session(_together(parts).SerializeToString(), where, settings)
+        given = {value.name: feed(value.shape) for value in session.get_inputs()}
+        return run_session(session, given)
+
+    try:
+        return dict(zip(models, run(list(models.values())), strict=True)), {}
+    except faults():
+        pass
+    found: dict[str, Array] = {}
+    failed: dict[str, str] = {}
+    for kind, model in models.items():
+        try:
+            (found[kind],) = run([model])
+        except faults() as error:
+            failed[kind] = str(error)
+    return found, failed
+
+
+def _together(parts: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
+    """Models side by side in one graph, each with names of its own."""
+    named = [onnx.compose.add_prefix(part, f"{i}.") for i, part in enumerate(parts)]
+    first = named[0]
+    for other in (part.graph for part in named[1:]):
+        for field in ("node", "initializer", "input", "output"):
+            getattr(first.graph, field).extend(getattr(other, field))
+    return first
+
+
+def _numbers(shape: Sequence[int]) -> Array:
+    """The numbers as inputs of the first half of the channels, ones in the others."""
+    x = np.ones(shape, np.float32)
+    x[:, : _WIDTH // 2] = _VALUES.reshape(-1, *[1] * (x.ndim - 1))
+    return x
+
+
+def _seen(y: Array) -> tuple[str, float]:
     """The arithmetic of a layer, and what became of the canary."""
-    session = open_session(model.SerializeToString(), where, settings)
-    (value,) = session.get_inputs()
-    x = np.ones(value.shape, np.float32)
     half = _WIDTH // 2
-    x[:, :half] = _VALUES.reshape(-1, *[1] * (x.ndim - 1))
-    (y,) = run_session(session, {value.name: x})
     y = np.moveaxis(y, 1, -1).reshape(len(_VALUES), -1, _WIDTH)
     # Rows have the numbers as inputs; behind them the columns of the first row, as weights.
     inputs = y[:, :, :half].reshape(len(_VALUES), -1)
@@ -182,7 +220,7 @@ def _models() -> Iterator[tuple[str, onnx.ModelProto]]:
         full[middle] = weight
         return full
 
-    image, depthwise = [len(_VALUES), _WIDTH, 8, 8], diagonal[:, None]
+    image, depthwise = [len(_VALUES), _WIDTH, 28, 28], diagonal[:, None]
     yield "Conv", _model("Conv", kernel(matrix, 1, 1), image)
     yield "Conv 3x3", _model("Conv", kernel(matrix, 3, 3), image, pads=[1] * 4)
     own = _model("Conv", kernel(depthwise, 3, 3), image, pads=[1] * 4, group=_WIDTH)
@@ -214,17 +252,10 @@ def _half(where: Where, settings: SessionSettings, kind: int) -> Arithmetic:
         "MatMul": _model("MatMul", ones, [1, len(x)], kind),
         "Conv": _model("Conv", ones.T[:, :, None, None], [1, len(x), 1, 1], kind),
     }
-    sums: dict[str, str] = {}
-    untried: dict[str, str] = {}
-    dtype = helper.tensor_dtype_to_np_dtype(kind) if kind == TensorProto.FLOAT16 else np.float32
-    for name, model in models.items():
-        try:
-            session = open_session(model.SerializeToString(), where, settings)
-            (value,) = session.get_inputs()
-            (y,) = run_session(session, {value.name: x.reshape(value.shape).astype(dtype)})
-        except faults() as error:
-            untried[name] = str(error)
-            continue
-        exact = bool((y.astype(np.float64) == pattern.sum()).all())
-        sums[name] = "float32" if exact else "in the narrow type"
+    dtype = np.float16 if kind == TensorProto.FLOAT16 else np.float32
+    outputs, untried = _computed(
+        models, lambda shape: x.reshape(shape).astype(dtype), where, settings
+    )
+    exact = {name: bool((y.astype(float) == pattern.sum()).all()) for name, y in outputs.items()}
+    sums = {name: "float32" if same else "the narrow type" for name, same in exact.items()}
     return Arithmetic({}, {}, sums, untried)

@@ -30,7 +30,7 @@ from bnfx.runtime.assignment import (
 from bnfx.runtime.availability import unavailable_reason
 from bnfx.runtime.canary import CANARY, require_arithmetic
 from bnfx.runtime.isolated import execute_apart
-from bnfx.runtime.providers import CPU, CUDA, Where, execution_provider
+from bnfx.runtime.providers import CPU, CUDA, Where, execution_provider, installed_plugins
 from bnfx.runtime.sessions import SessionSettings, cuda_problem, open_session, require_still_on
 from bnfx.verification.references import StoredAs, Tf32, to_tf32
 from bnfx.version import version_of
@@ -214,6 +214,33 @@ def test_the_canary_survives_float32_and_dies_in_tf32(monkeypatch: pytest.Monkey
                 require_arithmetic(Where(), "tf32")
 
 
+def test_kinds_of_layers_that_a_provider_lacks_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = open_session
+
+    def lacking(model: bytes, *given: Any) -> Any:
+        if b"ConvTranspose" in model:
+            raise bnfx.ProviderError("there is no ConvTranspose")
+        return real(model, *given)
+
+    monkeypatch.setattr(canary, "open_session", lacking)
+    told = require_arithmetic(Where(), "fp32").told()
+    assert told["not tried"] == {"ConvTranspose": "there is no ConvTranspose"}
+    assert len(told["arithmetic"]) == 6
+
+
+def test_plugins_come_in_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By agreement `onnxruntime-ep-NAME` tells the provider and its library."""
+    wheel(tmp_path, "onnxruntime-ep-demo", "1.0", "onnxruntime_ep_demo")
+    wheel(tmp_path, "onnxruntime-ep-reserved", "0.0.0", "onnxruntime_ep_reserved")
+    (tmp_path / "onnxruntime_ep_demo.py").write_text(
+        "get_ep_name = lambda: 'DemoExecutionProvider'\nget_library_path = lambda: '/no/such.so'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert installed_plugins() == {"DemoExecutionProvider": "onnxruntime_ep_demo"}
+    with pytest.raises(bnfx.ProviderError, match=r"library of Demo.* does not load: .*such\.so"):
+        open_session(relu_file(tmp_path), "DemoExecutionProvider")
+
+
 def rounded_run(rounding: Any) -> Any:
     """What a session gives whose factors are rounded: one of the two is always one."""
     return lambda session, feed: [
@@ -224,14 +251,17 @@ def rounded_run(rounding: Any) -> Any:
 def test_sums_of_float16_are_told_from_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     assert require_arithmetic(Where(), "fp16").sums == {"MatMul": "float32", "Conv": "float32"}
 
-    def narrow(session: Any, feed: Any) -> Any:
-        total = np.float16(0)
-        for value in next(iter(feed.values())).ravel():
-            total += value
-        return [np.full(1, total)]
+    def narrow(_session: Any, feed: Any) -> Any:
+        totals = []
+        for given in feed.values():
+            total = np.float16(0)
+            for value in given.ravel():
+                total += value
+            totals.append(np.full(1, total))
+        return totals
 
     monkeypatch.setattr(canary, "run_session", narrow)
-    assert set(require_arithmetic(Where(), "fp16").sums.values()) == {"in the narrow type"}
+    assert set(require_arithmetic(Where(), "fp16").sums.values()) == {"the narrow type"}
 
 
 def test_tf32_keeps_ten_bits() -> None:
