@@ -26,7 +26,7 @@ exit codes:
 130  interrupted; 143 or 129 where SIGTERM or SIGHUP asked to end
 """
 
-_OTHERS = f"another of {', '.join(SHORT)}, or a full name such as QNNExecutionProvider"
+_OTHERS = f"or {', '.join([*SHORT][2:])}, or a full name such as QNNExecutionProvider"
 
 _MODEL = """\
 MODEL is PACKAGE.MODULE:FACTORY, imported from the current directory or the installed packages and

@@ -76,14 +76,18 @@ class Where:
         """What a caller asks for, looked at.
 
         Raises:
-            ProviderError: The provider is unknown.
+            ProviderError: The provider is unknown, or takes no options.
         """
         allowed = (allow_on_cpu,) if isinstance(allow_on_cpu, str) else allow_on_cpu
         told = {str(name): _text(value) for name, value in (options or {}).items()}
         if path := plugin_path(provider):  # another process does not know of it
             told.setdefault(LIBRARY, path)
         where = cls(provider, told, None if allowed is None else tuple(map(str, allowed)))
-        execution_provider(provider, options=told)
+        if where.on_cpu and told:
+            raise ProviderError(
+                f"the CPU takes no options, and would not hear of {', '.join(told)}: leave "
+                "provider_options out"
+            )
         return where
 
     @property

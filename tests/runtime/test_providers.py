@@ -69,6 +69,14 @@ def test_unknown_providers_are_refused(provider: str) -> None:
         execution_provider(provider)
 
 
+def test_options_that_nobody_hears_are_refused() -> None:
+    with pytest.raises(bnfx.ProviderError, match="the CPU takes no options"):
+        Where.of("CPUExecutionProvider", {"use_tf32": 0})
+    assert Where.of("cuda", {"do_copy_in_default_stream": True}).options == {
+        "do_copy_in_default_stream": "1"
+    }
+
+
 def test_provider_options() -> None:
     assert execution_provider("cpu") == ("CPUExecutionProvider", {})
     name, options = execution_provider("cuda:1")
