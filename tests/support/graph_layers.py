@@ -128,7 +128,7 @@ _COMPUTED = (
     "parametrizations.weight_norm({conv})",
     "parametrizations.spectral_norm({conv})",
     "parametrizations.orthogonal({conv})",
-    "prune.l1_unstructured({conv}, 'weight', 0.4)",
+    "pruned({conv})",
     "utils.spectral_norm({conv})",
     "watched({conv})",
     "watched(utils.spectral_norm({conv}))",

@@ -48,6 +48,13 @@ class MaskedConv(nn.Conv2d):
         return F.conv2d(x, weight - weight.mean(), self.bias, self.stride, self.padding)
 
 
+def pruned(module: nn.Module) -> nn.Module:
+    """`module` with a mask on its weight."""
+    with torch.no_grad():  # or no copy of it could be made
+        prune.l1_unstructured(module, "weight", 0.4)
+    return module
+
+
 def watched(module: nn.Module) -> nn.Module:
     """`module` with a hook that only looks."""
     module.register_forward_hook(looks)
@@ -92,7 +99,7 @@ NAMESPACE: dict[str, Any] = {
     "nn": nn,
     "F": F,
     "parametrizations": parametrizations,
-    "prune": prune,
+    "pruned": pruned,
     "utils": nn.utils,
     "NormRelu": NormRelu,
     "DoubledConv": DoubledConv,
@@ -106,9 +113,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn import utils
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations
 
-from tests.support.graphs import DoubledConv, MaskedConv, NormRelu, draw_statistics, watched
+from tests.support.graphs import (
+    DoubledConv,
+    MaskedConv,
+    NormRelu,
+    draw_statistics,
+    pruned,
+    watched,
+)
 
 
 class Net(nn.Module):
