@@ -66,16 +66,26 @@ def _bake_parametrized(module: nn.Module) -> None:
 
 
 def _value(computing: nn.Module) -> Tensor | None:
-    """What a parametrization always gives; None where it draws or remembers."""
+    """What a parametrization always gives; None where it draws, remembers or fails."""
     mine = copy.deepcopy(computing)  # it may write
     before = torch.get_rng_state()
-    with torch.no_grad():
-        first, again = mine(), mine()
+    try:
+        with torch.no_grad():
+            first, again = mine(), mine()
+    except Exception:  # noqa: BLE001  # it is a user's, and raises anything
+        return None
     drawn = not torch.equal(before, torch.get_rng_state())
     torch.set_rng_state(before)
-    same = all(map(torch.equal, mine.state_dict().values(), computing.state_dict().values()))
-    fits = isinstance(first, Tensor) and not drawn and same and torch.equal(first, again)
+    kept = zip(mine.state_dict().values(), computing.state_dict().values(), strict=True)
+    if drawn or not isinstance(first, Tensor) or not isinstance(again, Tensor):
+        return None
+    fits = _same(first, again) and all(_same(a, b) for a, b in kept)
     return first.detach().clone() if fits else None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal; on meta there are no values."""
+    return a.is_meta or torch.equal(a, b)
 
 
 def _trained(module: nn.Module) -> bool:

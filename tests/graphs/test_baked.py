@@ -33,6 +33,17 @@ class LowRank(nn.Module):
         return weight + (self.a @ self.b).view_as(weight)
 
 
+class Late(nn.Module):
+    """Fails once it has ended."""
+
+    ended = False
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.ended:
+            raise OSError("no such device")
+        return weight
+
+
 class Noisy(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight + torch.randn_like(weight)
@@ -179,22 +190,31 @@ def test_a_layer_that_is_called_twice_keeps_its_weight() -> None:
     folds(model, torch.randn(2, 4, 5, dtype=torch.float64), given=True)
 
 
+def test_on_meta_it_is_computed_too() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(parametrizations.weight_norm(nn.Conv1d(3, 4, 3)), nn.ReLU()).eval()
+    folded = bnfx.fold_bn(model)
+    assert list(folded.state_dict()) == ["0.weight", "0.bias"]
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
+        lambda conv: vars(
+            parametrized(conv, Late()).get_submodule("parametrizations.weight.0")
+        ).update(ended=True),
         lambda conv: parametrized(conv, Noisy()),
         lambda conv: parametrizations.spectral_norm(conv).train(),
         lambda conv: utils.spectral_norm(conv).train(),
         lambda conv: utils.weight_norm(conv).register_forward_hook(lambda *_: None),
         lambda conv: utils.weight_norm(conv).register_forward_pre_hook(lambda *_: None),
     ],
-    ids=["random", "iterating", "iterating of old", "watched", "watched before"],
+    ids=["failing", "random", "iterating", "iterating of old", "watched", "watched before"],
 )
 def test_what_is_no_constant_stays_whole(spoil: Callable[[nn.Module], object]) -> None:
     model = settled(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4))
     spoil(model.get_submodule("0"))
     model.double()
-    folded = bnfx.fold_bn(model, (torch.randn(2, 3, 8, dtype=torch.float64),))
-    [record] = records_of(folded)
+    [record] = records_of(bnfx.fold_bn(model))
     assert record.verdict == "kept"
     assert record.reason
