@@ -1,0 +1,258 @@
+"""Put every case to every folding that is installed: folded, right, refused, or silently wrong.
+
+"folded": right, and no BatchNorm is left; "right": right, and some are left, or nobody can see;
+"refused": it raised; "WRONG": an output is off by more than a thousandth of the largest one, or the
+network that was given has changed. Without options the page and the picture are written anew:
+
+    .venv/bin/python examples/conformance/run.py
+    .venv/bin/python examples/conformance/run.py --tool fuse --case "called twice" --script
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import datetime
+import inspect
+import io
+import json
+import logging
+import platform
+import random
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from cases import CASES, Case
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from tools import TOOLS, Tool
+from torch import Tensor, nn
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+RESULTS = HERE / "results"
+PAGE = ROOT / "examples" / "site" / "docs" / "results" / "conformance.md"
+KINDS = ("folded", "right", "refused", "WRONG")
+COLORS = ("#0072B2", "#9ecae1", "#e6e6e6", "#D55E00")
+LIMIT = 1e-3
+ABOUT = """\
+{count} small networks, each for a kind of code on which a folding of BatchNorm can go wrong or
+could do more, put to the foldings that were installed. Each was called as its own documentation
+says. *Folded*: right, and no BatchNorm is left. *Right*: right, and some are left, or nobody can
+see. *Refused*: it raised. *WRONG*: the output is off by more than a thousandth of the largest one
+without a word, or the network that was given has changed.
+
+{run}. One command writes this page: `.venv/bin/python examples/conformance/run.py`; with
+`--tool NAME --case NAME --script` it prints what shows one square alone.
+
+![What each folding does with each case](conformance/conformance.png)
+"""
+SOBER = """\
+What this does not say: the cases were chosen by the authors of bnfx, from faults that they met in
+foldings, their own among them. Most are rare in practice, the other tools do other things well, and
+a newer version may do better. The random networks are those of bnfx's own tests.
+"""
+
+
+def outcome(tool: Tool, build: Callable[[], tuple[nn.Module, Tensor]]) -> tuple[str, str]:
+    """What became of a network, and the details."""
+    net, x = build()
+    reference = copy.deepcopy(net).double()
+    with torch.no_grad():
+        wanted = reference(x.double())
+    state = {name: t.clone() for name, t in net.state_dict().items()}
+    hushed = io.StringIO()
+    try:
+        with (
+            contextlib.redirect_stdout(hushed),
+            contextlib.redirect_stderr(hushed),
+            torch.no_grad(),
+        ):
+            run, left = tool.fold(net, x)
+            found = run(x)
+    except Exception as error:  # noqa: BLE001  # a refusal may be anything
+        return "refused", f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[
+            :200
+        ]
+    gap = float("inf")
+    if found.shape == wanted.shape:
+        gap = float((found.double() - wanted).abs().max() / wanted.abs().max())
+    if not gap <= LIMIT:
+        return "WRONG", f"off by {gap:.2g} of the largest output"
+    kept = net.state_dict()
+    if not all(name in kept and torch.equal(t, kept[name]) for name, t in state.items()):
+        return "WRONG", "the network that was given has changed"
+    return ("folded" if left == 0 else "right"), f"{'?' if left is None else left} left"
+
+
+def random_cases(count: int, seed: int) -> list[tuple[str, Callable[[], tuple[nn.Module, Tensor]]]]:
+    """Random networks of the tests, with one input and one output."""
+    sys.path.insert(0, str(ROOT))
+    from tests.support.graph_moves import MOVES
+    from tests.support.graphs import Sample, random_network
+
+    found: list[tuple[str, Callable[[], tuple[nn.Module, Tensor]]]] = []
+    while len(found) < count:
+        sample, name = random_network(random.Random(seed), MOVES), f"seed {seed}"
+        seed += 1
+        if len(sample.inputs()) != 1:
+            continue
+
+        def build(sample: Sample = sample) -> tuple[nn.Module, Tensor]:
+            return sample.build().float().eval(), sample.inputs()[0].float()
+
+        with contextlib.suppress(RuntimeError), torch.no_grad():  # those that need float64
+            net, x = build()
+            values = (net(x), net.double()(x.double()))
+            if all(isinstance(v, Tensor) and v.isfinite().all() and v.any() for v in values):
+                found.append((name, build))
+    return found
+
+
+def version(tool: Tool) -> str | None:
+    """Of the tool's package; None where it is not installed."""
+    names = (tool.package, f"{tool.package}-gpu")
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
+
+
+def script(tool: Tool, case: Case) -> str:
+    """What shows this outcome alone: run it in this folder."""
+    return f"""# {tool.name} {version(tool)}: {case.name} ({case.about})
+import torch
+from cases import CASES
+from tools import TOOLS
+
+net, x = next(case for case in CASES if case.name == {case.name!r}).build()
+wanted = net(x)
+fold = next(tool.fold for tool in TOOLS if tool.name == {tool.name!r})
+# {inspect.getsource(tool.fold).strip().replace(chr(10), chr(10) + "# ")}
+folded, left = fold(net, x)
+print((folded(x) - wanted).abs().max().item(), "of", wanted.abs().max().item(), "left:", left)
+"""
+
+
+def draw(table: Mapping[str, Mapping[str, str]], path: Path) -> None:
+    """A square for each case and folding."""
+    tools, cases = [*table], [*next(iter(table.values()))]
+    figure = Figure(figsize=(2.9 + 0.42 * len(tools), 1.9 + 0.24 * len(cases)), dpi=120)
+    ax = figure.add_axes((0.44, 0.06, 0.54, 0.8))
+    grid = [[KINDS.index(table[tool][case]) for tool in tools] for case in cases]
+    ax.imshow(grid, cmap=ListedColormap(COLORS), vmin=-0.5, vmax=3.5, aspect="auto")
+    ax.set_xticks(range(len(tools)), tools, rotation=45, ha="left", fontsize=8)
+    ax.xaxis.tick_top()
+    ax.set_yticks(range(len(cases)), cases, fontsize=8)
+    ax.tick_params(length=0)
+    ax.set_xticks([i + 0.5 for i in range(len(tools))], minor=True)
+    ax.set_yticks([i + 0.5 for i in range(len(cases))], minor=True)
+    ax.grid(which="minor", color="white", linewidth=1.5)
+    ax.tick_params(which="minor", length=0)
+    for i, row in enumerate(grid):
+        for j, kind in enumerate(row):
+            if kind == KINDS.index("WRONG"):
+                ax.text(j, i, "x", ha="center", va="center", color="white", fontsize=8)
+    for i, (word, color) in enumerate(zip(KINDS, COLORS, strict=True)):
+        figure.text(0.44 + 0.14 * i, 0.02, f"■ {word}", color=color, fontsize=9)
+    ax.spines[:].set_visible(False)
+    figure.savefig(path)
+
+
+def page(content: Mapping[str, object]) -> str:
+    """The page of the site, from what was stored."""
+    traps, randoms, versions, about, run = (
+        content[key] for key in ("traps", "random", "versions", "about", "run")
+    )
+    assert isinstance(traps, dict)
+    assert isinstance(randoms, dict)
+    assert isinstance(versions, dict)
+    assert isinstance(about, dict)
+    head = ("folding", "version", *KINDS, *(f"random: {kind}" for kind in KINDS))
+    lines = [
+        "# Conformance\n",
+        ABOUT.format(count=len(about), run=run),
+        "| " + " | ".join(head) + " |",
+        "|" + " --- |" * len(head),
+    ]
+    for tool in traps:
+        counts = [Counter(one[tool].values()) for one in (traps, randoms) if tool in one]
+        cells = [str(count[kind]) for count in counts for kind in KINDS]
+        lines.append(
+            f"| {tool} | {versions[tool]} | {' | '.join(cells + ['-'] * (8 - len(cells)))} |"
+        )
+    lines += ["", "## Where it was wrong", ""]
+    for tool, found in traps.items():
+        wrong = [f"{case} ({about[case]})" for case, kind in found.items() if kind == "WRONG"]
+        if wrong:
+            lines.append(f"* **{tool}**: {'; '.join(wrong)}.")
+    lines += ["", SOBER]
+    return "\n".join(lines)
+
+
+def _prepare() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    torch.set_num_threads(1)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run what is asked for; 1 where bnfx is wrong somewhere."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tool", default="", help="a part of its name")
+    parser.add_argument("--case", default="", help="a part of its name")
+    parser.add_argument("--random", type=int, default=40, help="how many random networks")
+    parser.add_argument("--script", action="store_true", help="print what shows it, do not run it")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the numbers")
+    options = parser.parse_args(argv)
+    _prepare()
+    tools = [tool for tool in TOOLS if options.tool in tool.name and version(tool)]
+    cases = [case for case in CASES if options.case in case.name]
+    if options.script:
+        print("\n".join(script(tool, case) for tool in tools for case in cases))
+        return 0
+    whole = not (options.tool or options.case)
+    networks = random_cases(options.random, 70000) if whole else []
+    traps: dict[str, dict[str, str]] = {}
+    randoms: dict[str, dict[str, str]] = {}
+    details: dict[str, dict[str, str]] = {}
+    for tool in tools:
+        found = {case.name: outcome(tool, case.build) for case in cases}
+        traps[tool.name] = {name: kind for name, (kind, _) in found.items()}
+        details[tool.name] = {name: told for name, (_, told) in found.items()}
+        if networks and tool.name != "Inductor, freezing":  # it compiles C++ for each
+            randoms[tool.name] = {name: outcome(tool, build)[0] for name, build in networks}
+        counts = (Counter(traps[tool.name].values()), Counter(randoms.get(tool.name, {}).values()))
+        print(
+            f"{tool.name} {version(tool)}: {dict(counts[0])}; random: {dict(counts[1])}", flush=True
+        )
+        if not whole:
+            print(json.dumps(details[tool.name], indent=1))
+    content = {
+        "run": f"Run on {datetime.datetime.now(tz=datetime.UTC).date()}, {platform.system()} "
+        f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
+        "versions": {tool.name: version(tool) for tool in tools},
+        "about": {case.name: case.about for case in cases},
+        "traps": traps,
+        "random": randoms,
+        "details": details,
+    }
+    if whole:
+        options.out.mkdir(exist_ok=True)
+        (options.out / "conformance.json").write_text(json.dumps(content, indent=1) + "\n")
+        draw(traps, options.out / "conformance.png")
+        if options.out == RESULTS:
+            PAGE.write_text(page(content), encoding="utf-8")
+    own = [kind for tool, found in (*traps.items(), *randoms.items()) for kind in found.values()
+           if tool.startswith("bnfx")]  # fmt: skip
+    return int("WRONG" in own)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,164 @@
+"""Foldings as one thing: a module and an input in; what computes, and the BatchNorms left, out.
+
+Each is called as its own documentation says, at the versions that are installed. Whatever it raises
+is its refusal.
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+#: What a folding gives: a function of the input, and how many BatchNorms it still evaluates; None
+#: where that cannot be seen.
+Folded = tuple[Callable[[Tensor], Tensor], int | None]
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A folding by somebody."""
+
+    name: str
+    #: The distribution whose version counts.
+    package: str
+    fold: Callable[[nn.Module, Tensor], Folded]
+
+
+def _graph(found: Any) -> Folded:
+    left = sum("batch_norm" in str(node.target) for node in found.graph.nodes)
+    norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in found.modules())
+    return found, left or norms
+
+
+def _bnfx(net: nn.Module, x: Tensor) -> Folded:
+    bnfx = importlib.import_module("bnfx")
+    folded = bnfx.fold_bn(net, (x,))
+    return folded, bnfx.report(folded).left
+
+
+def _bnfx_file(net: nn.Module, x: Tensor) -> Folded:
+    bnfx = importlib.import_module("bnfx")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.onnx"
+        bnfx.export_onnx(net, (x,), path)
+        bnfx.fold_onnx(path, path)
+        return _ran(onnx.load(path))
+
+
+def _fx(net: nn.Module, _: Tensor) -> Folded:
+    return _graph(importlib.import_module("torch.fx.experimental.optimization").fuse(net))
+
+
+def _torchao(net: nn.Module, x: Tensor) -> Folded:
+    utils = importlib.import_module("torchao.quantization.pt2e.utils")
+    graph = torch.export.export(net, (x,)).module()
+    utils._fuse_conv_bn_(graph)
+    return _graph(graph)
+
+
+def _inductor(net: nn.Module, x: Tensor) -> Folded:
+    config = importlib.import_module("torch._inductor.config")
+    torch.compiler.reset()
+    with config.patch(freezing=True), torch.no_grad():
+        compiled = torch.compile(net)
+        compiled(x)
+    return compiled, None
+
+
+def _exported(net: nn.Module, x: Tensor, path: Path, *, optimize: bool) -> onnx.ModelProto:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about itself
+        program = torch.onnx.export(net, (x,), dynamo=True, optimize=optimize, verbose=False)
+    assert program is not None
+    program.save(path)
+    return onnx.load(path)
+
+
+def _ran(model: onnx.ModelProto, *, level: int = 0) -> Folded:
+    """A file in onnxruntime, without its own optimisations unless a level is given."""
+    ort = importlib.import_module("onnxruntime")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel(level)
+    options.log_severity_level = 3
+    kept = model
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "o.onnx")
+        session = ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        kept = onnx.load(options.optimized_model_filepath)
+
+    def run(x: Tensor) -> Tensor:
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        return torch.from_numpy(np.asarray(y))
+
+    graphs = (kept.graph, *kept.functions)
+    return run, sum(n.op_type == "BatchNormalization" for g in graphs for n in g.node)
+
+
+def _file(change: Callable[[onnx.ModelProto], onnx.ModelProto], *, optimize: bool = False) -> Any:
+    def fold(net: nn.Module, x: Tensor) -> Folded:
+        with tempfile.TemporaryDirectory() as folder:
+            model = _exported(net, x, Path(folder) / "a.onnx", optimize=optimize)
+        return _ran(change(model))
+
+    return fold
+
+
+def _onnxruntime(net: nn.Module, x: Tensor) -> Folded:
+    with tempfile.TemporaryDirectory() as folder:
+        model = _exported(net, x, Path(folder) / "a.onnx", optimize=False)
+    return _ran(model, level=2)
+
+
+def _openvino(net: nn.Module, x: Tensor) -> Folded:
+    openvino = importlib.import_module("openvino")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.onnx"
+        _exported(net, x, path, optimize=False)
+        model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda value: torch.from_numpy(np.array(model(value.numpy())[0])), None
+
+
+def _optimizer(model: onnx.ModelProto) -> onnx.ModelProto:
+    optimizer = importlib.import_module("onnxoptimizer")
+    done = optimizer.optimize(model, optimizer.get_fuse_and_elimination_passes())
+    assert isinstance(done, onnx.ModelProto)
+    return done
+
+
+def _sim(model: onnx.ModelProto) -> onnx.ModelProto:
+    done, _ = importlib.import_module("onnxsim").simplify(model)
+    assert isinstance(done, onnx.ModelProto)
+    return done
+
+
+def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
+    done = importlib.import_module("onnxslim").slim(model)
+    assert isinstance(done, onnx.ModelProto)
+    return done
+
+
+TOOLS = (
+    Tool("bnfx fold_bn", "bnfx", _bnfx),
+    Tool("bnfx fold_onnx", "bnfx", _bnfx_file),
+    Tool("torch.fx fuse", "torch", _fx),
+    Tool("torchao _fuse_conv_bn_", "torchao", _torchao),
+    Tool("Inductor, freezing", "torch", _inductor),
+    Tool("torch.onnx.export", "torch", _file(lambda model: model, optimize=True)),
+    Tool("onnxsim", "onnxsim", _file(_sim)),
+    Tool("onnxslim", "onnxslim", _file(_slim)),
+    Tool("onnxoptimizer", "onnxoptimizer", _file(_optimizer)),
+    Tool("onnxruntime", "onnxruntime", _onnxruntime),
+    Tool("OpenVINO", "openvino", _openvino),
+)
