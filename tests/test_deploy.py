@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -218,6 +219,8 @@ def test_names_of_inputs_and_outputs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("opset", [18, 21, 25])
 def test_opsets(tmp_path: Path, opset: int) -> None:
+    if opset > onnx.defs.onnx_opset_version():
+        pytest.skip(f"onnx {onnx.__version__} knows no opset {opset}")
     model, x = plain()
     done = bnfx.deploy(model, x, tmp_path / "net.onnx", opset_version=opset)
     assert done.export.opset == opset
@@ -274,7 +277,10 @@ def test_ledger_says_who_removed_what(tmp_path: Path) -> None:
     model, f, x = export(tmp_path)
     found = bnfx.removal_ledger(model, (x,), f)
     removed = {bn.path: bn.removed_by for bn in found.batch_norms}
-    assert removed == {"bn": "bnfx", "last": "onnxruntime full"}
+    assert removed.pop("bn") == "bnfx"
+    # 1.31 removes the other one, 1.23 does not
+    new = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 31)
+    assert removed["last"] in ({"onnxruntime full"} if new else {"onnxruntime full", None})
     assert found.left["onnxruntime extended"] == 1
     assert bnfx.removal_ledger(None, f=f).left["source"] == 1
     assert bnfx.removal_ledger(model, (x,)).left == found.left
