@@ -196,6 +196,35 @@ def page(content: Mapping[str, object]) -> str:
     return "\n".join(lines)
 
 
+Found = dict[str, dict[str, str]]
+
+
+def store(
+    out: Path,
+    tools: Sequence[Tool],
+    cases: Sequence[Case],
+    traps: Found,
+    randoms: Found,
+    details: Found,
+) -> None:
+    """Write what is known so far: the numbers, the picture, and the page of the site."""
+    now, python = datetime.datetime.now(tz=datetime.UTC).date(), platform.python_version()
+    here = f"{platform.system()} {platform.machine()}, Python {python}, torch {torch.__version__}"
+    content = {
+        "run": f"Run on {now}, {here}",
+        "versions": {tool.name: version(tool) for tool in tools},
+        "about": {case.name: case.about for case in cases},
+        "traps": traps,
+        "random": randoms,
+        "details": details,
+    }
+    out.mkdir(exist_ok=True)
+    (out / "conformance.json").write_text(json.dumps(content, indent=1) + "\n")
+    draw(traps, out / "conformance.png")
+    if out == RESULTS:
+        PAGE.write_text(page(content), encoding="utf-8")
+
+
 def _prepare() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
@@ -219,9 +248,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     whole = not (options.tool or options.case)
     networks = random_cases(options.random, 70000) if whole else []
-    traps: dict[str, dict[str, str]] = {}
-    randoms: dict[str, dict[str, str]] = {}
-    details: dict[str, dict[str, str]] = {}
+    traps: Found = {}
+    randoms: Found = {}
+    details: Found = {}
     for tool in tools:
         found = {case.name: outcome(tool, case.build) for case in cases}
         traps[tool.name] = {name: kind for name, (kind, _) in found.items()}
@@ -234,21 +263,8 @@ def main(argv: Sequence[str]) -> int:
         )
         if not whole:
             print(json.dumps(details[tool.name], indent=1))
-    content = {
-        "run": f"Run on {datetime.datetime.now(tz=datetime.UTC).date()}, {platform.system()} "
-        f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
-        "versions": {tool.name: version(tool) for tool in tools},
-        "about": {case.name: case.about for case in cases},
-        "traps": traps,
-        "random": randoms,
-        "details": details,
-    }
-    if whole:
-        options.out.mkdir(exist_ok=True)
-        (options.out / "conformance.json").write_text(json.dumps(content, indent=1) + "\n")
-        draw(traps, options.out / "conformance.png")
-        if options.out == RESULTS:
-            PAGE.write_text(page(content), encoding="utf-8")
+            continue
+        store(options.out, tools[: len(traps)], cases, traps, randoms, details)
     own = [kind for tool, found in (*traps.items(), *randoms.items()) for kind in found.values()
            if tool.startswith("bnfx")]  # fmt: skip
     return int("WRONG" in own)

@@ -51,7 +51,7 @@ def _bnfx_file(net: nn.Module, x: Tensor) -> Folded:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.onnx"
         bnfx.export_onnx(net, (x,), path)
-        bnfx.fold_onnx(path, path)
+        bnfx.fold_onnx(path, path, verify=False)  # it is judged here
         return _ran(onnx.load(path))
 
 
@@ -154,11 +154,11 @@ TOOLS = (
     Tool("bnfx fold_onnx", "bnfx", _bnfx_file),
     Tool("torch.fx fuse", "torch", _fx),
     Tool("torchao _fuse_conv_bn_", "torchao", _torchao),
-    Tool("Inductor, freezing", "torch", _inductor),
     Tool("torch.onnx.export", "torch", _file(lambda model: model, optimize=True)),
     Tool("onnxsim", "onnxsim", _file(_sim)),
     Tool("onnxslim", "onnxslim", _file(_slim)),
     Tool("onnxoptimizer", "onnxoptimizer", _file(_optimizer)),
     Tool("onnxruntime", "onnxruntime", _onnxruntime),
     Tool("OpenVINO", "openvino", _openvino),
+    Tool("Inductor, freezing", "torch", _inductor),
 )
