@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
@@ -123,25 +124,25 @@ class Captured:
     others: tuple[tuple[Any, ...], ...] | None = None
 
 
-def inference_graph(model: nn.Module, given: Example | None) -> Captured:
+def inference_graph(model: nn.Module, given: Example | None, *, exporting: bool = True) -> Captured:
     """A functional graph of a copy of `model` in its present mode.
 
     Without example inputs, and with them where that gives the same outputs, by symbolic tracing;
-    otherwise by `torch.export.export(strict=False)` with dynamic shapes.
+    otherwise by `torch.export.export(strict=False)` with dynamic shapes, if `exporting`.
 
     Raises:
         CaptureError: Neither way works; the message holds both causes.
     """
-    captured = _captured(model, given)
+    captured = _captured(model, given, exporting=exporting)
     bake_weights(captured.module)
     return captured
 
 
-def _captured(model: nn.Module, given: Example | None) -> Captured:
+def _captured(model: nn.Module, given: Example | None, *, exporting: bool) -> Captured:
     spread = isinstance(model, nn.parallel.DistributedDataParallel)
     if said := obstacle(model, wrappers=spread):
         raise CaptureError(said)
-    root = bake_modules(skeleton(model))
+    root, export = bake_modules(skeleton(model)), _exported if exporting else _not_exported
     try:
         graph, _ = trace(_FunctionalTracer, root, frozenset(), given)
     except CaptureError as error:
@@ -150,16 +151,16 @@ def _captured(model: nn.Module, given: Example | None) -> Captured:
                 f"{error}. Pass example_inputs, so that torch.export can capture the model"
             ) from error
         # Tracing may have left proxies in attributes that the forward assigns.
-        return _exported(bake_modules(skeleton(model)), given, str(error))
+        return export(bake_modules(skeleton(model)), given, str(error))
     _restore_ranks(root, graph)
     traced = assemble(root, graph)
     if given is not None and not _agree(root, traced, given):
-        return _exported(root, given, "the traced graph and the model disagree on the example")
+        return export(root, given, "the traced graph and the model disagree on the example")
     if given is None:
         return Captured(traced, None)
     if _hides_norms(traced):
         try:
-            return _exported(root, given, "a part of the model that holds BatchNorms stays whole")
+            return export(root, given, "a part of the model that holds BatchNorms stays whole")
         except CaptureError as error:  # then they stay, inside the modules that could not be traced
             for node in traced.graph.nodes:
                 if node.op == "call_module":
@@ -311,12 +312,30 @@ def _exported(root: nn.Module, given: Example, cause: str) -> Captured:
                 outputs(clone(captured.module), given)
         except Exception as error:  # noqa: BLE001  # the exporter and the user's forward raise anything
             errors.append(f"torch.export: {str(error).strip().partition(chr(10))[0]}")
+            if _depends_on_data(error):  # with any sizes
+                break
             continue
         return captured
     outputs(clone(root), given)  # the model itself may not run on the example, which says more
     raise NotCapturedError(
         f"{type(root).__name__} cannot be captured. " + "; ".join(dict.fromkeys(errors))
     )
+
+
+def _not_exported(root: nn.Module, _given: Example, cause: str) -> Captured:
+    raise NotCapturedError(
+        f"{type(root).__name__} cannot be captured. symbolic tracing: {cause}; it asks for values "
+        "of tensors, which torch.export does not allow"
+    )
+
+
+def _depends_on_data(error: BaseException | None) -> bool:
+    """Whether the forward asks for values of tensors, to decide on its way or on a size."""
+    while error is not None:
+        if isinstance(error, GuardOnDataDependentSymNode):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def exported(root: nn.Module, example: Example, sizes: Any = None) -> Captured:

@@ -36,6 +36,8 @@ SHAPE = "bnfx_shape"
 #: node.meta key: paths of the modules whose forward was running, outermost first.
 SCOPES = "bnfx_scopes"
 
+#: What turns a tensor into a number, to decide something.
+_ASKING = ("bool", "int", "float", "complex", "index", "item", "tolist")
 _REFLECTED = ("add", "sub", "mul", "div", "truediv", "matmul", "pow", "iadd", "isub", "imul")
 
 
@@ -46,6 +48,7 @@ class Observation:
     outputs: Any  #: what it returned
     graph: fx.Graph  #: The calls, in order. Parameters and buffers are `get_attr` nodes.
     runs: Mapping[str, int]  #: how often the forward of each module ran, by path
+    asking: frozenset[str]  #: paths of modules whose forward asked for the value of a tensor
 
 
 def observe(model: nn.Module, given: Example, *, training: bool) -> Observation:
@@ -73,7 +76,7 @@ def observe(model: nn.Module, given: Example, *, training: bool) -> Observation:
         ) from error
     leaves = tensors_in(out)
     recorder.graph.output([recorder.known[leaf] for leaf in leaves if leaf in recorder.known])
-    return Observation(out, recorder.graph, recorder.runs)
+    return Observation(out, recorder.graph, recorder.runs, frozenset(recorder.asking))
 
 
 @contextmanager
@@ -104,6 +107,7 @@ class _Recorder(TorchFunctionMode):
         self.graph = fx.Graph()
         self.known = WeakTensorKeyDictionary()
         self.runs: Counter[str] = Counter()
+        self.asking: set[str] = set()
         self._scopes: list[str] = []
         self._names = {
             id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())
@@ -134,6 +138,8 @@ class _Recorder(TorchFunctionMode):
         """Call `func`, and write it down."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if _name(func) in _ASKING and not isinstance(result, Tensor):
+            self.asking.update(self._scopes)
         changed = tensors_in(args[:1]) if _name(func) == "setitem" else tensors_in(result)
         if changed:
             self._write(func, args, kwargs, changed)
