@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import warnings
@@ -10,20 +11,21 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
 from rich.console import RenderableType
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from bnfx.errors import ExportError
 from bnfx.graphs.agreement import outputs
 from bnfx.graphs.brought import brought
-from bnfx.graphs.examples import Example, clone, obstacle, training_modules
+from bnfx.graphs.examples import Example, clone, has_hooks, obstacle, training_modules
 from bnfx.graphs.tracing import attributes_kept
 from bnfx.onnx_files.placing import data_files, move_into_place, name_by_content, real_target
 from bnfx.onnx_files.reading import FOLDED, VERSION, all_nodes, describe_type, opset_of
@@ -127,27 +129,37 @@ def export_onnx(
             f"args is a {type(args).__name__}; give a tuple of positional arguments, or one tensor"
         )
     positional = (args,) if isinstance(args, Tensor) else tuple(args)
-    program = _program(
-        model,
-        source,
-        positional,
-        kwargs=dict(kwargs or {}),
-        input_names=input_names,
-        output_names=output_names,
-        dynamic_shapes=dynamic_shapes,
-        opset_version=opset,
-    )
-    _require_names(program, input_names, output_names)
-    require_open(program, model, dynamic_shapes)
-    name_outputs(program, output_names or ())
-    _annotate(program.model.metadata_props, source)
+    options: dict[str, Any] = {
+        "kwargs": dict(kwargs or {}),
+        "input_names": input_names,
+        "output_names": output_names,
+        "dynamic_shapes": dynamic_shapes,
+        "opset_version": opset,
+    }
     size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
     external = size > _INLINE_BYTES if external_data is None else external_data
     _refuse_link(Path(f), target, external=external)
-    try:
+
+    def written(**more: bool) -> ExportReport:
+        program = _program(model, source, positional, **options, **more)
+        _require_names(program, input_names, output_names)
+        require_open(program, model, dynamic_shapes)
+        name_outputs(program, output_names or ())
+        _annotate(program.model.metadata_props, source)
         return _write(program, target, opset, external=external)
+
+    try:
+        try:
+            return written()
+        except _InvalidFileError:
+            # The exporter folds a BatchNorm of float32 into a convolution of 16 bits, in float32.
+            return written(optimize=False)
     except OSError as error:
         raise ExportError(f"{target} cannot be written, it is as it was: {error}") from error
+
+
+class _InvalidFileError(ExportError):
+    """The exporter wrote what is not ONNX."""
 
 
 def _write(
@@ -239,7 +251,9 @@ def _program(
             warnings.filterwarnings("ignore", message=".*while it is in training mode.*")
             # one name for the batch of several inputs is what is wanted
             warnings.filterwarnings("ignore", message=".*axis name.*will not be used.*")
-            program = torch.onnx.export(source, args, None, dynamo=True, verbose=False, **options)
+            program = torch.onnx.export(
+                _hooked(source), args, None, dynamo=True, verbose=False, **options
+            )
     except Exception as error:  # the exporter and the user's forward raise anything
         cause: BaseException = error
         while cause.__cause__ is not None:  # the exporter wraps it in advice
@@ -256,6 +270,21 @@ def _program(
         ) from error
     assert isinstance(program, torch.onnx.ONNXProgram)
     return program
+
+
+def _hooked(source: nn.Module | ExportedProgram) -> nn.Module | ExportedProgram:
+    """A module that calls `source` where its own hooks would be lost.
+
+    The exporter interprets the nodes of a `torch.fx.GraphModule` and passes by the hooks on it.
+    """
+    if not isinstance(source, fx.GraphModule) or not has_hooks(source):
+        return source
+    caller = nn.Module()
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        vars(caller)[name] = vars(source)[name]  # under the same names
+    vars(caller)["forward"] = functools.wraps(source.forward)(partial(source))
+    caller.training = source.training
+    return caller
 
 
 def _unknown_results(model: nn.Module, given: Example) -> list[type[Any]]:
@@ -296,7 +325,8 @@ def _check(written: Path, target: Path) -> ExportReport:
     try:
         onnx.checker.check_model(str(written), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the exporter wrote an invalid file for {target}: {error}") from error
+        said = f"the exporter wrote an invalid file for {target}: {error}"
+        raise _InvalidFileError(said) from error
     model = onnx.load(str(written), load_external_data=False)
     counts = Counter(node.op_type for node in all_nodes(model))
     graph = model.graph

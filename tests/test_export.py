@@ -17,7 +17,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import bnfx
-from tests.support.laws import assert_same_state
+from tests.support.laws import assert_same_state, randomise
 
 
 class Pair(NamedTuple):
@@ -180,3 +180,32 @@ def test_the_module_of_a_program_needs_no_eval_mode(tmp_path: Path) -> None:
     )
     with pytest.raises(bnfx.ExportError, match="0_bn"):
         bnfx.export_onnx(inserted, x, tmp_path / "m.onnx")
+
+
+def test_hooks_of_a_root_that_is_a_graph_are_exported(tmp_path: Path) -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    model.register_forward_hook(lambda _module, _args, out: 2 * out)
+    model.register_forward_pre_hook(lambda _module, args: (args[0] + 1,))
+    assert bnfx.deploy(model, torch.randn(2, 3, 5, 5), tmp_path / "m.onnx")
+
+
+class Mixed(nn.Module):
+    """Its first half runs in 16 bits, with BatchNorms of float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.a_bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.b, self.b_bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = torch.relu(self.a_bn(self.a(x)))
+        out: Tensor = self.b_bn(self.b(y.float()))
+        return out
+
+
+def test_what_the_exporter_would_fold_into_16_bits_stays(tmp_path: Path) -> None:
+    """It folds in float32, which is no valid file; its own folding is then left out."""
+    model, x = randomise(Mixed()), torch.randn(2, 3, 6, 6)
+    done = bnfx.deploy(model, x, tmp_path / "m.onnx", opset_version=22)
+    assert [record.verdict for record in done.fold.batch_norms] == ["kept", "folded"]

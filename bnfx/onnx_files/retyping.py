@@ -45,8 +45,10 @@ def retyped(model: onnx.ModelProto, folder: Path, old: set[int], new: int) -> on
 
 
 def float_types(model: onnx.ModelProto) -> set[int]:
-    """The floating types of a model's weights, inputs and outputs."""
+    """The floating types of a model's weights, inputs and outputs, and of what it casts to."""
     found = {tensor.data_type for tensor, _ in stored_tensors(model)}
     values = (*model.graph.input, *model.graph.output)
     found |= {value.type.tensor_type.elem_type for value in values}
+    for node in all_nodes(model):
+        found |= {a.i for a in node.attribute if (node.op_type, a.name) in _TYPED}
     return found & {FLOAT, DOUBLE, HALF, BFLOAT16}
