@@ -30,7 +30,15 @@ from bnfx.runtime.assignment import (
 from bnfx.runtime.availability import unavailable_reason
 from bnfx.runtime.canary import CANARY, require_arithmetic
 from bnfx.runtime.isolated import execute_apart
-from bnfx.runtime.providers import CPU, CUDA, Where, execution_provider, installed_plugins
+from bnfx.runtime.providers import (
+    CPU,
+    CUDA,
+    SHORT,
+    Where,
+    execution_provider,
+    installed_plugins,
+    known,
+)
 from bnfx.runtime.sessions import SessionSettings, cuda_problem, open_session, require_still_on
 from bnfx.verification.references import StoredAs, Tf32, to_tf32
 from bnfx.version import version_of
@@ -67,6 +75,21 @@ def request(f: Path, folder: Path, provider: str = "cpu") -> runner.Request:
 def test_unknown_providers_are_refused(provider: str) -> None:
     with pytest.raises(bnfx.ProviderError, match="unknown"):
         execution_provider(provider)
+
+
+@pytest.mark.parametrize("short", SHORT)
+def test_a_short_name_and_the_full_one_are_the_same(short: str) -> None:
+    full = SHORT[short].name
+    assert known(short)
+    assert known(full)
+    assert execution_provider(short) == execution_provider(full)
+    assert Where(short).memory == Where(full).memory
+    device = SHORT[short].device_option
+    for name in (short, full):
+        assert known(f"{name}:1") == bool(device)
+        if device:
+            assert execution_provider(f"{name}:1")[1][device] == "1"
+            assert Where(name, {device: "2"}).entries(tf32=False)[1][device] == "2"
 
 
 def test_options_that_nobody_hears_are_refused() -> None:
@@ -379,3 +402,15 @@ def test_the_whole_way_on_cuda(tmp_path: Path, name: str, precision: Any) -> Non
     assert done.benchmark is not None
     assert {arm.arm for arm in done.benchmark.arms} >= {"file", "baseline", "floor"}
     print(done.benchmark)
+
+
+@pytest.mark.gpu
+def test_proved_on_tensorrt(tmp_path: Path) -> None:
+    """It fuses a graph into one kernel; what is in it is told node by node."""
+    if reason := unavailable_reason("tensorrt"):
+        pytest.skip(reason)
+    _, f, _ = export(tmp_path)
+    found = bnfx.prove_onnx(f, provider="tensorrt", num_inputs=2)
+    assert found, str(found)
+    assert found.operators.keys() == {"TensorrtExecutionProvider"}
+    assert sum(found.operators["TensorrtExecutionProvider"].values()) > 1
