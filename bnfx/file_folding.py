@@ -75,7 +75,7 @@ class FoldOnnxReport(Report):
         """How many BatchNormalizations are gone, and whether that was verified."""
         facts = (("verdicts", tally(bn.verdict for bn in self.batch_norms)),)
         verdict = f"{self.folded} of {len(self.batch_norms)} BatchNormalizations folded."
-        if others := len(self.removed) - self.folded:
+        if (others := len(self.removed) - self.folded) > 0:
             verdict = f"{verdict[:-1]}, {others} other nodes gone."
         title = f"bnfx: fold {self.source}"
         if self.verification is None:

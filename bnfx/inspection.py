@@ -127,7 +127,7 @@ class InspectReport(Report):
         title = (
             f"{self.path}: written by {author}, opset {self.opset}, "
             f"{sum(self.operators.values())} nodes, {self.initializers} initialisers with "
-            f"{self.parameters:,} elements, {len(self.batch_norms)} BatchNormalization\n"
+            f"{self.parameters:,} elements\n"
             f"in  {', '.join(values)}\nout {', '.join(results)}"
         )
         title += "".join(
@@ -136,7 +136,7 @@ class InspectReport(Report):
             for file in self.external_data
         )
         columns = ("BatchNormalization", "module", "in", "channels", "epsilon", "mode")
-        return table(title, columns, rows)
+        return table(title, columns if rows else (), rows)
 
 
 def inspect_onnx(f: str | os.PathLike[str]) -> InspectReport:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from torch import nn
 
 from bnfx.errors import VerificationError
@@ -89,7 +89,7 @@ class StageReport(Report):
 
     def _drawn(self, records: Sequence[StageRecord]) -> RenderableType:
         if not self.batch_norms:
-            return table("no BatchNorm to remove", (), ())
+            return Group()
         left = " -> ".join(f"{stage} {n}" for stage, n in self.left.items())
         rows = (
             (bn.path, bn.removed_by or "nobody", ", ".join(bn.into) or "-", bn.reason or "-")
@@ -149,6 +149,17 @@ def ledger_of(plan: FoldReport, f: Path) -> StageReport:
     records = [_follow(bn, waiting, stages) for bn in plan.batch_norms]
     left = {"source": len(records), BNFX: sum(bn.verdict == "kept" for bn in plan.batch_norms)}
     return StageReport(tuple(records), _counts(records, left, stages))
+
+
+def ledger_of_file(records: Sequence[FoldRecord], f: Path) -> StageReport:
+    """The ledger of a file that `fold_onnx` wrote to `f`; nobody exported it."""
+    waiting: dict[str, list[BatchNormNode]] = defaultdict(list)
+    for node in inspect_onnx(f).batch_norms:
+        waiting[node.node or node.output].append(node)
+    stages = runtime_batch_norms(f)
+    found = tuple(_follow(bn, waiting, stages) for bn in records)
+    left = {"source": len(found), BNFX: sum(bn.removed_by != BNFX for bn in found)}
+    return StageReport(found, left | {stage: len(names) for stage, names in stages.items()})
 
 
 def _of_file(f: Path) -> StageReport:

@@ -71,6 +71,7 @@ def test_folds(name: str, opset: int, tmp_path: Path) -> None:
         ("h = MatMul(x, w)", {"w": (6, 4)}),
         ("g = MatMul(x, w)\nh = Add(g, c)", {"w": (6, 4), "c": (4,)}),
         ("g = MatMul(x, w)\nh = Add(c, g)", {"w": (6, 4), "c": (4,)}),
+        ("g = MatMul(x, w)\nh = Add(g, c)", {"w": (6, 4), "c": (1, 4)}),
     ],
 )
 def test_folds_into_products(nodes: str, weights: Weights, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from bnfx.cli.specs import parse_dynamic
 from bnfx.cli.terminal import tell
 from bnfx.errors import CaptureError, ProviderError, UsageError, VerificationError
 from bnfx.graphs.normalised import normalised
+from bnfx.removal import ledger_of_file
 from bnfx.reports.report import FoldReport, InsertReport, Report
 from bnfx.workspace import workspace
 
@@ -240,9 +241,10 @@ def _fold_file(options: argparse.Namespace, steps: Steps) -> Outcome:
     for name in _OF_MODELS:
         if getattr(options, name, None):
             raise UsageError(f"an .onnx file stays as it is otherwise: leave --{_dashed(name)} out")
-    steps.total = 1
+    deploys = options.command == "deploy"
+    steps.total = 1 + deploys
     args = _inputs_of_file(options) if options.input else None
-    checks = _check_options(options) if options.command == "deploy" else {}
+    checks = _check_options(options) if deploys else {}
     with steps("folding and verifying"):
         try:
             done = bnfx.fold_onnx(
@@ -257,7 +259,11 @@ def _fold_file(options: argparse.Namespace, steps: Steps) -> Outcome:
             if not isinstance(error.report, Report):
                 raise
             return Outcome(error.report, str(error).partition("\n")[0], FAILED)
-    return Outcome(done)
+    if not deploys or not done.batch_norms:
+        return Outcome(done)
+    with steps("optimising it in onnxruntime, for the ledger"):
+        stages = ledger_of_file(done.batch_norms, Path(options.file))
+    return Outcome(done, more={"stages": stages})
 
 
 def _folding(options: argparse.Namespace) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def product(call: Call) -> fx.Node:
     if call.sum is not None:
         add = call.scope.nodes[call.sum]
         name = add.input[1] if add.input[0] == call.node.output[0] else add.input[0]
-        bias = call.scope.read(f"{call.path}.bias", call.scope.constants[name], name)
+        bias = call.scope.read(f"{call.path}.bias", call.scope.constants[name].reshape(-1), name)
     return call.main(F.linear, source, weight=own, bias=bias)
 
 
@@ -181,7 +181,10 @@ def _sum_behind(call: Call, outputs: int) -> int | None:
     known = scope.constants.get(others[0])
     if known is None:  # a constant node may stand between the two
         return None
-    return readers[0] if known.shape == (outputs,) else None
+    read = scope.known.get(call.name_of(0))
+    rank = 1 if read is None or read.shape is None else len(read.shape)
+    flat = known.dim() >= 1 and known.numel() == outputs == known.shape[-1]
+    return readers[0] if flat and known.dim() <= rank else None
 
 
 # -- norms -----------------------------------------------------------------------------------------

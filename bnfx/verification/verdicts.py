@@ -256,7 +256,7 @@ class VerifyReport(Report):
             f"verify_onnx: {self.status}. {self.path}: {ran}; {self.num_inputs} inputs; "
             f"{self.batch_norms_left} BatchNormalization left; {self.seconds:.1f} s",
             *(f"{tier.tier}: {_tier_line(tier)}" for tier in self.tiers),
-            *self.notes,
+            *(note for note in self.notes if not any(note in tier.reason for tier in self.tiers)),
             *([f"first divergence: {self.first_divergence}"] if self.first_divergence else []),
         ]
         limits = {tier.tier: tier.limit for tier in self.tiers}

@@ -791,7 +791,11 @@ def test_a_file_folds_into_another_or_into_itself(
     assert main(["fold", "trained.onnx", "folded.onnx"]) == 0
     assert [n.op_type for n in onnx.load(here / "folded.onnx").graph.node] == ["Conv"]
     assert main(["fold", "trained.onnx", "folded.onnx", "--require-folded"]) == 0
+    capsys.readouterr()
     assert main(["deploy", "trained.onnx", "trained.onnx", "--num-inputs", "2"]) == 0
+    assert "source 1 -> bnfx 0 -> onnxruntime basic 0" in capsys.readouterr().out
+    assert main(["inspect", "trained.onnx"]) == 0
+    assert capsys.readouterr().out.count("BatchNorm") == 1
     assert [n.op_type for n in onnx.load(file).graph.node] == ["Conv"]
     capsys.readouterr()
     assert main(["fold", "folded.onnx"]) == 2
