@@ -201,10 +201,10 @@ def _unread(
     inputs = (node for node in source.program.graph.nodes if node.op == "placeholder")
     before = {node.name for node in inputs if node.users}
     gone = {name for name, s in held.items() if s.arg.name in before and name not in read}
-    tensors = {id(source.tensors[name]) for name in gone}
     paths = (name.rpartition("running_mean") for name in gone)
     counts = {f"{path}num_batches_tracked" for path, leaf, rest in paths if leaf and not rest}
-    beside = {n for n in held if n in counts or id(source.tensors[n]) in tensors}
+    lost = {id(source.tensors[name]) for name in held if name in gone or name in counts}
+    beside = (name for name in held if id(source.tensors[name]) in lost)
     return {*gone, *(name for name in beside if held[name].arg.name not in before)}
 
 
@@ -218,7 +218,8 @@ def _stored(
     found: list[dict[str, Any]] = []
     for names in (program.state_dict, program.constants):
         own = {n: n if n in read else first.get(id(before[n]), n) for n in names}
-        found.append({n: read.get(o, before[o]) for n, o in own.items() if o not in gone})
+        stays = {n: o for n, o in own.items() if n in left or o not in gone}
+        found.append({n: read.get(o, before[n]) for n, o in stays.items()})
     state, constants = found
     state |= {name: value for name, value in read.items() if name not in before}
     return state, constants

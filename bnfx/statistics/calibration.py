@@ -104,7 +104,7 @@ def recalibrate_bn(
     watch = Watch(inner)
     others: set[str] = set()
     with attributes_kept(inner), _buffers_kept(inner, others) as put_back:
-        inner.train()
+        _train(inner)
         task = "recalibrating BatchNorm"
         _run_over(inner, batches, watch, None, task, shown=progress, after_each=put_back)
         merge_ranks(watch)
@@ -124,6 +124,17 @@ def recalibrate_bn(
             stacklevel=2,
         )
     return model
+
+
+def _train(model: nn.Module) -> None:
+    try:
+        model.train()
+    except NotImplementedError as error:  # what the module of an exported program says
+        raise CalibrationError(
+            f"this {type(model).__name__} cannot train, as that of an exported program, whose "
+            "statistics are fixed; recalibrate the torch.nn.Module that it was exported from, and "
+            "export that anew"
+        ) from error
 
 
 def _set_statistics(watch: Watch, estimator: Estimator) -> set[str]:

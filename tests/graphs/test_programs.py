@@ -146,6 +146,16 @@ def test_a_tensor_with_two_names_stays_one() -> None:
     assert folded.state_dict["one.weight"] is folded.state_dict["two.weight"]
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")  # unflatten's own
+def test_modules_that_are_called_twice() -> None:
+    inner = net("self.bn(self.conv(x)) + x", conv=conv(2, 2, bias=False), bn=nn.BatchNorm2d(2))
+    model = randomise(chain(nn.Sequential(inner, nn.BatchNorm2d(2)), inner, conv(2, 3)))
+    folded = law(torch.export.export(model, (image(),)), (image(),))
+    assert not [name for name in folded.state_dict if name.endswith("tracked")]
+    x = image()
+    close(torch.export.unflatten(folded)(x), model(x))
+
+
 def test_what_a_run_changes_is_not_shared() -> None:
     args = (image(), {"k": image()})
     program = torch.export.export(mixed(), args)
@@ -233,12 +243,13 @@ def test_every_door_takes_a_program(tmp_path: Path) -> None:
         bnfx.insert_bn,
         bnfx.plan_insert,
         lambda program: bnfx.recalibrate_bn(program, [image()]),
+        lambda program: bnfx.recalibrate_bn(program.module(), [image()]),
         lambda program: bnfx.recipe(program, lr=0.1, weight_decay=0.1),
         lambda program: bnfx.apply_pass(bnfx.passes.RemoveDropout(), program),
     ],
 )
 def test_a_program_where_a_module_is_needed(call: Callable[[Any], object]) -> None:
-    program = torch.export.export(chain(conv(2, 2)), (image(),))
+    program = torch.export.export(chain(conv(2, 2), norm([2, 3])), (image(),))
     with pytest.raises(bnfx.BnfxError, match="that it was exported from"):
         call(program)
 
