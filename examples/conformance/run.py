@@ -143,8 +143,10 @@ print((folded(x) - wanted).abs().max().item(), "of", wanted.abs().max().item(), 
 def draw(table: Mapping[str, Mapping[str, str]], path: Path) -> None:
     """A square for each case and folding."""
     tools, cases = [*table], [*next(iter(table.values()))]
-    figure = Figure(figsize=(2.9 + 0.42 * len(tools), 1.9 + 0.24 * len(cases)), dpi=120)
-    ax = figure.add_axes((0.44, 0.06, 0.54, 0.8))
+    left, width, height = 2.7, 3.3 + 0.4 * len(tools), 2.1 + 0.24 * len(cases)  # inches
+    figure = Figure(figsize=(width, height), dpi=120)
+    across, up = (0.4 * len(tools)) / width, (0.24 * len(cases)) / height
+    ax = figure.add_axes((left / width, 0.5 / height, across, up))
     grid = [[KINDS.index(table[tool][case]) for tool in tools] for case in cases]
     ax.imshow(grid, cmap=ListedColormap(COLORS), vmin=-0.5, vmax=3.5, aspect="auto")
     ax.set_xticks(range(len(tools)), tools, rotation=45, ha="left", fontsize=8)
@@ -160,7 +162,9 @@ def draw(table: Mapping[str, Mapping[str, str]], path: Path) -> None:
             if kind == KINDS.index("WRONG"):
                 ax.text(j, i, "x", ha="center", va="center", color="white", fontsize=8)
     for i, (word, color) in enumerate(zip(KINDS, COLORS, strict=True)):
-        figure.text(0.44 + 0.14 * i, 0.02, f"■ {word}", color=color, fontsize=9)
+        at = 0.2 + 0.85 * i
+        figure.text(at / width, 0.15 / height, "■", color=color, fontsize=11)
+        figure.text((at + 0.15) / width, 0.16 / height, word, fontsize=9)
     ax.spines[:].set_visible(False)
     figure.savefig(path)
 
