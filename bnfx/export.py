@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import os
 import warnings
 from collections import Counter
@@ -37,6 +38,8 @@ from bnfx.workspace import workspace
 
 _BFLOAT16_OPSET = 22  # the first with convolutions and pooling in bfloat16
 _INLINE_BYTES = 1_500_000_000  # a protobuf message holds at most 2 GiB
+#: Tells at each export that torchvision, which nothing here needs, is not installed.
+_REGISTRATION = "torch.onnx._internal.exporter._registration"
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,18 @@ def _refuse_link(given: Path, target: Path, *, external: bool) -> None:
         )
 
 
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """A logger tells errors alone inside."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _program(
     model: nn.Module,
     source: nn.Module | ExportedProgram,
@@ -244,7 +259,7 @@ def _program(
     if args and isinstance(args[-1], dict) and not options["kwargs"]:
         args = (*args, {})  # torch.onnx.export takes a last dict for keyword arguments
     try:
-        with warnings.catch_warnings(), attributes_kept(model):
+        with warnings.catch_warnings(), attributes_kept(model), _quiet(_REGISTRATION):
             # torch.export of torch 2.13 calls its own deprecated pytree test
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             # modes were looked at, and the module of an exported program cannot tell its own

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
+import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -209,3 +211,15 @@ def test_what_the_exporter_would_fold_into_16_bits_stays(tmp_path: Path) -> None
     model, x = randomise(Mixed()), torch.randn(2, 3, 6, 6)
     done = bnfx.deploy(model, x, tmp_path / "m.onnx", opset_version=22)
     assert [record.verdict for record in done.fold.batch_norms] == ["kept", "folded"]
+
+
+def test_what_is_not_needed_is_not_missed(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules["torchvision"] = None
+import bnfx, torch
+bnfx.export_onnx(torch.nn.Linear(2, 2).eval(), (torch.ones(1, 2),), "a.onnx")
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "torchvision" not in done.stderr
