@@ -25,21 +25,21 @@ def modules() -> Any:
     return cases, run, tools
 
 
-def wrong(net: nn.Module, _: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
+def wrong(net: nn.Module, _: Tensor, __: Any) -> tuple[Callable[[Tensor], Tensor], int]:
     """A folding that forgets the shift."""
     bn = net.get_submodule("1")
     assert isinstance(bn, nn.BatchNorm2d)
     return lambda x: net(x) - bn.bias.view(-1, 1, 1), 0
 
 
-def changing(net: nn.Module, x: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
+def changing(net: nn.Module, x: Tensor, _: Any) -> tuple[Callable[[Tensor], Tensor], int]:
     """One that is right, and changes what it was given."""
     y = net(x)
     net.get_parameter("0.bias").zero_()
     return lambda _: y, 0
 
 
-def refusing(net: nn.Module, _: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
+def refusing(net: nn.Module, _: Tensor, __: Any) -> tuple[Callable[[Tensor], Tensor], int]:
     raise ValueError(f"no {type(net).__name__}, please")
 
 
@@ -49,8 +49,8 @@ def refusing(net: nn.Module, _: Tensor) -> tuple[Callable[[Tensor], Tensor], int
         (wrong, "WRONG", "off by"),
         (changing, "WRONG", "has changed"),
         (refusing, "refused", "no Sequential, please"),
-        (lambda net, _: (net, 1), "right", "1 left"),
-        (lambda net, _: (net, None), "right", "? left"),
+        (lambda net, *_: (net, 1), "right", "1 left"),
+        (lambda net, *_: (net, None), "right", "? left"),
     ],
 )
 def test_outcomes_are_told_apart(fold: Any, kind: str, says: str) -> None:

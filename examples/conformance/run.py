@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import functools
 import inspect
 import io
 import json
@@ -31,7 +32,7 @@ import torch
 from cases import CASES, Case
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from tools import TOOLS, Tool
+from tools import TOOLS, File, Tool, exported
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
@@ -60,9 +61,13 @@ a newer version may do better. The random networks are those of bnfx's own tests
 """
 
 
-def outcome(tool: Tool, build: Callable[[], tuple[nn.Module, Tensor]]) -> tuple[str, str]:
+Build = Callable[[], tuple[nn.Module, Tensor]]
+
+
+def outcome(tool: Tool, build: Build, file: File | None = None) -> tuple[str, str]:
     """What became of a network, and the details."""
     net, x = build()
+    file = file or file_of(build)
     reference = copy.deepcopy(net).double()
     with torch.no_grad():
         wanted = reference(x.double())
@@ -74,7 +79,7 @@ def outcome(tool: Tool, build: Callable[[], tuple[nn.Module, Tensor]]) -> tuple[
             contextlib.redirect_stderr(hushed),
             torch.no_grad(),
         ):
-            run, left = tool.fold(net, x)
+            run, left = tool.fold(net, x, file)
             found = run(x)
     except Exception as error:  # noqa: BLE001  # a refusal may be anything
         return "refused", f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[
@@ -91,13 +96,18 @@ def outcome(tool: Tool, build: Callable[[], tuple[nn.Module, Tensor]]) -> tuple[
     return ("folded" if left == 0 else "right"), f"{'?' if left is None else left} left"
 
 
-def random_cases(count: int, seed: int) -> list[tuple[str, Callable[[], tuple[nn.Module, Tensor]]]]:
+def file_of(build: Build) -> File:
+    """The file of a network, exported once for all foldings that read one."""
+    return functools.cache(lambda: exported(*build()))
+
+
+def random_cases(count: int, seed: int) -> list[tuple[str, Build]]:
     """Random networks of the tests, with one input and one output."""
     sys.path.insert(0, str(ROOT))
     from tests.support.graph_moves import MOVES
     from tests.support.graphs import Sample, random_network
 
-    found: list[tuple[str, Callable[[], tuple[nn.Module, Tensor]]]] = []
+    found: list[tuple[str, Build]] = []
     while len(found) < count:
         sample, name = random_network(random.Random(seed), MOVES), f"seed {seed}"
         seed += 1
@@ -129,13 +139,13 @@ def script(tool: Tool, case: Case) -> str:
     return f"""# {tool.name} {version(tool)}: {case.name} ({case.about})
 import torch
 from cases import CASES
-from tools import TOOLS
+from tools import TOOLS, exported
 
 net, x = next(case for case in CASES if case.name == {case.name!r}).build()
 wanted = net(x)
 fold = next(tool.fold for tool in TOOLS if tool.name == {tool.name!r})
 # {inspect.getsource(tool.fold).strip().replace(chr(10), chr(10) + "# ")}
-folded, left = fold(net, x)
+folded, left = fold(net, x, lambda: exported(net, x))
 print((folded(x) - wanted).abs().max().item(), "of", wanted.abs().max().item(), "left:", left)
 """
 
@@ -255,12 +265,14 @@ def main(argv: Sequence[str]) -> int:
     traps: Found = {}
     randoms: Found = {}
     details: Found = {}
+    trapped = [(case.name, case.build, file_of(case.build)) for case in cases]
+    drawn = [(name, build, file_of(build)) for name, build in networks]
     for tool in tools:
-        found = {case.name: outcome(tool, case.build) for case in cases}
+        found = {name: outcome(tool, build, file) for name, build, file in trapped}
         traps[tool.name] = {name: kind for name, (kind, _) in found.items()}
         details[tool.name] = {name: told for name, (_, told) in found.items()}
         if networks and tool.name != "Inductor, freezing":  # it compiles C++ for each
-            randoms[tool.name] = {name: outcome(tool, build)[0] for name, build in networks}
+            randoms[tool.name] = {name: outcome(tool, build, f)[0] for name, build, f in drawn}
         counts = (Counter(traps[tool.name].values()), Counter(randoms.get(tool.name, {}).values()))
         print(
             f"{tool.name} {version(tool)}: {dict(counts[0])}; random: {dict(counts[1])}", flush=True

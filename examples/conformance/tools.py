@@ -19,6 +19,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+#: The network as an ONNX file that nothing was folded in, exported when it is first asked for.
+File = Callable[[], onnx.ModelProto]
 #: What a folding gives: a function of the input, and how many BatchNorms it still evaluates; None
 #: where that cannot be seen.
 Folded = tuple[Callable[[Tensor], Tensor], int | None]
@@ -31,7 +33,7 @@ class Tool:
     name: str
     #: The distribution whose version counts.
     package: str
-    fold: Callable[[nn.Module, Tensor], Folded]
+    fold: Callable[[nn.Module, Tensor, File], Folded]
 
 
 def _graph(found: Any) -> Folded:
@@ -40,33 +42,33 @@ def _graph(found: Any) -> Folded:
     return found, left or norms
 
 
-def _bnfx(net: nn.Module, x: Tensor) -> Folded:
+def _bnfx(net: nn.Module, x: Tensor, _: File) -> Folded:
     bnfx = importlib.import_module("bnfx")
     folded = bnfx.fold_bn(net, (x,))
     return folded, bnfx.report(folded).left
 
 
-def _bnfx_file(net: nn.Module, x: Tensor) -> Folded:
+def _bnfx_file(_: nn.Module, __: Tensor, file: File) -> Folded:
     bnfx = importlib.import_module("bnfx")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.onnx"
-        bnfx.export_onnx(net, (x,), path)
+        onnx.save(file(), path)
         bnfx.fold_onnx(path, path, verify=False)  # it is judged here
         return _ran(onnx.load(path))
 
 
-def _fx(net: nn.Module, _: Tensor) -> Folded:
+def _fx(net: nn.Module, _: Tensor, __: File) -> Folded:
     return _graph(importlib.import_module("torch.fx.experimental.optimization").fuse(net))
 
 
-def _torchao(net: nn.Module, x: Tensor) -> Folded:
+def _torchao(net: nn.Module, x: Tensor, _: File) -> Folded:
     utils = importlib.import_module("torchao.quantization.pt2e.utils")
     graph = torch.export.export(net, (x,)).module()
     utils._fuse_conv_bn_(graph)
     return _graph(graph)
 
 
-def _inductor(net: nn.Module, x: Tensor) -> Folded:
+def _inductor(net: nn.Module, x: Tensor, _: File) -> Folded:
     config = importlib.import_module("torch._inductor.config")
     torch.compiler.reset()
     with config.patch(freezing=True), torch.no_grad():
@@ -75,13 +77,13 @@ def _inductor(net: nn.Module, x: Tensor) -> Folded:
     return compiled, None
 
 
-def _exported(net: nn.Module, x: Tensor, path: Path, *, optimize: bool) -> onnx.ModelProto:
+def exported(net: nn.Module, x: Tensor, *, optimize: bool = False) -> onnx.ModelProto:
+    """The network as torch's exporter writes it; with `optimize`, which folds too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about itself
         program = torch.onnx.export(net, (x,), dynamo=True, optimize=optimize, verbose=False)
     assert program is not None
-    program.save(path)
-    return onnx.load(path)
+    return program.model_proto
 
 
 def _ran(model: onnx.ModelProto, *, level: int = 0) -> Folded:
@@ -106,26 +108,23 @@ def _ran(model: onnx.ModelProto, *, level: int = 0) -> Folded:
     return run, sum(n.op_type == "BatchNormalization" for g in graphs for n in g.node)
 
 
-def _file(change: Callable[[onnx.ModelProto], onnx.ModelProto], *, optimize: bool = False) -> Any:
-    def fold(net: nn.Module, x: Tensor) -> Folded:
-        with tempfile.TemporaryDirectory() as folder:
-            model = _exported(net, x, Path(folder) / "a.onnx", optimize=optimize)
-        return _ran(change(model))
-
-    return fold
+def _exporter(net: nn.Module, x: Tensor, _: File) -> Folded:
+    return _ran(exported(net, x, optimize=True))
 
 
-def _onnxruntime(net: nn.Module, x: Tensor) -> Folded:
-    with tempfile.TemporaryDirectory() as folder:
-        model = _exported(net, x, Path(folder) / "a.onnx", optimize=False)
-    return _ran(model, level=2)
+def _file(change: Callable[[onnx.ModelProto], onnx.ModelProto]) -> Callable[..., Folded]:
+    return lambda _net, _x, file: _ran(change(file()))
 
 
-def _openvino(net: nn.Module, x: Tensor) -> Folded:
+def _onnxruntime(_: nn.Module, __: Tensor, file: File) -> Folded:
+    return _ran(file(), level=2)
+
+
+def _openvino(_: nn.Module, __: Tensor, file: File) -> Folded:
     openvino = importlib.import_module("openvino")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.onnx"
-        _exported(net, x, path, optimize=False)
+        onnx.save(file(), path)
         model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda value: torch.from_numpy(np.array(model(value.numpy())[0])), None
 
@@ -154,7 +153,7 @@ TOOLS = (
     Tool("bnfx fold_onnx", "bnfx", _bnfx_file),
     Tool("torch.fx fuse", "torch", _fx),
     Tool("torchao _fuse_conv_bn_", "torchao", _torchao),
-    Tool("torch.onnx.export", "torch", _file(lambda model: model, optimize=True)),
+    Tool("torch.onnx.export", "torch", _exporter),
     Tool("onnxsim", "onnxsim", _file(_sim)),
     Tool("onnxslim", "onnxslim", _file(_slim)),
     Tool("onnxoptimizer", "onnxoptimizer", _file(_optimizer)),
