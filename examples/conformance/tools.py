@@ -54,7 +54,7 @@ def _bnfx_file(_: nn.Module, __: Tensor, file: File) -> Folded:
         path = Path(folder) / "a.onnx"
         onnx.save(file(), path)
         bnfx.fold_onnx(path, path, verify=False)  # it is judged here
-        return _ran(onnx.load(path))
+        return ran(onnx.load(path))
 
 
 def _fx(net: nn.Module, _: Tensor, __: File) -> Folded:
@@ -86,7 +86,7 @@ def exported(net: nn.Module, x: Tensor, *, optimize: bool = False) -> onnx.Model
     return program.model_proto
 
 
-def _ran(model: onnx.ModelProto, *, level: int = 0) -> Folded:
+def ran(model: onnx.ModelProto, *, level: int = 0) -> Folded:
     """A file in onnxruntime, without its own optimisations unless a level is given."""
     ort = importlib.import_module("onnxruntime")
     options = ort.SessionOptions()
@@ -109,15 +109,15 @@ def _ran(model: onnx.ModelProto, *, level: int = 0) -> Folded:
 
 
 def _exporter(net: nn.Module, x: Tensor, _: File) -> Folded:
-    return _ran(exported(net, x, optimize=True))
+    return ran(exported(net, x, optimize=True))
 
 
 def _file(change: Callable[[onnx.ModelProto], onnx.ModelProto]) -> Callable[..., Folded]:
-    return lambda _net, _x, file: _ran(change(file()))
+    return lambda _net, _x, file: ran(change(file()))
 
 
 def _onnxruntime(_: nn.Module, __: Tensor, file: File) -> Folded:
-    return _ran(file(), level=2)
+    return ran(file(), level=2)
 
 
 def _openvino(_: nn.Module, __: Tensor, file: File) -> Folded:
