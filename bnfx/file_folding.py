@@ -180,7 +180,7 @@ def fold_onnx(
         written = folder / target.name
         store(model, done.tensors, source, written, beside=beside)
         _check(written, source)
-        changed = (*done.changed, *done.added)
+        changed = (*done.changed, *done.added, *done.removed)
         verified = _verified(source, written, example, changed, verify_options) if verify else None
         result = FoldOnnxReport(
             source=str(source),
@@ -192,7 +192,7 @@ def fold_onnx(
             verification=verified and replace(verified, path=str(target)),
             seconds=time.perf_counter() - start,
         )
-        if verified is not None and not verified:
+        if verified is not None and not verified and (changed or verified.status == "failed"):
             raise VerificationError(
                 f"{target} was not written: {verified.first_divergence}. An older file is as it "
                 "was",
@@ -208,11 +208,14 @@ def _verified(
     example: _Example,
     changed: Sequence[str],
     options: Mapping[str, Any] | None,
-) -> VerifyReport:
+) -> VerifyReport | None:
+    """The comparison; None where there is no way to compare, and no need, since nothing changed."""
     given = dict(options or {})
     try:
         return verify_onnx(source, written, example.drawn(), rewritten=changed, **given)
     except VerificationError as error:
+        if not changed:
+            return None
         raise VerificationError(
             f"{source} was folded, and the result could not be verified, so that nothing was "
             f"written: {error}; pass args that {source} takes, or verify=False"

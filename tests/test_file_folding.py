@@ -188,3 +188,22 @@ def test_large_weights_fold(beside: bool, tmp_path: Path) -> None:  # noqa: FBT0
     assert beside == any(
         path.suffix == ".data" and "out" in path.name for path in tmp_path.iterdir()
     )
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_what_nothing_changes_needs_no_proof(norm: bool, tmp_path: Path) -> None:  # noqa: FBT001  # a parameter of the test
+    """Numbers at random can't be compared: with a change, nothing is written."""
+    nodes = "n = RandomNormalLike(x)\ni = Conv(x, w)\n"
+    nodes += f"h = Identity(i)\nj = {NODE}\n" if norm else "j = Relu(i)\n"
+    nodes += "y = Concat<axis=1>(j, n)"
+    used = {"w": W, **NORM} if norm else {"w": W}
+    source, out = saved(graph(nodes, used), tmp_path), tmp_path / "out.onnx"
+    if norm:
+        with pytest.raises(bnfx.VerificationError, match="verify=False"):
+            bnfx.fold_onnx(source, out, verify_options={"isolate": False})
+        assert not out.exists()
+        return
+    done = bnfx.fold_onnx(source, out, verify_options={"isolate": False})
+    assert not done
+    assert done.verification is None
+    assert list(onnx.load(str(out)).graph.node) == list(onnx.load(str(source)).graph.node)
