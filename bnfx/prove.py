@@ -96,7 +96,11 @@ class ProofReport(Report):
         ]
         rows += [(kind, "", f"sums in {name}") for kind, name in proof.get("sums", {}).items()]
         rows += [(kind, "", f"none: {why}") for kind, why in proof.get("not tried", {}).items()]
-        title = "1 + 2^-12 times one came back as:" if rows else "The CPU computes in float32."
+        title = (
+            "1 + 2^-12 times one came back as, and sums were in:"
+            if rows
+            else "The CPU computes in float32."
+        )
         return table(title, ("layer", "came back", "arithmetic"), rows)
 
 

@@ -15,6 +15,9 @@ from typing import Any
 from bnfx.runtime.devices import driver
 from bnfx.runtime.packages import without_telemetry
 
+#: Runs operators that call a service, and no layer.
+_REMOTE = "AzureExecutionProvider"
+
 
 def main() -> None:
     """Try the imports, the driver, and a node on each provider."""
@@ -59,7 +62,7 @@ def _others() -> list[str]:
 
     short = {provider.name: name for name, provider in SHORT.items()}
     found = dict.fromkeys([*runtime.get_available_providers(), *installed_plugins()])
-    return [short.get(name, name) for name in found if name not in (CPU, CUDA)]
+    return [short.get(name, name) for name in found if name not in (CPU, CUDA, _REMOTE)]
 
 
 def _why_not(provider: str) -> str:

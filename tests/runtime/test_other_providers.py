@@ -162,6 +162,8 @@ def test_a_plugin_is_believed_by_its_canary(tmp_path: Path, ggml: dict[str, str]
     assert found, str(found)
     assert found.operators == {"ggml": {"MatMul": 1}}
     assert found.arithmetic == "float32"
+    # What the refusal advises works too.
+    assert bnfx.prove_onnx(f, provider="ggml", provider_options=ggml, precision="fp16")
 
 
 def test_a_run_that_fails_tells_why(tmp_path: Path, ggml: dict[str, str]) -> None:
