@@ -14,8 +14,10 @@ from typing import Any, Self
 
 from torch import fx
 
+from bnfx.graphs.proxies import TensorProxy
 
-class InPlaceProxy(fx.Proxy):
+
+class InPlaceProxy(TensorProxy):
     """Records augmented assignment as what it is; torch.fx takes `y += 1` for `y = y + 1`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -44,6 +46,10 @@ class _Reader(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A value under tracing."""
         return InPlaceProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """A proxy is no tensor to hold."""
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
 
 
 class DurableGraph(fx.GraphModule):

@@ -11,6 +11,7 @@ import functools
 import inspect
 import operator
 import random
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch import fx, nn
 from bnfx.errors import CaptureError
 from bnfx.graphs.durable import DurableGraph
 from bnfx.graphs.examples import Example, has_hooks, take_hooks
+from bnfx.graphs.proxies import IS_TENSOR, TensorProxy
 
 #: node.meta key: the ranks that the BatchNorm module behind a functional call accepts.
 RANKS = "bnfx_ranks"
@@ -86,6 +88,7 @@ class Tracer(fx.Tracer):
         default = (parameter.default,) if optional else ()
         proxy = self.create_proxy("placeholder", parameter.name, default, {})
         value = given.get(parameter.name, parameter.empty)
+        proxy.node.meta[IS_TENSOR] = _may_be_tensor(parameter, value)
         if not isinstance(value, NO_PROXY):
             return proxy
         # The graph holds what this value decided: it must refuse another one.
@@ -95,6 +98,10 @@ class Tracer(fx.Tracer):
         )
         self.create_proxy("call_function", torch._assert, (checked, words), {})
         return value
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A value under tracing."""
+        return TensorProxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """A node; not in a region of autocast, which a graph of torch.fx leaves out."""
@@ -113,6 +120,8 @@ class Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Results keep their type: torch.fx turns any subclass of dict into a dict."""
         kind: Any = type(a)
+        if issubclass(kind, fx.Proxy):  # which torch.fx would take for a tensor to hold
+            return a.node
         if not issubclass(kind, dict) or kind is dict:
             return super().create_arg(a)
         if kind is OrderedDict:
@@ -167,6 +176,15 @@ class Tracer(fx.Tracer):
             gone.add(node)
         for name in [name for name, proxy in self.read.items() if proxy.node in gone]:
             del self.read[name]
+
+
+def _may_be_tensor(parameter: inspect.Parameter, value: object) -> bool:
+    """Whether an argument is taken for a tensor: by the example, or by what is written of it."""
+    if value is not parameter.empty:
+        return isinstance(value, torch.Tensor)
+    return not re.search(
+        r"(?i)list|tuple|dict|sequence|iterable|mapping", str(parameter.annotation)
+    )
 
 
 def trace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -168,3 +169,35 @@ def test_names_are_no_markup_in_a_report() -> None:
     assert "<script>alert" not in page
     assert "<b>bn" not in page
     assert "&lt;b&gt;bn" in page
+
+
+class Asking(nn.Module):
+    """A forward that asks what its values are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)
+        self.out = nn.Conv1d(4, 4, 1)
+
+    def forward(self, x: Any) -> Tensor:
+        y: Any = self.norm(self.conv(x))
+        y = y * 2 if isinstance(y, Tensor) else y
+        y = y + 1 if not torch.is_tensor(y.cumsum(1)) else y
+        y = y + 3 if torch.jit.isinstance(x, Tensor) else y
+        y = y + 5 if isinstance(x, list | tuple) or isinstance(x.shape, Tensor) else y
+        y = y + 7 if isinstance(y.chunk(2, 1), Tensor) else y
+        y = y + 9 if isinstance(y.chunk(2, 1)[0] + y[:, :2], Tensor) else y
+        y = y + 11 if isinstance(y.max(1), Tensor) or isinstance(x.size(0), Tensor) else y
+        out: Tensor = self.out(torch.relu(y))
+        return out
+
+
+def test_values_say_what_they_are() -> None:
+    """Without an example nothing would tell that the graph holds another branch."""
+    model, x = Asking().double().eval(), torch.randn(2, 3, 5, dtype=torch.float64)
+    for made in (
+        bnfx.fold_bn(model),
+        bnfx.insert_bn(model, init="identity", form="graph"),
+        bnfx.insert_bn(model, init="identity"),
+    ):
+        torch.testing.assert_close(made.eval()(x), model(x), rtol=1e-10, atol=1e-10)
