@@ -26,11 +26,12 @@ from bnfx.editing.driver import run
 from bnfx.editing.inference_draft import InferenceDraft
 from bnfx.errors import CaptureError, FoldError
 from bnfx.gauges import written_out
+from bnfx.gauges.rank import RankedIdentity
 from bnfx.gauges.slots import Slots, scope_of
 from bnfx.gauges.walk import FoldOptions
 from bnfx.graphs.agreement import outputs
 from bnfx.graphs.boxes import boxes
-from bnfx.graphs.examples import Example, clone, has_hooks, in_float64, untouched
+from bnfx.graphs.examples import Example, clone, has_hooks, in_float64, obstacle, untouched
 from bnfx.graphs.inference import Captured, inference_graph
 from bnfx.graphs.naming import owner_of
 from bnfx.graphs.norms import holds_norm, is_stock_norm
@@ -55,6 +56,9 @@ def fold_modules(model: nn.Module, given: Example | None, options: FoldOptions) 
         CaptureError: Without an example the whole forward must be traceable.
         FoldError: The copy does not compute what the model does.
     """
+    spread = isinstance(model, nn.parallel.DistributedDataParallel)
+    if said := obstacle(model, wrappers=spread):
+        raise CaptureError(said)
     copied = clone(model)
     done = _Done(copied)
     looked = _Parts(copied, given)
@@ -276,9 +280,11 @@ def _fold_part(done: _Done, part: _Part, options: FoldOptions) -> None:
         _write(done, _join(part.path, name), value.detach(), dtype)
     for change in changes:
         if change.action == "changed":
-            rest = slots.instead(places[change.at])
+            place = places[change.at]
+            rank = slots.ranks.get(place)
+            rest = slots.instead(place) if rank is None else RankedIdentity(rank)
             assert rest is not None
-            _give_way(done, _join(part.path, places[change.at]), rest, change.into)
+            _give_way(done, _join(part.path, place), rest, change.into)
     _tell(done, part, attempt)
     if not part.path:
         done.pictures = (draft.drawn, boxes(graph))

@@ -273,6 +273,18 @@ def test_a_part_that_others_use_keeps_what_they_use() -> None:
     assert "outside" in record.reason
 
 
+def test_without_an_example_the_rank_is_checked_where_it_decides() -> None:
+    model = randomise(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU()))
+    folded = bnfx.fold_bn(model, form="module")
+    assert isinstance(folded.get_submodule("1"), nn.Identity)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(folded(x), model(x))
+    with pytest.raises(AssertionError, match="rank 2 only"):
+        folded(torch.randn(5, 8, 4))
+    images = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    assert type(bnfx.fold_bn(randomise(images), form="module").get_submodule("1")) is nn.Identity
+
+
 def test_modes_and_options() -> None:
     model, x = Net(), torch.randn(2, 3, 6, 6)
     folded = bnfx.fold_bn(model.train(), (x,), form="module")

@@ -25,6 +25,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from bnfx.errors import CaptureError
 from bnfx.gauges.constraints import CONSTANTS, LINEAR, Cause, Constraints, Demand, Kind, Site
 from bnfx.gauges.elimination import Refused
+from bnfx.gauges.rank import of_same_rank
 from bnfx.gauges.writing import call_of
 from bnfx.gauges.written_out import part_of
 from bnfx.graphs.constants import Values
@@ -58,6 +59,8 @@ class Slots:
     closed: bool = False
     #: Paths of layers that cannot take up what was solved for them, and why.
     stuck: dict[str, str] = field(default_factory=dict)
+    #: Ranks that what is left of a norm must check when the model runs, by its path.
+    ranks: dict[str, int] = field(default_factory=dict)
 
     @functools.cached_property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -216,6 +219,14 @@ class Slots:
     @functools.cached_property
     def _instead(self) -> dict[nn.Module, nn.Module | None]:
         return {}
+
+    def checks(self, node: fx.Node, rank: int, vanished: frozenset[fx.Node]) -> bool:
+        """Whether what is left of a norm can check that `node` has this rank, as it must."""
+        behind = (scope_of(n) for n in of_same_rank(node) if n in vanished and is_norm(n))
+        path = next((path for path in behind if _is_stock(self.modules[path])), None)
+        if path is not None:
+            self.ranks[path] = rank
+        return path is not None
 
     def takes(self, name: str) -> bool:
         """Whether there is a parameter or buffer of this name, or its module may be given one."""

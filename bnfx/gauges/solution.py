@@ -19,15 +19,15 @@ from bnfx.gauges.constraints import CONSTANTS, Constraints, Kind, Site
 from bnfx.gauges.elimination import Refused, absorber
 from bnfx.gauges.new_weights import Ends, bounds_of, is_changed
 from bnfx.gauges.ranges import HALF, beyond_range
+from bnfx.gauges.rank import of_same_rank
 from bnfx.gauges.rules import propagate
 from bnfx.gauges.slots import Slots
 from bnfx.gauges.soundness import NARROW, WIDE
 from bnfx.gauges.walk import FoldOptions, Walk
 from bnfx.graphs.constants import Values, readers
 from bnfx.graphs.in_place import Aliases, aliases
-from bnfx.graphs.shapes import EXACT, Shapes, at_other_ranks, is_tensor, keeps_rank
+from bnfx.graphs.shapes import EXACT, Shapes, at_other_ranks, is_tensor
 from bnfx.graphs.tracing import RANKS
-from bnfx.operators.table import affine_of
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,8 @@ def _reshapes(site: Site, shapes: Shapes) -> bool:
 def _guarded(problem: Problem, solution: Solution) -> Solution:
     """Assumed ranks: where others give the same result no guard is needed."""
     guards: dict[fx.Node, int] = {}
+    if problem.slots is not None:
+        problem.slots.ranks.clear()
     for node, rank in problem.runs[0].assumed.items():
         if not solution.gauges.eliminated or _demanded(node, rank):
             continue
@@ -188,21 +190,13 @@ def _guarded(problem: Problem, solution: Solution) -> Solution:
         same = same and not any(_reshapes(s, run) for s in again.eliminated for run in others)
         if others and same and not solution.needs_rank():
             solution = Solution(wider, again, solution.candidates, {})
-        else:
+        elif problem.slots is None or problem.slots.checks(node, rank, solution.vanished):
             guards[node] = rank
+        else:  # a module cannot check it: then nothing may depend on it
+            return Solution(wider, _gauges(problem, wider, []), solution.candidates, {})
     return Solution(solution.found, solution.gauges, solution.candidates, guards)
 
 
 def _demanded(start: fx.Node, rank: int) -> bool:
     """Whether a BatchNorm behind `start`, at the same rank, accepts no other."""
-    seen, queue = {start}, [start]
-    while queue:
-        node = queue.pop()
-        if node.meta.get(RANKS) == frozenset({rank}):
-            return True
-        for user in node.users:
-            same = affine_of(user) is not None or keeps_rank(user)
-            if user not in seen and same and user.args and user.args[0] is node:
-                seen.add(user)
-                queue.append(user)
-    return False
+    return any(node.meta.get(RANKS) == frozenset({rank}) for node in of_same_rank(start))

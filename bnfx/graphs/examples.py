@@ -83,6 +83,11 @@ def obstacle(model: object, *, wrappers: bool = True) -> str:
                 f"{place} is TorchScript, which has no forward to capture or to change; give the "
                 f"module that it was made from {there}"
             )
+        if type(part).__module__.startswith("torch.distributed.fsdp") or _is_sharded(part):
+            return (
+                f"{place} is sharded by FSDP, which nobody can copy; give the model from before "
+                "that, and shard what bnfx returns"
+            )
         if wrappers and isinstance(part, nn.DataParallel | nn.parallel.DistributedDataParallel):
             give = (
                 "put its .module in its place" if path else "give model.module, and wrap the result"
@@ -95,6 +100,12 @@ def obstacle(model: object, *, wrappers: bool = True) -> str:
                 "so that its lazy modules get theirs"
             )
     return ""
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` has made its class; torch.distributed is not imported to ask that."""
+    kinds = (f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__)
+    return any(k.startswith("torch.distributed.fsdp") and k.endswith("FSDPModule") for k in kinds)
 
 
 def clone(model: nn.Module) -> nn.Module:

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
 
 import bnfx
@@ -125,3 +127,16 @@ def test_statistics_of_what_is_wrapped() -> None:
             bnfx.recalibrate_bn(model, [X], progress=False)
             (norm,) = (part for part in model.modules() if isinstance(part, nn.BatchNorm2d))
             torch.testing.assert_close(norm.running_mean, truth.running_mean)
+
+
+def test_what_is_sharded_is_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    fully_shard(model[1], mesh=init_device_mesh("cpu", (1,)))
+    changes: list[Callable[[], object]] = [
+        lambda: bnfx.insert_bn(model),
+        lambda: bnfx.fold_bn(model),
+        lambda: bnfx.fold_bn(model, form="module"),
+    ]
+    for change in changes:
+        with pytest.raises(bnfx.BnfxError, match=r"'1'.*is sharded by FSDP"):
+            change()

@@ -18,6 +18,7 @@ ROOMS = ("passes", "bnfx/gauges", "bnfx/editing", "bnfx/graphs/norms.py")
 _WORDS = 3
 #: Words that are no reason, or that no small network brings out; with the cause.
 EXCEPT = {
+    "the BatchNorm here was folded for rank {} only; fold again with example_inputs": "an error",
     "{}, whose parameters serve several calls": "named where nothing nearer fixes a gauge",
     "its module is called several times, and at one of the calls it stays": "parameters of a norm"
     " without labels are held before",
