@@ -146,6 +146,15 @@ def in_precision(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if value.is_floating_point() else value
 
 
+def _held(value: object) -> Iterator[Tensor]:
+    """The tensors in containers of containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _held(inner)
+
+
 def _sharing(tensor: Tensor) -> Tensor:
     if tensor.is_inference():  # made under torch.inference_mode, and no good outside
         return _normal(tensor)
@@ -169,8 +178,8 @@ def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise CaptureError(obstacle(model))
     for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
+        for value in _held(vars(module)):
+            if not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_inference():

@@ -293,9 +293,17 @@ def attributes_kept(model: nn.Module) -> Iterator[dict[nn.Module, _State]]:
     are new stay, unless they are proxies: torch.fx keeps constants in some.
     """
     before = {m: tuple(dict(table) for table in _tables(m)) for m in model.modules()}
+    own = [v for m in before for key, v in vars(m).items() if not key.startswith("_")]
+    dicts = [(value, dict(value)) for value in own if type(value) is dict]
+    lists = [(value, list(value)) for value in own if type(value) is list]
     try:
         yield before
     finally:
+        for table, entries in dicts:
+            table.clear()
+            table.update(entries)
+        for values, items in lists:
+            values[:] = items
         for module, tables in before.items():
             for now, old in zip(_tables(module), tables, strict=True):
                 new = [key for key in now if key not in old and isinstance(now[key], fx.Proxy)]

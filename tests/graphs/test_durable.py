@@ -136,3 +136,25 @@ def test_a_pickle_reads_every_tensor_when_it_runs(way: Callable[[nn.Module], nn.
         again.get_buffer("table").zero_()
         if way is not copy.copy:
             assert folded.get_buffer("table").any(), "a copy has tensors of its own"
+
+
+class Remembers(nn.Module):
+    """Keeps what it computed, in containers (the biases of LeViT's attention)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)
+        self.seen: dict[str, list[Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn(self.conv(x))
+        self.seen["last"] = [out.sum()]
+        return out
+
+
+def test_a_model_that_keeps_what_it_computed_can_be_folded() -> None:
+    model, x = Remembers().eval(), torch.randn(2, 3, 5)
+    expected = model(x)
+    for example in ((x,), None):
+        torch.testing.assert_close(bnfx.fold_bn(model, example)(x), expected)
+    assert model.seen["last"][0].requires_grad, "the source has what it had"
