@@ -29,6 +29,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
+from bnfx.errors import CaptureError
 from bnfx.graphs.baked import bake_weights
 from bnfx.graphs.grad_modes import inline_grad_modes
 from bnfx.graphs.inference import Captured
@@ -62,7 +63,16 @@ class Opened:
 
 
 def opened(program: ExportedProgram) -> Opened:
-    """The graph of `program`, which stays as it is."""
+    """The graph of `program`, which stays as it is.
+
+    Raises:
+        CaptureError: Its operators are not ATen's.
+    """
+    if program.dialect not in ("ATEN", "TRAINING"):
+        raise CaptureError(
+            f"this exported program is in the dialect {program.dialect}, whose operators are not "
+            "ATen's; give the program that it was lowered from, and lower the result"
+        )
     root, graph = nn.Module(), fx.Graph()
     for name, part in program.graph_module.named_children():
         root.add_module(name, copy.deepcopy(part))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._export.verifier import Verifier
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
@@ -268,6 +269,16 @@ def test_computed_weights_are_parameters() -> None:
     model = net(scaled, conv=conv(2, 2, bias=False), bn=nn.BatchNorm2d(2), mask=mask)
     folded = law(torch.export.export(randomise(model), (image(),)), (image(),))
     assert not [node for node in folded.graph.nodes if "mul" in node.name]
+
+
+def test_lowered_programs_are_refused() -> None:
+    class Lowered(Verifier):
+        dialect = "LOWERED"
+
+    program = torch.export.export(chain(conv(2, 2), norm([2, 3])), (image(),))
+    lowered = program._update(program.graph_module, program.graph_signature, verifiers=[Lowered])
+    with pytest.raises(bnfx.CaptureError, match="lowered from"):
+        bnfx.fold_bn(lowered)
 
 
 def test_border_maps_need_sizes() -> None:
