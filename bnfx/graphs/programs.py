@@ -35,7 +35,7 @@ from bnfx.graphs.grad_modes import inline_grad_modes
 from bnfx.graphs.inference import Captured
 from bnfx.graphs.parameters import attribute, set_tensor
 from bnfx.graphs.sizes import concrete
-from bnfx.graphs.spelling import spell_natively
+from bnfx.graphs.spelling import spell_linear, spell_natively, spell_products
 
 _aten = torch.ops.aten
 _HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -98,6 +98,7 @@ def opened(program: ExportedProgram) -> Opened:
     for part in module.modules():
         part.training = False  # modes are arguments of calls
     inline_grad_modes(module)
+    spell_linear(module)
     bake_weights(module)
     inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     first, *others = concrete(inputs, program.range_constraints)
@@ -263,21 +264,10 @@ def _lifted(
         elif node.op != "placeholder":
             values[node] = graph.node_copy(node, values.__getitem__)
     spell_natively(graph)
-    for node in list(graph.nodes):
-        _join_product(node)
+    spell_products(graph)
+    for node in graph.nodes:
         _spell(node, mode)
     return graph
-
-
-def _join_product(node: fx.Node) -> None:
-    """One call for a product and the bias that passes put behind it."""
-    product, bias = node.args if node.target is torch.add else (None, None)
-    if not isinstance(product, fx.Node) or not isinstance(bias, fx.Node):
-        return
-    row = bias.op == "placeholder" and bias.meta["val"].dim() == 1
-    if row and product.target is _aten.mm.default and len(product.users) == 1:
-        node.target, node.args = _aten.addmm.default, (bias, *product.args)
-        node.graph.erase_node(product)
 
 
 def _like(old: Any, new: Tensor) -> bool:

@@ -1,4 +1,8 @@
-"""Norms in one spelling: core ATen's give a tuple, of which the first element is the output."""
+"""Norms and linear layers in one spelling.
+
+Core ATen's norms give a tuple, of which the first element is the output, and its linear layers are
+products with a weight that is turned, `addmm(bias, x, permute(weight, [1, 0]))`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from bnfx.graphs.parameters import attribute, sweep
 from bnfx.operators.calls import arguments, call_name, signature_of
 from bnfx.operators.table import Passage, operator_of
 
@@ -15,6 +20,48 @@ _aten = torch.ops.aten
 
 #: node.meta key of a plain norm: overload and name of the native call, and the name of its output.
 _NATIVE = "bnfx_native"
+_PLAIN = (_aten.batch_norm.default, _aten.layer_norm.default, _aten.group_norm.default)
+#: node.meta key of a linear layer that was a product.
+_PRODUCT = "bnfx_product"
+
+
+def spell_linear(module: fx.GraphModule) -> None:
+    """Let products with a turned weight, and a bias for each column, be linear layers."""
+    for node in list(module.graph.nodes):
+        if node.target not in (_aten.mm.default, _aten.addmm.default) or node.kwargs:
+            continue
+        *bias, x, turned = node.args
+        parts: list[Any] = [_untransposed(turned), *bias]
+        if all(isinstance(part, fx.Node) and part.op == "get_attr" for part in parts):
+            weight, *sums = (attribute(module, str(part.target)) for part in parts)
+            if not isinstance(weight, Tensor):
+                continue
+            if not all(isinstance(b, Tensor) and b.shape == weight.shape[:1] for b in sums):
+                continue
+            node.target, node.args = _aten.linear.default, (x, *parts)
+            node.meta[_PRODUCT] = True
+            sweep([turned])
+
+
+def _untransposed(node: Any) -> fx.Node | None:
+    """The matrix of which this is the transpose."""
+    turned = node.target is _aten.permute.default and list(node.args[1]) == [1, 0]
+    found: Any = node.args[0] if turned or node.target is _aten.t.default else None
+    return found if isinstance(found, fx.Node) else None
+
+
+def spell_products(graph: fx.Graph) -> None:
+    """Undo `spell_linear` for the layers that are there now."""
+    for node in list(graph.nodes):
+        if node.target is not _aten.linear.default or not node.meta.pop(_PRODUCT, False):
+            continue
+        call = arguments(node)
+        with graph.inserting_before(node):
+            turned = graph.call_function(_aten.permute.default, (call["weight"], [1, 0]))
+        operands = (call["input"], turned)
+        plain = call["bias"] is None
+        node.target = _aten.mm.default if plain else _aten.addmm.default
+        node.args, node.kwargs = operands if plain else (call["bias"], *operands), {}
 
 
 def spell_norms(graph: fx.Graph) -> None:
@@ -47,7 +94,7 @@ def spell_norms(graph: fx.Graph) -> None:
 def spell_natively(graph: fx.Graph) -> None:
     """Undo `spell_norms` for the norms that are still there; the graph knows their sizes."""
     for node in list(graph.nodes):
-        if _NATIVE not in node.meta:
+        if _NATIVE not in node.meta or node.target not in _PLAIN:
             continue
         target, name, output_name = node.meta.pop(_NATIVE)
         call = arguments(node)

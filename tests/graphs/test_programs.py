@@ -255,12 +255,18 @@ def test_a_program_where_a_module_is_needed(call: Callable[[Any], object]) -> No
         call(program)
 
 
-def test_a_product_takes_its_bias_in_core_aten() -> None:
-    model = randomise(chain(linear(3, 2, bias=False), nn.BatchNorm1d(2), nn.ReLU()))
-    x = torch.randn(4, 3, dtype=torch.float64)
-    folded = law(torch.export.export(model, (x,)).run_decompositions(), (x,))
-    calls = [node.target for node in folded.graph.nodes if node.op == "call_function"]
-    assert calls == [torch.ops.aten.addmm.default, torch.ops.aten.relu.default]
+def test_linear_layers_of_core_aten_are_linear_layers() -> None:
+    parts: Any = {name: linear(3, 3, bias=False) for name in "ab"}
+    parts |= {name: nn.BatchNorm1d(3) for name in "vw"}
+    model = randomise(net("self.v(self.a(x)) + self.w(self.b(x)) + x @ x.T", **parts))
+    x = torch.randn(3, 3, dtype=torch.float64)
+    core = torch.export.export(model, (x,)).run_decompositions()
+    folded = law(core, (x,))
+    calls = [n.target for n in folded.graph.nodes if n.op == "call_function"]
+    aten = torch.ops.aten
+    assert calls.count(aten.addmm.default) == 1  # both branches
+    assert set(calls) <= {n.target for n in core.graph.nodes} | {aten.addmm.default}
+    assert {"a.merged.weight", "a.merged.bias"} == set(folded.state_dict)
 
 
 def test_computed_weights_are_parameters() -> None:
