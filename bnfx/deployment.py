@@ -132,6 +132,7 @@ def deploy(
     benchmark: bool = False,
     bundle: str | os.PathLike[str] | None = None,
     fold_options: Mapping[str, Any] | None = None,
+    form: Literal["graph", "module"] = "graph",
     max_batch_norms_left: int | None = None,
     input_scale: Values = None,
     input_mean: Values = None,
@@ -165,6 +166,7 @@ def deploy(
         bundle: Folder to fill, after a failure, with what reproduces it: the file, the inputs, the
             report and the environment.
         fold_options: Options of `fold_bn`, such as `{"merge_branches": False}`.
+        form: What is exported: "graph", or "module" for a folded copy of the model's own class.
         max_batch_norms_left: How many BatchNorms may stay; where more do, nothing is exported.
         progress: Called with the name of each step as it starts: "fold", "export", "verify",
             "ledger", "benchmark", "report".
@@ -197,7 +199,7 @@ def deploy(
         check_report_path(Path(report))
     with timed("fold"):
         _try_example(model, args, kwargs)
-        both = fold_exactly(model, args, example_kwargs=kwargs, **(fold_options or {}))
+        both = fold_exactly(model, args, example_kwargs=kwargs, form=form, **(fold_options or {}))
         folded, exact, plan = both.rounded, both.exact, report_of(both.rounded)
         del both
     assert isinstance(plan, FoldReport)
@@ -233,11 +235,14 @@ def deploy(
     with workspace(target) as folder:
         written = folder / target.name
         with timed("export"):
-            given = as_sample(args, kwargs)
-            numbers, taken, own = _taken(model, given, dynamic_shapes)
-            fixed = _with_numbers(folded, numbers)
-            exported = export_onnx(fixed, taken.args, written, **{**options, **own})
-            del fixed
+            if isinstance(folded, fx.GraphModule):
+                given = as_sample(args, kwargs)
+                numbers, taken, own = _taken(model, given, dynamic_shapes)
+                fixed = _with_numbers(folded, numbers)
+                exported = export_onnx(fixed, taken.args, written, **{**options, **own})
+                del fixed
+            else:
+                exported = export_onnx(folded, args, written, **options)
         del folded  # verification needs the memory
         with timed("verify"):
             verified = verify_onnx(model, written, args, kwargs=kwargs, exact=exact, **checks)

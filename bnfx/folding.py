@@ -21,7 +21,7 @@ from bnfx.graphs.examples import Example, example, skeleton
 from bnfx.graphs.inference import Captured, inference_graph
 from bnfx.graphs.parameters import Written
 from bnfx.graphs.programs import closed, opened
-from bnfx.module_folding import fold_modules
+from bnfx.module_folding import fold_modules, fold_modules_and_graph
 from bnfx.passes import EraseUnread, FoldBatchNorm, MergeBranches
 from bnfx.reports.report import (
     FoldRecord,
@@ -188,7 +188,7 @@ def plan_fold(*args: Any, **kwargs: Any) -> FoldReport:
 class Folded:
     """One folding in two forms: as `fold_bn` returns it, and before anything was rounded."""
 
-    rounded: fx.GraphModule
+    rounded: nn.Module
     exact: fx.GraphModule
 
 
@@ -198,14 +198,20 @@ def fold_exactly(
     example_inputs: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
+    form: Literal["graph", "module"] = "graph",
     **options: bool,
 ) -> Folded:
     """Fold once: `fold_bn`'s result, and the same graph with its new parameters in float64.
 
     The gauges of both are those for the dtype in which `model` is stored; parameters and buffers of
-    the exact graph are all in float64. Arguments and errors are those of `fold_bn`.
+    the exact graph are all in float64. With form="module" it is the graph of what is returned, with
+    parameters as they were rounded. Arguments and errors are those of `fold_bn`.
     """
     chosen = FoldOptions(**options)
+    _require_form(form, chosen)
+    if form == "module":
+        given = _given(example_inputs, example_kwargs, chosen)
+        return Folded(*fold_modules_and_graph(model, given, replace(chosen, merge_branches=False)))
     captured = inference_graph(model, _given(example_inputs, example_kwargs, chosen))
     graph, written = _folded(captured, chosen, exact=True)
     exact = skeleton(graph).double()

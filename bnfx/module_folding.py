@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bnfx.editing.driver import run
@@ -39,7 +39,7 @@ from bnfx.graphs.observed import SCOPES, Observation, observe, tensors_in
 from bnfx.graphs.parameters import attribute
 from bnfx.numbers import relative_error
 from bnfx.passes import FoldBatchNorm
-from bnfx.reports.report import FoldRecord, FoldReport, remember
+from bnfx.reports.report import FoldRecord, FoldReport, remember, report
 
 #: How often a part is solved again without a layer that turned out not to take its new weights.
 _ROUNDS = 8
@@ -75,6 +75,15 @@ def fold_modules(model: nn.Module, given: Example | None, options: FoldOptions) 
     )
     copied.register_load_state_dict_pre_hook(_explain_keys)
     return remember(copied, told)
+
+
+def fold_modules_and_graph(
+    model: nn.Module, given: Example | None, options: FoldOptions
+) -> tuple[nn.Module, fx.GraphModule]:
+    """The same, and a graph in float64 of what it computes."""
+    folded = fold_modules(model, given, options)
+    wide = inference_graph(in_float64(folded), None if given is None else _widened(given))
+    return folded, remember(wide.module, report(folded))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -312,3 +313,11 @@ def test_a_wrong_copy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bnfx.module_folding._write", lambda *_: None)
     with pytest.raises(bnfx.FoldError, match="differs from the model by"):
         bnfx.fold_bn(randomise(Net()), (torch.randn(2, 3, 6, 6),), form="module")
+
+
+def test_deploy_takes_the_own_class(tmp_path: Path) -> None:
+    model, x = randomise(Net()), torch.randn(2, 3, 6, 6)
+    done = bnfx.deploy(model, x, tmp_path / "net.onnx", form="module", num_inputs=2)
+    assert done.status == "deployed"
+    assert done.fold.left == 0
+    assert done.fold.keys
