@@ -284,6 +284,20 @@ def _batch_norm(call: Call, x: Tensor, *parts: Tensor) -> Computed:
     return (y, old[0] + own_mean * (1 - share), old[1] + own_var * (1 - share))[: call.outputs]
 
 
+@_operator("LpNormalization")
+def _lp_normalization(call: Call, x: Tensor) -> Tensor:
+    norm = x.abs().pow(call["p"]).sum(call["axis"], keepdim=True).pow(1 / call["p"])
+    return torch.where(norm == 0, 0.0, x / norm)
+
+
+@_operator("MeanVarianceNormalization")
+def _mean_variance(call: Call, x: Tensor) -> Tensor:
+    axes = call.each("axes", 0, x.dim())
+    var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    unit: Tensor = (x - mean) / (var.sqrt() + 1e-9)
+    return unit
+
+
 @_operator("LRN")
 def _lrn(call: Call, x: Tensor) -> Tensor:
     """Channel c is divided by a power of the squares of c - (size-1)//2 to c + ceil((size-1)/2)."""
@@ -324,7 +338,7 @@ def _along(call: Call, x: Tensor) -> Callable[[Tensor], Tensor]:
     def spread(value: Tensor) -> Tensor:
         if value.dim() == 0 or value.numel() == 1:
             return value.reshape(())
-        axis = call["axis"] % x.dim()
+        axis = (1 if call["axis"] is None else call["axis"]) % x.dim()  # opset 10 has none
         if call["block_size"]:
             return value.repeat_interleave(call["block_size"], axis).narrow(axis, 0, x.shape[axis])
         return value.reshape(*[1] * axis, -1, *[1] * (x.dim() - axis - 1))

@@ -38,6 +38,8 @@ from rich.table import Table
 import bnfx
 
 FIRST, NEWEST = 7, onnx.defs.onnx_opset_version()
+#: Of the table of results.
+COLUMNS = ("verdict", "operator", "opset", "files", "such as")
 #: A sound reference errs by less in float32.
 SOUND = 1e-3
 #: Input -> shape and kind ("f" floats, "p" positive floats, "i" integers below 3), or a value.
@@ -322,6 +324,19 @@ def files(only: Sequence[str]) -> list[File]:
     return [f for f in found.values() if not only or f.operator in only]
 
 
+def grouped(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+    """One row for each verdict and operator, with a file that stands for the others."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.verdict, outcome.operator), []).append(outcome)
+    for (verdict, operator), mine in sorted(groups.items()):
+        opsets = " ".join(map(str, sorted({o.opset for o in mine})))
+        worst = max(mine, key=lambda o: o.budget if o.budget == o.budget else 0.0)
+        said = mine[0].reason or f"{worst.name}: budget {worst.budget:.1e}"
+        found = (verdict, operator, opsets, len(mine), said[:200])
+        yield dict(zip(COLUMNS, found, strict=True))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="every 60th file")
@@ -339,17 +354,11 @@ def main() -> int:
         done = pool.map(verify, chosen, chunksize=8)
         outcomes += progress.track(done, total=len(chosen), description="files")
     counts = Counter(o.verdict for o in outcomes)
-    table = Table(
-        "verdict", "operator", "opset", "files", "such as", title="Files that did not pass"
-    )
-    groups: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        if outcome.verdict != "passed":
-            groups.setdefault((outcome.verdict, outcome.operator), []).append(outcome)
-    for (verdict, operator), mine in sorted(groups.items()):
-        opsets = ", ".join(map(str, sorted({o.opset for o in mine})))
-        said = mine[0].reason or f"{mine[0].name}: budget {mine[0].budget:.1e}"
-        table.add_row(verdict, operator, opsets, str(len(mine)), said[:110])
+    rows = list(grouped(outcomes))
+    table = Table(*COLUMNS, title="Files that did not pass")
+    for row in rows:
+        if row["verdict"] != "passed":
+            table.add_row(*(str(row[column])[:110] for column in COLUMNS))
     console.print(table)
     console.print(
         f"{len(outcomes)} files of {len({o.operator for o in outcomes})} operators, "
@@ -360,7 +369,6 @@ def main() -> int:
     console.print(f"passed without a truth or ended in a raw error: {bad}")
     console.print(f"{time.perf_counter() - start:.0f} s")
     if options.out is not None:
-        rows = [vars(outcome) for outcome in outcomes]
         save(options.out, "operators_sweep", rows, counts=dict(counts))
     return 1 if bad else 0
 

@@ -30,8 +30,8 @@ EXAMPLES = (
         "dequantizelinear",
         "globalaveragepool",
     ),
-    *("globalmaxpool", "gru", "hardmax", "logsoftmax", "lppool", "lrn", "lstm", "maxpool"),
-    *("rnn", "softmax"),
+    *("globalmaxpool", "gru", "hardmax", "logsoftmax", "lppool", "lrn", "lstm"),
+    *("maxpool", "meanvariancenormalization", "rnn", "softmax", "upsample"),
 )
 
 
@@ -100,6 +100,10 @@ FILES = {
         10,
         "(float[2,3,6,6] X) => (float[2,3,3,9] Y) <float[4] f = {1.0, 1.0, 0.5, 1.5}> "
         "{ Y = Resize (X, f) }",
+    ),
+    "lp normalization": (
+        7,
+        "(float[2,3,8] X) => (float[2,3,8] Y) { Y = LpNormalization <axis = 1, p = 1> (X) }",
     ),
     "lp pool": (11, "(float[2,3,8] X) => (float[2,3,1] Y) { Y = GlobalLpPool <p = 3> (X) }"),
 }
