@@ -24,6 +24,10 @@ _TENSORS = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
 class TensorProxy(fx.Proxy):
     """A proxy that is an instance of Tensor where the value is one."""
 
+    # what torch.nn asks of a tensor that is assigned to an attribute
+    _is_param = False
+    _is_buffer = False
+
     @property
     def __class__(self) -> type:
         assert isinstance(self.tracer, fx.Tracer)

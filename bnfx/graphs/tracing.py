@@ -166,6 +166,8 @@ class Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """The same as torch.fx's; what was read is remembered."""
         self.read = parameter_proxy_cache
+        if issubclass(type(attr_val), fx.Proxy):  # assigned by the forward
+            return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def _forget(self, last: fx.Node) -> None:
