@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 #: The module of the exporter that checks its assumptions, and the start of what it says.
-_NAME, _FAILED = "_guards_fn", "Guard failed: "
+GUARDS, _FAILED = "_guards_fn", "Guard failed: "
 #: The functions that a condition may call.
 _KNOWN = frozenset({"size", "max", "min"})
 
@@ -50,8 +50,8 @@ def rewrite_guards(captured: fx.GraphModule) -> None:
 
     Conditions of which one is enough (`a or b`), which no graph shows, stay as they are.
     """
-    call = next((node for node in captured.graph.nodes if node.target == _NAME), None)
-    check = _check_of(captured.get_submodule(_NAME).forward) if call is not None else None
+    call = next((node for node in captured.graph.nodes if node.target == GUARDS), None)
+    check = _check_of(captured.get_submodule(GUARDS).forward) if call is not None else None
     if call is None or check is None:
         return
     if not all(_conjunction(text) for text in check.__code__.co_consts if _says(text)):
@@ -67,7 +67,7 @@ def rewrite_guards(captured: fx.GraphModule) -> None:
     graph.output(None)
     guards: Any = fx.GraphModule({}, graph, class_name="Guards")
     guards._is_impure = True  # its call has no reader, and stays
-    captured.add_module(_NAME, guards)
+    captured.add_module(GUARDS, guards)
 
 
 def _check_of(forward: Any) -> types.FunctionType | None:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from bnfx.errors import BnfxError, VerificationError
 from bnfx.folding import exact_graph, fold_bn
 from bnfx.graphs.examples import Example, clone, in_float64, in_precision
+from bnfx.graphs.export_guards import GUARDS
 from bnfx.graphs.inference import exported, inference_graph
 from bnfx.graphs.observed import leaves_in
 from bnfx.numbers import UNIT, Array, relative_error
@@ -262,7 +263,7 @@ class TorchReference:
         self, graph: fx.GraphModule, given: Example, changed: frozenset[str]
     ) -> Iterator[tuple[str, Traced]]:
         """What the graph computes, and how it was looked at: first as an exporter sees it."""
-        if any(_holds_state(graph, node) for node in graph.graph.nodes):
+        if any(n.op == "call_module" and n.target != GUARDS for n in graph.graph.nodes):
             try:
                 inside = self._traced(exported(graph, given).module, given, changed)
             except Exception as error:  # noqa: BLE001  # the exporter and the user's forward raise anything
@@ -324,14 +325,6 @@ class TorchReference:
             return trace_layers(graph, tuple(values), changed)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise VerificationError(f"the folded {self.name} fails in float64: {error}") from error
-
-
-def _holds_state(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether it calls a module as a whole, of which a file may hold weights."""
-    if node.op != "call_module":
-        return False
-    module = graph.get_submodule(str(node.target))
-    return any(True for _ in (*module.parameters(), *module.buffers()))
 
 
 def _options() -> Iterator[dict[str, Any]]:

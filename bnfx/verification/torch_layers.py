@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from bnfx.graphs.naming import norm_path, owner_of
 from bnfx.numbers import UNIT
-from bnfx.operators.calls import arguments, call_name
+from bnfx.operators.calls import arguments, base_name, call_name
 from bnfx.operators.table import Operator, affine_of, is_batch_norm, layer_call, operator_of
 from bnfx.verification.layers import Geometry, Kind, Layer, samples
 
@@ -98,6 +98,8 @@ class _Recorder(fx.Interpreter):
         self.constants: dict[str, Constant] = {}
         self.flow: dict[str, Tensor] = {}
         self.fixed: set[fx.Node] = set()
+        #: A value that an operator handed on -> the value that it was given.
+        self.same: dict[str, str] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run, and remember a layer, or the constants that a node on data reads."""
@@ -111,7 +113,12 @@ class _Recorder(fx.Interpreter):
             return super().run_node(n)
         layer = self._layer(n)
         held = self._input(layer, n)
+        given = self.env.get(inputs[0]) if inputs else None
+        before = given._version if isinstance(given, Tensor) else 0
         result = super().run_node(n)
+        handed = isinstance(given, Tensor) and given._version == before and _alike(given, result)
+        if handed or base_name(call_name(n)) == "clone":
+            self.same[n.name] = self.same.get(inputs[0].name, inputs[0].name)
         if layer is not None and isinstance(result, Tensor) and held is not None:
             self.flow[layer.x], self.flow[layer.y] = held, samples(result)
             self.layers.append(replace(layer, rank=result.dim()))
@@ -229,7 +236,7 @@ class _Recorder(fx.Interpreter):
             training=call.get("training") is True,
             x=f"{n.name}.x",
             y=n.name,
-            source=first.name if isinstance(first, fx.Node) else "",
+            source=self.same.get(first.name, first.name) if isinstance(first, fx.Node) else "",
             untouched=frozenset(part for part in stored if names[part] not in self.changed),
             conditions={part: self._condition(node) for part, node in sources.items()},
         )
@@ -258,6 +265,13 @@ class _Recorder(fx.Interpreter):
         wide = wide.double() if wide.is_floating_point() else wide
         untouched = stored and name not in self.changed
         self.constants.setdefault(name, Constant(name, wide, untouched, hidden))
+
+
+def _alike(given: Tensor, result: Any) -> bool:
+    """Whether it is what was given: dropout in eval mode, a cast to the dtype that is there."""
+    if not isinstance(result, Tensor) or result.shape != given.shape:
+        return False
+    return result.data_ptr() == given.data_ptr() and result.stride() == given.stride()
 
 
 def _geometry(call: dict[str, Any], row: Operator, weight: Tensor) -> Geometry:

@@ -123,6 +123,22 @@ def test_what_is_folded_by_the_exporter_behind_a_hook_passes(tmp_path: Path) -> 
     assert (done.verify.tiers[0].status, len(done.verify.weights)) == ("passed", 2)
 
 
+class Between(Core):
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.dropout(self.conv(x).clone(), 0.5, self.training)
+        return torch.relu(self.bn(y.reshape(y.shape)))
+
+
+def test_what_is_folded_by_the_exporter_past_operators_that_do_nothing_passes(
+    tmp_path: Path,
+) -> None:
+    model = randomise(Between())
+    model.conv.register_forward_hook(lambda *_: None)
+    done = bnfx.deploy(model, X, tmp_path / "net.onnx")
+    assert done.fold.batch_norms[0].verdict == "kept"
+    assert (done.verify.tiers[0].status, len(done.verify.weights)) == ("passed", 2)
+
+
 def test_zero_in_theory_is_held_to_the_noise_in_practice() -> None:
     zero, noise = np.zeros(4), np.array([1.0, -1.0, 1.0, -1.0]) * 1e-8
     assert check_output("y", [2 * noise], [noise], [zero], unit=1e-7, max_ratio=4).passed
