@@ -133,7 +133,7 @@ def test_what_is_folded_by_the_exporter_past_operators_that_do_nothing_passes(
     tmp_path: Path,
 ) -> None:
     model = randomise(Between())
-    model.conv.register_forward_hook(lambda *_: None)
+    model.get_submodule("conv").register_forward_hook(lambda *_: None)
     done = bnfx.deploy(model, X, tmp_path / "net.onnx")
     assert done.fold.batch_norms[0].verdict == "kept"
     assert (done.verify.tiers[0].status, len(done.verify.weights)) == ("passed", 2)
