@@ -47,8 +47,8 @@ ABOUT = """\
 {count} small networks, each for a kind of code on which a folding of BatchNorm can go wrong or
 could do more, put to the foldings that were installed. Each was called as its own documentation
 says. *Folded*: right, and no BatchNorm is left. *Right*: right, and some are left, or nobody can
-see. *Refused*: it raised. *WRONG*: the output is off by more than a thousandth of the largest one
-without a word, or the network that was given has changed.
+see. *Refused*: it raised, or the exporter gave it no right file. *WRONG*: the output is off by more
+than a thousandth of the largest one without a word, or the network that was given has changed.
 
 {run}. One command writes this page: `.venv/bin/python examples/conformance/run.py`; with
 `--tool NAME --case NAME --script` it prints what shows one square alone.
