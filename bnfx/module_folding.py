@@ -38,13 +38,14 @@ from bnfx.graphs.norms import holds_norm, is_stock_norm
 from bnfx.graphs.observed import SCOPES, Observation, observe, tensors_in
 from bnfx.graphs.parameters import attribute
 from bnfx.numbers import relative_error
-from bnfx.passes import FoldBatchNorm
+from bnfx.passes import FoldBatchNorm, MergeBranches
 from bnfx.reports.report import FoldRecord, FoldReport, remember, report
 
 #: How often a part is solved again without a layer that turned out not to take its new weights.
 _ROUNDS = 8
 _APART = "its calls would need weights of their own; use form='graph'"
 _REPORT = "use form='graph', and please report the model"
+_MERGES = "with form='graph' it becomes one convolution with the branches beside it"
 _UNKNOWN = "no call was seen that computes y = s x + t with its statistics"
 _NOT_CALLED = "the forward did not call it on the example"
 
@@ -294,7 +295,7 @@ def _fold_part(done: _Done, part: _Part, options: FoldOptions) -> None:
             rest = slots.instead(place) if rank is None else RankedIdentity(rank)
             assert rest is not None
             _give_way(done, _join(part.path, place), rest, change.into)
-    _tell(done, part, attempt)
+    _tell(done, part, attempt, merged=_merged(draft))
     if not part.path:
         done.pictures = (draft.drawn, boxes(graph))
 
@@ -333,14 +334,22 @@ def _give_way(done: _Done, path: str, rest: nn.Module, into: tuple[str, ...]) ->
     module.training = training
 
 
-def _tell(done: _Done, part: _Part, draft: InferenceDraft) -> None:
+def _merged(draft: InferenceDraft) -> set[str]:
+    """Names of the norms that the graph form takes into a convolution beside them."""
+    leaves = (leaf for site in MergeBranches().match(draft) for leaf in site.merged)
+    return {norm.name for leaf in leaves for norm in leaf.norms}
+
+
+def _tell(done: _Done, part: _Part, draft: InferenceDraft, merged: set[str]) -> None:
     """Add the records of a part, in names of the whole."""
     found = [
         FoldRecord(
             path=_join(part.path, change.path),
             verdict="folded" if change.action == "changed" else "kept",
             into=tuple(_join(part.path, name) for name in change.into),
-            reason=change.reason,
+            reason=f"{change.reason}; {_MERGES}"
+            if change.action == "kept" and change.at in merged
+            else change.reason,
         )
         for change in draft.in_order()
     ]

@@ -199,6 +199,22 @@ def positive(model: nn.Module) -> nn.Module:
     return model
 
 
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.same = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.norm(self.conv(x)) + self.same(x)
+
+
+def test_branches_that_only_a_graph_can_merge_are_told() -> None:
+    folded = fold(Branches(), torch.randn(2, 3, 5, 5))
+    [kept] = [r for r in told(folded).batch_norms if r.verdict == "kept"]
+    assert kept.path == "same"
+    assert "form='graph' it becomes one convolution" in kept.reason
+
+
 class NormAct(nn.BatchNorm2d):
     """As in timm: a BatchNorm with its activation inside."""
 
