@@ -7,13 +7,10 @@ own layers, and what vanished becomes an `nn.Identity`.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,12 +28,13 @@ from bnfx.gauges.slots import Slots, scope_of
 from bnfx.gauges.walk import FoldOptions
 from bnfx.graphs.agreement import outputs
 from bnfx.graphs.boxes import boxes
-from bnfx.graphs.examples import Example, clone, has_hooks, in_float64, obstacle, untouched
-from bnfx.graphs.inference import Captured, inference_graph
+from bnfx.graphs.examples import Example, clone, in_float64, obstacle
+from bnfx.graphs.inference import inference_graph
 from bnfx.graphs.naming import owner_of
-from bnfx.graphs.norms import holds_norm, is_stock_norm
-from bnfx.graphs.observed import SCOPES, Observation, observe, tensors_in
+from bnfx.graphs.norms import holds_norm
+from bnfx.graphs.observed import tensors_in
 from bnfx.graphs.parameters import attribute
+from bnfx.graphs.parts import Part, Parts, join
 from bnfx.numbers import relative_error
 from bnfx.passes import FoldBatchNorm, MergeBranches
 from bnfx.reports.report import FoldRecord, FoldReport, remember, report
@@ -62,7 +60,7 @@ def fold_modules(model: nn.Module, given: Example | None, options: FoldOptions) 
         raise CaptureError(said)
     copied = clone(model)
     done = _Done(copied)
-    looked = _Parts(copied, given)
+    looked = Parts(copied, given)
     parts = list(looked.found())
     for part in parts:
         _fold_part(done, part, options)
@@ -87,20 +85,6 @@ def fold_modules_and_graph(
     return folded, remember(wide.module, report(folded))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A part of the model that could be captured."""
-
-    path: str
-    captured: Captured
-    #: Paths, in the part, that code outside of it calls or reads.
-    outside: frozenset[str]
-    #: Whether values that leave a module with a forward of its own stay.
-    closed: bool
-    #: What it is given when the model runs on the example.
-    given: Example | None
-
-
 @dataclass
 class _Done:
     """What was done so far."""
@@ -117,147 +101,10 @@ class _Done:
     pictures: Any = ((), ())
 
 
-# -- parts -----------------------------------------------------------------------------------------
-
-
-class _Parts:
-    """The largest parts of a model that can be captured, and why others cannot."""
-
-    def __init__(self, root: nn.Module, given: Example | None) -> None:
-        self.root, self.given = root, given
-        self.closed = _may_hand_out_more(root, given)
-        #: Path of each module that could not be captured -> why.
-        self.causes: dict[str, str] = {}
-
-    def found(self) -> Iterator[_Part]:
-        """Them, outer ones first."""
-        try:
-            yield from self._captured("", self.given, frozenset())
-        except CaptureError as error:
-            if self.given is None:
-                raise
-            yield from self._inside("", str(error))
-
-    def _look(self, path: str, given: Example | None) -> Iterator[_Part]:
-        module = self.root.get_submodule(path)
-        if is_stock_norm(module) or not any(holds_norm(inner) for inner in module.modules()):
-            return
-        if given is None and self.given is not None:
-            return  # the forward did not call it
-        try:
-            yield from self._captured(path, given, self._used_elsewhere(path))
-        except CaptureError as error:
-            yield from self._inside(path, str(error))
-
-    def _captured(
-        self, path: str, given: Example | None, outside: frozenset[str]
-    ) -> Iterator[_Part]:
-        module = self.root.get_submodule(path)
-        asking = self._run is not None and path in self._run.asking
-        captured = inference_graph(module, given, exporting=not asking)
-        closed = self.closed or _may_hand_out_more(module, given)
-        yield _Part(path, captured, outside, closed, given)
-        slots = dict(module.named_modules(remove_duplicate=False))
-        calls = captured.module.graph.find_nodes(op="call_module")
-        for inner in dict.fromkeys(str(node.target) for node in calls):
-            if inner not in slots:  # the exporter's checks of its inputs
-                continue
-            if has_hooks(slots[inner]):
-                yield from self._each([_join(path, inner)])
-            else:
-                yield from self._inside(_join(path, inner), "its forward cannot be traced")
-
-    def _inside(self, path: str, cause: str) -> Iterator[_Part]:
-        self.causes[path] = cause
-        children = self.root.get_submodule(path).named_children()
-        yield from self._each([_join(path, name) for name, _ in children])
-
-    def _each(self, paths: Sequence[str]) -> Iterator[_Part]:
-        given = _examples(self.root, self.given, paths)
-        for path in paths:
-            yield from self._look(path, given.get(path))
-
-    def _used_elsewhere(self, path: str) -> frozenset[str]:
-        """Paths of modules and parameters of a part that a run uses while the part does not run."""
-        part = self.root.get_submodule(path)
-        modules = dict(self.root.named_modules(remove_duplicate=False))
-        inner = {id(module) for module in part.modules()} - {id(part)}
-        tensors = {id(t) for t in (*part.parameters(), *part.buffers())}
-        used: set[int] = set()
-        for node in self._run.graph.nodes if self._run is not None else ():
-            running = [modules[scope] for scope in node.meta.get(SCOPES, ())]
-            if any(module is part for module in running):
-                continue
-            used |= {id(module) for module in running} & inner
-            read = (n for n in node.all_input_nodes if n.op == "get_attr")
-            used |= {id(attribute(self.root, str(n.target))) for n in read} & tensors
-        names = (
-            *part.named_modules(remove_duplicate=False),
-            *part.named_parameters(remove_duplicate=False),
-            *part.named_buffers(remove_duplicate=False),
-        )
-        return frozenset(name for name, value in names if id(value) in used)
-
-    def runs(self, path: str) -> bool:
-        """Whether the forward calls the module at `path`, as far as the example tells."""
-        return self._run is None or self._run.runs[path] > 0
-
-    @functools.cached_property
-    def _run(self) -> Observation | None:
-        if self.given is None:
-            return None
-        with untouched(self.root):
-            return observe(self.root, self.given, training=False)
-
-
-def _examples(
-    root: nn.Module, given: Example | None, paths: Sequence[str]
-) -> Mapping[str, Example]:
-    """What the modules at `paths` are given first when the model runs on the example."""
-    if given is None:
-        return {}
-    seen: dict[str, Example] = {}
-
-    def note(path: str) -> Callable[..., None]:
-        def first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if path not in seen:
-                seen[path] = Example(args, kwargs).copied()
-
-        return first
-
-    with untouched(root), ExitStack() as hooks:
-        for path in paths:
-            module = root.get_submodule(path)
-            handle = module.register_forward_pre_hook(note(path), with_kwargs=True)
-            hooks.callback(handle.remove)
-        outputs(root, given)
-    return seen
-
-
-def _may_hand_out_more(module: nn.Module, given: Example | None) -> bool:
-    """Whether the forward has arguments that the example does not give: they may ask for more."""
-    try:
-        parameters = inspect.signature(module.forward).parameters
-        bound = inspect.signature(module.forward).bind_partial(
-            *(given.args if given is not None else ()),
-            **(given.kwargs if given is not None else {}),
-        )
-    except (TypeError, ValueError):  # the latter from a forward that is no Python
-        return True
-    required = (
-        name
-        for name, p in parameters.items()
-        if given is None
-        and p.default is p.empty
-        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    )
-    return bool(parameters.keys() - bound.arguments.keys() - set(required))
-
-
 # -- one part --------------------------------------------------------------------------------------
 
 
-def _fold_part(done: _Done, part: _Part, options: FoldOptions) -> None:
+def _fold_part(done: _Done, part: Part, options: FoldOptions) -> None:
     """Solve one part, and write what was found into its modules."""
     root = done.root.get_submodule(part.path)
     draft = InferenceDraft(part.captured)
@@ -287,14 +134,14 @@ def _fold_part(done: _Done, part: _Part, options: FoldOptions) -> None:
     for name, dtype in written.dtypes.items():
         value = attribute(graph, name)
         assert isinstance(value, Tensor)
-        _write(done, _join(part.path, name), value.detach(), dtype)
+        _write(done, join(part.path, name), value.detach(), dtype)
     for change in changes:
         if change.action == "changed":
             place = places[change.at]
             rank = slots.ranks.get(place)
             rest = slots.instead(place) if rank is None else RankedIdentity(rank)
             assert rest is not None
-            _give_way(done, _join(part.path, place), rest, change.into)
+            _give_way(done, join(part.path, place), rest, change.into)
     _tell(done, part, attempt, merged=_merged(draft))
     if not part.path:
         done.pictures = (draft.drawn, boxes(graph))
@@ -326,7 +173,7 @@ def _give_way(done: _Done, path: str, rest: nn.Module, into: tuple[str, ...]) ->
     where = f"into {', '.join(into)}" if into else "away"
     for key in module.state_dict():
         if key not in stays:
-            done.keys[_join(path, key)] = f"{path} was folded {where}"
+            done.keys[join(path, key)] = f"{path} was folded {where}"
     training = module.training
     module.__class__ = type(rest)
     module.__dict__.clear()
@@ -340,13 +187,13 @@ def _merged(draft: InferenceDraft) -> set[str]:
     return {norm.name for leaf in leaves for norm in leaf.norms}
 
 
-def _tell(done: _Done, part: _Part, draft: InferenceDraft, merged: set[str]) -> None:
+def _tell(done: _Done, part: Part, draft: InferenceDraft, merged: set[str]) -> None:
     """Add the records of a part, in names of the whole."""
     found = [
         FoldRecord(
-            path=_join(part.path, change.path),
+            path=join(part.path, change.path),
             verdict="folded" if change.action == "changed" else "kept",
-            into=tuple(_join(part.path, name) for name in change.into),
+            into=tuple(join(part.path, name) for name in change.into),
             reason=f"{change.reason}; {_MERGES}"
             if change.action == "kept" and change.at in merged
             else change.reason,
@@ -357,12 +204,12 @@ def _tell(done: _Done, part: _Part, draft: InferenceDraft, merged: set[str]) -> 
     done.records += itertools.compress(found, map(operator.not_, inner))
     done.whole |= {record.path: record for record in itertools.compress(found, inner)}
     done.provenance |= {
-        _join(part.path, name): tuple(_join(part.path, source) for source in sources)
+        join(part.path, name): tuple(join(part.path, source) for source in sources)
         for name, sources in draft.written.provenance.items()
     }
 
 
-def _unseen(done: _Done, parts: _Parts) -> Iterator[FoldRecord]:
+def _unseen(done: _Done, parts: Parts) -> Iterator[FoldRecord]:
     """Records of the BatchNorms of which no part tells."""
     told, causes = {record.path for record in done.records}, parts.causes
     for path, module in done.root.named_modules():
@@ -391,7 +238,7 @@ def _lies_in(path: str, outer: str) -> bool:
 # -- checks ----------------------------------------------------------------------------------------
 
 
-def _require_same(model: nn.Module, done: _Done, parts: Sequence[_Part]) -> None:
+def _require_same(model: nn.Module, done: _Done, parts: Sequence[Part]) -> None:
     """Raise unless every part gives on its example, in float64, what it gave before.
 
     The new parameters are taken as they were before they were rounded: where detections are sorted
@@ -478,7 +325,3 @@ def _explain_keys(
             f"the BatchNorms of this {type(module).__name__} are folded ({shown}{more}). Load the "
             "checkpoint into the model first, and fold it then"
         )
-
-
-def _join(path: str, name: str) -> str:
-    return ".".join(filter(None, (path, name)))
