@@ -7,6 +7,7 @@ own layers, and what vanished becomes an `nn.Identity`.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import operator
@@ -58,22 +59,47 @@ def fold_modules(model: nn.Module, given: Example | None, options: FoldOptions) 
     spread = isinstance(model, nn.parallel.DistributedDataParallel)
     if said := obstacle(model, wrappers=spread):
         raise CaptureError(said)
-    copied = clone(model)
-    done = _Done(copied)
-    looked = Parts(copied, given)
-    parts = list(looked.found())
-    for part in parts:
-        _fold_part(done, part, options)
-    done.records += _unseen(done, looked)
-    _require_same(model, done, parts)
+    done = _folded(model, given, options, "")
+    if given is not None and (why := _hands_out(model, done.root, given)):
+        done = _folded(model, given, options, why)
     told = FoldReport(
         batch_norms=tuple(done.records),
         provenance=done.provenance,
         keys=done.keys,
         graphs=done.pictures,
     )
-    copied.register_load_state_dict_pre_hook(_explain_keys)
-    return remember(copied, told)
+    done.root.register_load_state_dict_pre_hook(_explain_keys)
+    return remember(done.root, told)
+
+
+def _folded(model: nn.Module, given: Example | None, options: FoldOptions, apart: str) -> _Done:
+    """A copy, folded as a whole where that can be; `apart` says why only its parts are."""
+    copied = clone(model)
+    done = _Done(copied)
+    looked = Parts(copied, given)
+    parts = list(looked.found(apart))
+    for part in parts:
+        _fold_part(done, part, options)
+    done.records += _unseen(done, looked)
+    _require_same(model, done, parts)
+    return done
+
+
+def _hands_out(model: nn.Module, folded: nn.Module, given: Example) -> str:
+    """Which switch, turned the other way, shows that values inside are not the model's; or ""."""
+    if any(tensor.is_meta for tensor in model.parameters()):
+        return ""
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if not isinstance(parameter.default, bool) or name in given.kwargs:
+            continue
+        other = {**given.kwargs, name: not parameter.default}
+        try:
+            apart = _difference(model, folded, {}, Example(given.args, other))
+        except CaptureError:  # it wants more then
+            continue
+        if not apart <= _limit(model):
+            return f"with {name}={not parameter.default} it returns values from its inside"
+    return ""
 
 
 def fold_modules_and_graph(
@@ -244,10 +270,9 @@ def _require_same(model: nn.Module, done: _Done, parts: Sequence[Part]) -> None:
     The new parameters are taken as they were before they were rounded: where detections are sorted
     by scores that are nearly equal, say, a rounding would turn their order round.
     """
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    if any(t.is_meta for t in tensors):
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return  # there are no values
-    limit = max((torch.finfo(t.dtype).eps for t in tensors), default=0.0) ** 0.5
+    limit = _limit(model)
     for part in parts:
         if part.given is None:
             continue
@@ -264,6 +289,12 @@ def _require_same(model: nn.Module, done: _Done, parts: Sequence[Part]) -> None:
                 f"{type(model).__name__}, folded in its own class, differs from the model by "
                 f"{error:.3g} relative on the example{where}; {_REPORT}"
             )
+
+
+def _limit(model: nn.Module) -> float:
+    """How far outputs may move, relative to them: far more than rounded weights move them."""
+    kinds = {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+    return math.sqrt(max((torch.finfo(kind).eps for kind in kinds), default=0.0))
 
 
 def _difference(

@@ -215,6 +215,26 @@ def test_branches_that_only_a_graph_can_merge_are_told() -> None:
     assert "form='graph' it becomes one convolution" in kept.reason
 
 
+class Switched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.rest = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor, features: bool = False) -> Any:  # noqa: FBT001, FBT002
+        y = self.conv(x)
+        return y if features else self.rest(self.norm(y).relu())
+
+
+def test_a_switch_that_returns_what_would_change_keeps_it() -> None:
+    model, x = Switched(), torch.randn(2, 3, 5, 5)
+    folded = fold(model, x)
+    assert left(folded) == ["norm"]
+    assert "features=True" in told(folded).batch_norms[-1].reason
+    wide = copy.deepcopy(model).double()
+    torch.testing.assert_close(folded(x.double(), features=True), wide(x.double(), features=True))
+
+
 class NormAct(nn.BatchNorm2d):
     """As in timm: a BatchNorm with its activation inside."""
 

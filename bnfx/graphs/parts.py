@@ -43,8 +43,11 @@ class Parts:
         #: Path of each module that could not be captured -> why.
         self.causes: dict[str, str] = {}
 
-    def found(self) -> Iterator[Part]:
-        """Them, outer ones first."""
+    def found(self, apart: str = "") -> Iterator[Part]:
+        """Them, outer ones first; where `apart` says why, not the whole, but what is inside."""
+        if apart:
+            yield from self._inside("", apart)
+            return
         try:
             yield from self._captured("", self.given, frozenset())
         except CaptureError as error:
