@@ -10,6 +10,7 @@ back, and keeps what was not edited: names, sizes, guards, trees, metadata.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -193,7 +194,7 @@ def _specs(source: Opened, edited: fx.GraphModule, read: Mapping[str, Tensor]) -
             continue
         trained = isinstance(value, nn.Parameter)
         kind = InputKind.PARAMETER if trained else InputKind.BUFFER
-        wanted = f"{'p' if trained else 'b'}_{name.replace('.', '_')}"
+        wanted = re.sub(r"\W", "_", f"{'p' if trained else 'b'}_{name}")  # paths may hold dashes
         while wanted in taken:
             wanted += "_"
         taken.add(wanted)

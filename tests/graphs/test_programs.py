@@ -201,6 +201,14 @@ def test_arguments_stand_at_their_places() -> None:
     assert not call.kwargs
 
 
+def test_paths_that_are_no_identifiers() -> None:
+    model = nn.Sequential()
+    model.add_module("block-0", conv(2, 2, bias=False))
+    model.add_module("1 a", nn.BatchNorm2d(2))
+    folded = law(torch.export.export(randomise(model.double()), (image(),)), (image(),))
+    assert set(folded.state_dict) == {"block-0.weight", "block-0.bias"}
+
+
 @pytest.mark.parametrize("form", ["plain", "core"])
 def test_train_mode_is_told(form: str) -> None:
     program = torch.export.export(chain(conv(2, 2), nn.BatchNorm2d(2)).train(), (image(),))
