@@ -45,7 +45,7 @@ from torch import nn
 trained = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
 loader = [(torch.randn(8, 3), torch.zeros(8)) for _ in range(3)]
 """
-    after = "print(len(optimizer.param_groups), net.get_submodule('0_bn'))"
+    after = "print(len(optimizer.param_groups), net.get_submodule('0.bn'))"
     text = run_script("-c", before + readme_examples()[1] + after, cwd=tmp_path)
     assert text.startswith("2 BatchNorm1d(4")
 
