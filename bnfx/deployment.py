@@ -206,10 +206,9 @@ def deploy(
     if max_batch_norms_left is not None and plan.left > max_batch_norms_left:
         if report is not None:
             plan.write(Path(report))
+        said = f"{plan.left} BatchNorms stay, and at most {max_batch_norms_left} may"
         raise VerificationError(
-            f"{target} was not written: {plan.left} BatchNorms stay, and at most "
-            f"{max_batch_norms_left} may. An older file is as it was",
-            plan,
+            f"{target} was not written: {said}. An older file is as it was", plan
         )
     options: dict[str, Any] = {
         "kwargs": kwargs,
@@ -235,14 +234,7 @@ def deploy(
     with workspace(target) as folder:
         written = folder / target.name
         with timed("export"):
-            if isinstance(folded, fx.GraphModule):
-                given = as_sample(args, kwargs)
-                numbers, taken, own = _taken(model, given, dynamic_shapes)
-                fixed = _with_numbers(folded, numbers)
-                exported = export_onnx(fixed, taken.args, written, **{**options, **own})
-                del fixed
-            else:
-                exported = export_onnx(folded, args, written, **options)
+            exported = _export(folded, model, args, written, options)
         del folded  # verification needs the memory
         with timed("verify"):
             verified = verify_onnx(model, written, args, kwargs=kwargs, exact=exact, **checks)
@@ -257,9 +249,8 @@ def deploy(
             kept = _kept(Path(bundle), written, args, kwargs, verified)
         if verified:
             move_into_place(written, target)
-    status: Literal["deployed", "failed"] = "deployed" if verified else "failed"
     done = DeployReport(
-        status,
+        "deployed" if verified else "failed",
         str(target),
         plan,
         stages,
@@ -285,6 +276,18 @@ def _renamed(measured: BenchReport, names: Mapping[str, str]) -> BenchReport:
     """The report with the file's place instead of where it was measured; what is gone has none."""
     arms = (replace(arm, path=names.get(arm.path, "-")) for arm in measured.arms)
     return replace(measured, arms=tuple(arms))
+
+
+def _export(
+    folded: nn.Module, model: nn.Module, args: Any, written: Path, options: Mapping[str, Any]
+) -> ExportReport:
+    """Write the file; a graph keeps arguments as inputs that files have none for."""
+    if not isinstance(folded, fx.GraphModule):
+        return export_onnx(folded, args, written, **options)
+    given = as_sample(args, options["kwargs"])
+    numbers, taken, own = _taken(model, given, options["dynamic_shapes"])
+    fixed = _with_numbers(folded, numbers)
+    return export_onnx(fixed, taken.args, written, **{**options, **own})
 
 
 def _taken(

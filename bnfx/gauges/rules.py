@@ -104,7 +104,7 @@ def _rule(walk: Walk, node: fx.Node) -> Rule:
 
 
 def _bar(walk: Walk, node: fx.Node) -> None:
-    cause = Cause(node, "values that are written in place while others read them")
+    cause = Cause(node, walk.barred[node])
     for leaf in pytree.tree_leaves(walk.maps.get(node)):
         if isinstance(leaf, Tensor):
             walk.found.ground(array(leaf), cause)

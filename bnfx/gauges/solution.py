@@ -29,6 +29,9 @@ from bnfx.graphs.in_place import Aliases, aliases
 from bnfx.graphs.shapes import EXACT, Shapes, at_other_ranks, is_tensor
 from bnfx.graphs.tracing import RANKS
 
+_WRITTEN = "values that are written in place while others read them"
+_SEEN = "values that hooks or other code of the model's own may see"
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -46,7 +49,9 @@ class Problem:
 
     def demands(self, runs: Iterable[Shapes], found: Constraints) -> Constraints:
         """`found` with the demands at the sizes of `runs`."""
-        fixed = self.barred | (self.slots.held if self.slots is not None else frozenset())
+        fixed = dict.fromkeys(self.barred, _WRITTEN)
+        if self.slots is not None:
+            fixed = dict.fromkeys(self.slots.held, _SEEN) | fixed
         for shapes in runs:
             graph = self.module.graph
             propagate(Walk(graph, shapes, self.values, found, fixed, self.options))

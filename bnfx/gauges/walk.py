@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,8 +45,8 @@ class Walk:
     values: Values
     #: Labels and demands.
     found: Constraints
-    #: Nodes whose values must stay.
-    barred: frozenset[fx.Node]
+    #: Nodes whose values must stay, and what they are.
+    barred: Mapping[fx.Node, str]
     #: What may carry a gauge though it costs something.
     options: FoldOptions
     #: Node -> the labels of what it gives, in containers like its own.
