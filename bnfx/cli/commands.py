@@ -77,6 +77,7 @@ _OF_MODELS = (
     "external_data",
     "benchmark",
     "bundle",
+    "form",
     *NORMALISING,
 )
 
@@ -158,7 +159,8 @@ def _inspect_file(options: argparse.Namespace, steps: Steps) -> Outcome:
 def _insert(options: argparse.Namespace, steps: Steps) -> Outcome:
     steps.total = 3 if options.file else 2
     given = _given(options, steps, training=True)
-    wanted: dict[str, Any] = {"init": options.init, "placement": options.placement}
+    form = options.form or "module"
+    wanted: dict[str, Any] = {"init": options.init, "placement": options.placement, "form": form}
     if options.calibration:
         batches = (bind(given.model, parse_inputs([f])) for f in options.calibration)
         wanted["calibration_data"] = [
@@ -180,7 +182,8 @@ def _insert(options: argparse.Namespace, steps: Steps) -> Outcome:
         return Outcome(done, written="Nothing was written: name a file to keep it.")
     with steps(f"writing {options.file}"):
         save_state(inserted, Path(options.file))
-    use = f"bnfx.insert_bn(model).load_state_dict({_reading(options.file)})"
+    how = "" if form == "module" else f", form={form!r}"
+    use = f"bnfx.insert_bn(model{how}).load_state_dict({_reading(options.file)})"
     return Outcome(done, written=f"{options.file} has the state dict: {use}")
 
 
@@ -207,13 +210,14 @@ def _fold(options: argparse.Namespace, steps: Steps) -> Outcome:
     steps.total = 3 if options.file else 2
     given = _given(options, steps)
     exporting = needs_inputs(options)
+    form: Any = options.form or "graph"
     program = given.program if exporting else None
     source: Any = given.model if program is None else program
     if exporting and program is None:
         given.required()
     with steps("folding"):
         folded: Any = bnfx.fold_bn(
-            source, given.args, example_kwargs=given.kwargs, **_folding(options)
+            source, given.args, example_kwargs=given.kwargs, form=form, **_folding(options)
         )
     done = bnfx.report(folded)
     assert isinstance(done, FoldReport)
@@ -230,9 +234,9 @@ def _fold(options: argparse.Namespace, steps: Steps) -> Outcome:
             save_exported(folded, given.required(), given.dynamic_shapes, Path(options.file))
         else:
             save_state(folded, Path(options.file))
-            use = (
-                f"has the state dict: bnfx.fold_bn(model).load_state_dict({_reading(options.file)})"
-            )
+            how = "" if form == "graph" else f", form={form!r}"
+            reading = _reading(options.file)
+            use = f"has the state dict: bnfx.fold_bn(model{how}).load_state_dict({reading})"
     return Outcome(done, written=f"{options.file} {use}")
 
 
@@ -362,6 +366,7 @@ def _deploy(options: argparse.Namespace, steps: Steps) -> Outcome:
                 options.file,
                 benchmark=options.benchmark,
                 bundle=options.bundle,
+                form=options.form or "graph",
                 fold_options=_folding(options),
                 max_batch_norms_left=options.max_batch_norms_left,
                 progress=show,

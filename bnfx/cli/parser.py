@@ -212,6 +212,14 @@ def _folding(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _form(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--form",
+        choices=("graph", "module"),
+        help=f"of the result: one graph, or the model's own class; {default} by default",
+    )
+
+
 #: What the file does to its first input, by the names that `deploy` has for it.
 NORMALISING = ("input_scale", "input_mean", "input_std")
 
@@ -360,6 +368,7 @@ def _insert(command: argparse.ArgumentParser) -> None:
         "file", nargs="?", metavar="FILE", help="state dict to write: .pt, .pth or .safetensors"
     )
     _inputs(command)
+    _form(command, "module")
     group = command.add_argument_group("insertion")
     group.add_argument("--init", choices=("fresh", "identity", "calibrate"), default="fresh")
     group.add_argument(
@@ -388,6 +397,7 @@ def _fold(command: argparse.ArgumentParser) -> None:
     )
     _inputs(command)
     _dynamic(command)
+    _form(command, "graph")
     _folding(command)
     _policy(command)
 
@@ -426,6 +436,7 @@ def _deploy(command: argparse.ArgumentParser) -> None:
     _model(command, "the model, or an .onnx file")
     command.add_argument("file", metavar="FILE", help="the .onnx file to write once it has passed")
     _inputs(command)
+    _form(command, "graph")
     _normalising(command)
     _folding(command)
     _onnx(command)
@@ -488,7 +499,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
         """\
   bnfx fold nets:small --require-folded
   bnfx fold nets:small small.pt2 --input x:1x3x16x16 --html fold.html
-  bnfx fold 'nets:small(width=4)' small.safetensors
+  bnfx fold 'nets:small(width=4)' small.safetensors --form module
   bnfx export nets:small unfolded.onnx --input x:1x3x16x16
   bnfx fold unfolded.onnx folded.onnx
 """,

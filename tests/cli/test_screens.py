@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import re
 import struct
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 
+import bnfx
 from bnfx.cli import main
 from tests.cli.networks import X, folder_with
 
@@ -165,3 +168,19 @@ def test_pixels_go_into_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert main(["deploy", "tiny:small", "t.onnx", *pixels, "--input-mean", "1,2"]) == 2
         assert "3 channels" in capsys.readouterr().err
         assert main(["deploy", "s.onnx", "t.onnx", "--input-scale", "1/255"]) == 2
+
+
+def test_the_form_of_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with folder_with(tmp_path) as folder:
+        assert main(["fold", "tiny:small", "s.pt", *X, "--form", "module"]) == 0
+        net = importlib.import_module("tiny").small().eval()
+        folded = bnfx.fold_bn(net, form="module")
+        folded.load_state_dict(torch.load(folder / "s.pt"), strict=True)
+        assert type(folded) is type(net)
+        assert main(["insert", "tiny:bare", "b.pt", "--form", "graph"]) == 0
+        assert "0_bn.weight" in torch.load(folder / "b.pt")
+        assert main(["insert", "tiny:bare", "b.pt"]) == 0
+        assert "0.bn.weight" in torch.load(folder / "b.pt")
+        assert main(["deploy", "tiny:small", "s.onnx", *X, "--form", "module"]) == 0
+        assert main(["fold", "s.onnx", "t.onnx", "--form", "module"]) == 2
+        assert "--form" in capsys.readouterr().err
