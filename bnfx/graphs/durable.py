@@ -8,34 +8,12 @@ again to read it, and that takes every tensor but parameters for a constant, and
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable
 from typing import Any, Self
 
 from torch import fx
 
 from bnfx.graphs.proxies import TensorProxy
-
-
-class InPlaceProxy(TensorProxy):
-    """Records augmented assignment as what it is; torch.fx takes `y += 1` for `y = y + 1`."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("data", "real", "imag"):
-            raise fx.proxy.TraceError(f"it assigns to .{name} of a tensor, which no graph records")
-        super().__setattr__(name, value)
-
-
-def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
-    def method(self: fx.Proxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return method
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand",
-              "ior", "ixor", "ilshift", "irshift"):  # fmt: skip
-    setattr(InPlaceProxy, f"__{_name}__", _augmented(getattr(operator, _name)))
 
 
 class _Reader(fx.Tracer):
@@ -45,7 +23,7 @@ class _Reader(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A value under tracing."""
-        return InPlaceProxy(node, self)
+        return TensorProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         """A proxy is no tensor to hold."""

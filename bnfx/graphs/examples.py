@@ -74,7 +74,7 @@ def obstacle(model: object, *, wrappers: bool = True) -> str:
             "that it was exported from, and export the result anew"
         )
     if not isinstance(model, nn.Module):
-        return f"the model is a {type(model).__name__}; give a torch.nn.Module"
+        return f"the model is a {type(model).__name__}, not a torch.nn.Module; give one"
     for path, part in model.named_modules():
         place = f"the part {path!r}, a {type(part).__name__}," if path else type(part).__name__
         if isinstance(part, torch.jit.ScriptModule):

@@ -23,7 +23,6 @@ from bnfx.errors import CaptureError, NotCapturedError
 from bnfx.graphs.agreement import alike, bound, outputs, reordered
 from bnfx.graphs.baked import bake_modules, bake_weights
 from bnfx.graphs.constants import is_torch
-from bnfx.graphs.durable import InPlaceProxy
 from bnfx.graphs.examples import HOOKS, Example, clone, has_hooks, obstacle, skeleton
 from bnfx.graphs.export_guards import rewrite_guards
 from bnfx.graphs.grad_modes import inline_grad_modes
@@ -53,10 +52,6 @@ class _FunctionalTracer(Tracer):
     #: A buffer that the forward changes must be read when it runs, not when it is traced.
     proxy_buffer_attributes = True
     _names: dict[int, tuple[str, dict[str, Any]]] | None = None
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """A value under tracing."""
-        return InPlaceProxy(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """As torch.fx does it, which goes through all names for each tensor that is read."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,11 +24,24 @@ _TENSORS = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
 
 
 class TensorProxy(fx.Proxy):
-    """A proxy that is an instance of Tensor where the value is one."""
+    """A proxy that is an instance of Tensor where the value is one.
+
+    It records augmented assignment as what it is; torch.fx takes `y += 1` for `y = y + 1`.
+    """
 
     # what torch.nn asks of a tensor that is assigned to an attribute
     _is_param = False
     _is_buffer = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("data", "real", "imag"):
+            raise fx.proxy.TraceError(f"it assigns to .{name} of a tensor, which no graph records")
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _TENSORS:  # torch.fx's own proxy of an attribute knows nothing of all this
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return super().__getattr__(name)
 
     @property
     def __class__(self) -> type:
@@ -36,6 +51,18 @@ class TensorProxy(fx.Proxy):
     @__class__.setter
     def __class__(self, kind: type) -> None:
         raise TypeError(f"a value under tracing cannot become a {kind.__name__}")
+
+
+def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand",
+              "ior", "ixor", "ilshift", "irshift"):  # fmt: skip
+    setattr(TensorProxy, f"__{_name}__", _augmented(getattr(operator, _name)))
 
 
 def _is_tensor(node: fx.Node, root: nn.Module) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import bnfx
@@ -151,3 +151,40 @@ def test_an_input_that_the_model_writes_to_is_written_to() -> None:
     torch.testing.assert_close(bnfx.fold_bn(model)(ours), model(theirs), rtol=1e-10, atol=1e-10)
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, x)
+
+
+@pytest.mark.parametrize("view", ["T", "mT", "H", "mH", "data", "real"])
+@pytest.mark.parametrize("given", ["example", None])
+def test_what_is_written_through_an_attribute_is_written(view: str, given: str | None) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = getattr(x, view)
+            y += 1
+            return y
+
+    x = torch.randn(4, 6)
+    folded = bnfx.fold_bn(Net().eval(), None if given is None else (x.clone(),))
+    theirs, ours = x.clone(), x.clone()
+    assert torch.equal(Net()(theirs), folded(ours))
+    assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize("form", ["graph", "module"])
+@pytest.mark.parametrize("given", ["example", None])
+def test_insertion_takes_augmented_assignment_for_writing(
+    form: Literal["graph", "module"], given: str | None
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one = self.first(x)
+            other = one
+            other += 1
+            return torch.relu(self.last(torch.relu(one)))
+
+    net, x = Net().eval(), torch.randn(5, 3)
+    inserted = bnfx.insert_bn(net, None if given is None else (x,), include="none", form=form)
+    assert torch.equal(inserted(x), net(x))

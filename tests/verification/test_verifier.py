@@ -90,7 +90,7 @@ def test_causes_are_named(tmp_path: Path, sources: dict[str, Source]) -> None:
         message = judge(sources["plain"], faults[name], network, f, strip=False)
         assert message is not None
         assert cause in message, name
-    assert len(FORMULAS) == 12
+    assert len(FORMULAS) == 13
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.name)
