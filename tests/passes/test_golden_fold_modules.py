@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from tests.support.golden import Golden
 from tests.support.networks import chain, conv, linear, net, norm, numbered
@@ -52,6 +52,12 @@ def test_statistics_that_are_read_elsewhere(golden: Golden) -> None:
 
 def test_a_weight_that_is_computed(golden: Golden) -> None:
     layer = parametrizations.weight_norm(conv(2, 2))
+    fold(golden, chain(layer, norm([2, 4])), X)
+
+
+def test_a_weight_that_a_hook_computes(golden: Golden) -> None:
+    with torch.no_grad():  # such a layer can be copied
+        layer = prune.l1_unstructured(conv(2, 2), "weight", 0.5)
     fold(golden, chain(layer, norm([2, 4])), X)
 
 
