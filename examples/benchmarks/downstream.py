@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -22,7 +21,7 @@ import onnx
 import torch
 from fold_networks import build, example, randomise
 from fold_zoo import distance, outputs
-from measuring import progress_bar, save, start
+from measuring import in_child, progress_bar, save, start
 from rich.console import Console
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -189,17 +188,7 @@ def child(network: str, tool: str, *, fold: bool) -> int:
 
 def measure(network: str, tool: str, timeout: float, *, fold: bool) -> dict[str, Any]:
     """The same in a process of its own."""
-    command = [sys.executable, __file__, "--child", network, tool, *(["--fold"] if fold else [])]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {timeout:.0f} s"}
-    last = done.stdout.strip().rpartition("\n")[2]
-    if done.returncode or not last.startswith("{"):
-        return {"failed": f"exit code {done.returncode}: {done.stderr[-200:]}"}
-    row = json.loads(last)
-    assert isinstance(row, dict)
-    return row
+    return in_child([network, tool, *(["--fold"] if fold else [])], timeout)
 
 
 def version(package: str) -> str | None:

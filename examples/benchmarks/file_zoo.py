@@ -15,7 +15,6 @@ import argparse
 import copy
 import importlib
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ import torch
 from fold_networks import NETWORKS, build, example, randomise
 from fold_zoo import distance, outputs
 from measuring import (
+    in_child,
     median,
     peak_bytes,
     progress_bar,
@@ -154,22 +154,10 @@ def child(network: str, kind: str, runs: int, seconds: float) -> int:
     return 0
 
 
-def in_child(network: str, kind: str, asked: argparse.Namespace) -> dict[str, Any]:
+def measure(network: str, kind: str, asked: argparse.Namespace) -> dict[str, Any]:
     """The same in a process of its own."""
-    command = [sys.executable, __file__, "--child", network, "--export", kind]
-    command += ["--runs", str(asked.runs), "--seconds", str(asked.seconds)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=asked.timeout, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {asked.timeout} s"}
-    last = done.stdout.strip().rpartition("\n")[2]
-    if done.returncode or not last.startswith("{"):
-        return {"failed": f"exit code {done.returncode}: {done.stderr[-200:]}"}
-    row = json.loads(last)
-    assert isinstance(row, dict)
-    return row
+    arguments = [network, "--export", kind, "--runs", str(asked.runs)]
+    return in_child([*arguments, "--seconds", str(asked.seconds)], asked.timeout)
 
 
 def totals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -241,7 +229,7 @@ def main(argv: list[str]) -> int:
     with progress_bar(console) as progress, log.open("a") as file:
         task = progress.add_task("files", total=len(jobs))
         for network, kind in jobs:
-            rows.append({"network": network, "export": kind, **in_child(network, kind, asked)})
+            rows.append({"network": network, "export": kind, **measure(network, kind, asked)})
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
             progress.advance(task)

@@ -12,7 +12,6 @@ import copy
 import inspect
 import json
 import math
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ import fold_peers as peers
 import torch
 from fold_networks import NAMED, NETWORKS, build, example, randomise
 from measuring import (
+    in_child,
     median,
     peak_bytes,
     progress_bar,
@@ -163,20 +163,8 @@ def child(network: str, stage: str, negative: float, tiny: float) -> int:
 
 def measure(network: str, stage: str, asked: argparse.Namespace) -> dict[str, Any]:
     """The same in a process of its own."""
-    command = [sys.executable, __file__, "--child", network, "--stage", stage]
-    command += ["--negative", str(asked.negative), "--tiny", str(asked.tiny)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=asked.timeout, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"{stage} took more than {asked.timeout} s"}
-    last = done.stdout.strip().rpartition("\n")[2]
-    if done.returncode or not last.startswith("{"):
-        return {"failed": f"exit code {done.returncode}: {done.stderr[-200:]}"}
-    row = json.loads(last)
-    assert isinstance(row, dict)
-    return row
+    arguments = [network, "--stage", stage, "--negative", str(asked.negative)]
+    return in_child([*arguments, "--tiny", str(asked.tiny)], asked.timeout)
 
 
 def totals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

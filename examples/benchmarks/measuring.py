@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -141,3 +142,21 @@ def median(values: Iterable[float | None]) -> float | None:
         return None
     middle = len(known) // 2
     return known[middle] if len(known) % 2 else (known[middle - 1] + known[middle]) / 2
+
+
+def in_child(arguments: Sequence[str], timeout: float) -> dict[str, Any]:
+    """The row that the running script prints last, in a process of its own with these arguments.
+
+    A network that crashes or hangs there is a row too: {"failed": why}.
+    """
+    command = [sys.executable, sys.argv[0], "--child", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took more than {timeout:g} s"}
+    last = done.stdout.strip().rpartition("\n")[2]
+    if done.returncode or not last.startswith("{"):
+        return {"failed": f"exit code {done.returncode}: {done.stderr[-200:]}"}
+    row = json.loads(last)
+    assert isinstance(row, dict)
+    return row

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import subprocess
 import sys
 import time
 import warnings
@@ -20,7 +19,7 @@ import fold_peers as peers
 import torch
 from fold_networks import NETWORKS, build, example, randomise
 from fold_zoo import distance, left_by, outputs
-from measuring import progress_bar, save, show, start
+from measuring import in_child, progress_bar, save, show, start
 from rich.console import Console
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -106,17 +105,7 @@ def child(network: str) -> int:
 
 def measure(network: str, timeout: float) -> dict[str, Any]:
     """The same in a process of its own."""
-    command = [sys.executable, __file__, "--child", network]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {timeout} s"}
-    last = done.stdout.strip().rpartition("\n")[2]
-    if done.returncode or not last.startswith("{"):
-        return {"failed": f"exit code {done.returncode}: {done.stderr[-200:]}"}
-    row = json.loads(last)
-    assert isinstance(row, dict)
-    return row
+    return in_child([network], timeout)
 
 
 def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
