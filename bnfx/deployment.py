@@ -3,46 +3,40 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import itertools
-import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from bnfx.benchmark import BenchReport, benchmark_onnx
+from bnfx.bundle import keep
 from bnfx.errors import CaptureError, VerificationError
 from bnfx.export import ExportReport, export_onnx
-from bnfx.folding import fold_exactly
+from bnfx.folding import Folded, fold_exactly
 from bnfx.graphs.brought import brought, needed
-from bnfx.graphs.examples import Example, clone, obstacle, training_modules
+from bnfx.graphs.examples import clone, obstacle, training_modules
+from bnfx.graphs.fixed_arguments import with_numbers, without_numbers
 from bnfx.graphs.normalised import Values, normalised
-from bnfx.graphs.tracing import NO_PROXY, assemble
 from bnfx.onnx_files.placing import move_into_place, real_target
 from bnfx.removal import StageReport, ledger_of
 from bnfx.reports.document import Facts, Headline, Section, Table
-from bnfx.reports.report import FoldReport, Report, check_report_path, remember
+from bnfx.reports.report import FoldReport, Report, check_report_path
 from bnfx.reports.report import report as report_of
 from bnfx.runtime.providers import Where
+from bnfx.tuning import Options, race
 from bnfx.verification.references import Precision
 from bnfx.verification.samples import as_sample
 from bnfx.verification.verdicts import VerifyReport
 from bnfx.verify import verify_onnx
-from bnfx.version import versions
 from bnfx.workspace import workspace
 
 
@@ -63,6 +57,10 @@ class DeployReport(Report):
     verify: VerifyReport
     #: Latency against the unfolded model; None if not asked for.
     benchmark: BenchReport | None
+    #: Latencies of the ways of folding that were raced; None if not asked for, or only one is left.
+    tuning: BenchReport | None
+    #: Options of `fold_bn` in effect, but for those left at their defaults.
+    fold_options: Mapping[str, Any]
     #: Folder that reproduces the failure; None without a failure or if not asked for.
     bundle: str | None
     #: Wall-clock time by step.
@@ -81,6 +79,8 @@ class DeployReport(Report):
         )
         if self.benchmark is not None and self.benchmark.ratio is not None:
             facts += (("latency, to the unfolded file", f"{self.benchmark.ratio:.3f}"),)
+        if self.tuning is not None:
+            facts += (("fastest options", self._options()),)
         title, facts = f"bnfx: deploy {self.path}", (*facts, *found.facts)
         if self:
             done = f"it computes what {self.verify.reference} computes."
@@ -89,6 +89,11 @@ class DeployReport(Report):
         verdict = f"{self.path} was not written; an older file is as it was. {why}"
         return Headline(title, "bad", verdict, facts)
 
+    def _options(self) -> str:
+        """Those of folding that differ from its defaults, in words."""
+        given = (f"{name}={value}" for name, value in self.fold_options.items())
+        return ", ".join(given) or "the defaults"
+
     def sections(self) -> Iterator[Section]:
         """What verification found, who removed which BatchNorm, the graphs, and the rest."""
         verification, *errors = self.verify.sections()
@@ -96,6 +101,8 @@ class DeployReport(Report):
         yield from (verification, *self.stages.sections(), *graphs, *errors)
         if self.benchmark is not None:
             yield from self.benchmark.sections()
+        if self.tuning is not None:
+            yield from (Section("Ways of folding", part.blocks) for part in self.tuning.sections())
         yield from self.export.sections()
         steps = tuple((step, f"{seconds:.2f}") for step, seconds in self.seconds.items())
         yield Section("Time of the steps", (Table("", ("step", "seconds"), steps),))
@@ -105,6 +112,8 @@ class DeployReport(Report):
         parts: list[RenderableType] = [Text(f"deploy: {self.status}. {self.path} ({steps})")]
         parts += [self.stages.rest(), self.export, self.verify]
         parts += [self.benchmark] if self.benchmark is not None else []
+        if self.tuning is not None:
+            parts += [Text(f"fastest options: {self._options()}"), self.tuning]
         parts += [Text(f"to reproduce it: {self.bundle}")] if self.bundle is not None else []
         return Group(*parts)
 
@@ -134,6 +143,7 @@ def deploy(
     fold_options: Mapping[str, Any] | None = None,
     form: Literal["graph", "module"] = "graph",
     max_batch_norms_left: int | None = None,
+    tune: bool = False,
     input_scale: Values = None,
     input_mean: Values = None,
     input_std: Values = None,
@@ -168,8 +178,11 @@ def deploy(
         fold_options: Options of `fold_bn`, such as `{"merge_branches": False}`.
         form: What is exported: "graph", or "module" for a folded copy of the model's own class.
         max_batch_norms_left: How many BatchNorms may stay; where more do, nothing is exported.
-        progress: Called with the name of each step as it starts: "fold", "export", "verify",
-            "ledger", "benchmark", "report".
+        tune: Whether to measure, in turns on the provider, what each option of folding gives that
+            `fold_options` leaves open, and to keep the fastest file that passes. An option counts
+            as faster where the middle halves of 50 runs lie apart.
+        progress: Called with the name of each step as it starts: "tune", "fold", "export",
+            "verify", "ledger", "benchmark", "report".
         input_scale: With this, `input_mean` or `input_std`, the file takes x and computes
             model((x * input_scale - input_mean) / input_std), x its first argument [N, C, ...] as
             `args` gives it, such as pixels in uint8; one number or C. Scales always fold into the
@@ -192,193 +205,197 @@ def deploy(
         first = next(iter(as_sample(args).args), None)
         model = normalised(model, first, scale=input_scale, mean=input_mean, std=input_std)
     Where.of(provider, provider_options, allow_on_cpu)
-    target, seconds = real_target(f), dict[str, float]()
-    tell = progress or (lambda _: None)
-    timed = partial(_timed, seconds, tell)
     if report is not None:
         check_report_path(Path(report))
-    with timed("fold"):
-        _try_example(model, args, kwargs)
-        both = fold_exactly(model, args, example_kwargs=kwargs, form=form, **(fold_options or {}))
-        folded, exact, plan = both.rounded, both.exact, report_of(both.rounded)
-        del both
-    assert isinstance(plan, FoldReport)
-    if max_batch_norms_left is not None and plan.left > max_batch_norms_left:
-        if report is not None:
-            plan.write(Path(report))
-        said = f"{plan.left} BatchNorms stay, and at most {max_batch_norms_left} may"
-        raise VerificationError(
-            f"{target} was not written: {said}. An older file is as it was", plan
-        )
-    options: dict[str, Any] = {
-        "kwargs": kwargs,
-        "input_names": input_names,
-        "output_names": output_names,
-        "dynamic_shapes": dynamic_shapes,
-        "opset_version": opset_version,
-        "external_data": external_data,
-    }
-    place: dict[str, Any] = {
-        "provider": provider,
-        "provider_options": provider_options,
-        "allow_on_cpu": allow_on_cpu,
-        "precision": precision,
-    }
-    checks: dict[str, Any] = {
-        **place,
-        "num_inputs": num_inputs,
-        "inputs": inputs,
-        "batch_sizes": batch_sizes,
-        "max_ratio": max_ratio,
-    }
-    with workspace(target) as folder:
-        written = folder / target.name
-        with timed("export"):
-            exported = _export(folded, model, args, written, options)
-        del folded  # verification needs the memory
-        with timed("verify"):
-            verified = verify_onnx(model, written, args, kwargs=kwargs, exact=exact, **checks)
-        with timed("ledger"):
-            stages = ledger_of(plan, written)
-        measured = None
-        if benchmark and verified:
-            with timed("benchmark"):
-                measured = _measure(model, args, written, place, options)
-        kept = None
-        if not verified and bundle is not None:
-            kept = _kept(Path(bundle), written, args, kwargs, verified)
-        if verified:
-            move_into_place(written, target)
-    done = DeployReport(
-        "deployed" if verified else "failed",
-        str(target),
-        plan,
-        stages,
-        replace(exported, path=str(target)),
-        replace(verified, path=str(target)),
-        measured and _renamed(measured, {str(written): str(target)}),
-        kept,
-        seconds,
+    job = _Job(
+        model=model,
+        args=args,
+        target=real_target(f),
+        form=form,
+        most=max_batch_norms_left,
+        report=report,
+        place={
+            "provider": provider,
+            "provider_options": provider_options,
+            "allow_on_cpu": allow_on_cpu,
+            "precision": precision,
+        },
+        checks={
+            "num_inputs": num_inputs,
+            "inputs": inputs,
+            "batch_sizes": batch_sizes,
+            "max_ratio": max_ratio,
+        },
+        export={
+            "kwargs": kwargs,
+            "input_names": input_names,
+            "output_names": output_names,
+            "dynamic_shapes": dynamic_shapes,
+            "opset_version": opset_version,
+            "external_data": external_data,
+        },
+        tell=progress or (lambda _: None),
     )
+    _try_example(model, args, kwargs)
+    with workspace(job.target) as folder:
+        done = job.done(dict(fold_options or {}), folder, tune=tune, benchmark=benchmark)
+        written = folder / job.target.name
+        if done:
+            move_into_place(written, job.target)
+        elif bundle is not None:
+            done = replace(done, bundle=keep(Path(bundle), written, args, kwargs, done.verify))
     if report is not None:
-        tell("report")
+        job.tell("report")
         done.write(Path(report))
     if not done:
         raise VerificationError(
-            f"{target} was not written: {verified.first_divergence}. An older file is as it was; "
-            "print the .report of this error, or deploy with bundle='folder' to keep what shows it",
+            f"{job.target} was not written: {done.verify.first_divergence}. An older file is as it "
+            "was; print the .report of this error, or deploy with bundle='folder' to keep what "
+            "shows it",
             done,
         )
     return done
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What `deploy` was asked for, and its steps."""
+
+    model: nn.Module
+    args: Any
+    target: Path
+    form: Literal["graph", "module"]
+    #: BatchNorms that may stay.
+    most: int | None
+    #: Where a report goes.
+    report: str | os.PathLike[str] | None
+    #: Where and how precisely it runs, as `verify_onnx` and `benchmark_onnx` say it.
+    place: Mapping[str, Any]
+    #: Other options of `verify_onnx`.
+    checks: Mapping[str, Any]
+    #: Options of `export_onnx`.
+    export: Mapping[str, Any]
+    tell: Callable[[str], None]
+    #: Wall-clock time by step.
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def done(self, given: Options, folder: Path, *, tune: bool, benchmark: bool) -> DeployReport:
+        """Make the file in `folder`: the fastest way that passes, or else the last one tried."""
+        ways: tuple[Options, ...] = (given,)
+        tuning = None
+        if tune:
+            with self._step("tune"):
+                ways, tuning = self._raced(given, folder)
+        for options in ways:
+            done = self._attempt(options, folder / self.target.name)
+            if done:
+                break
+        done = replace(done, tuning=tuning)
+        if not benchmark or not done:
+            return done
+        with self._step("benchmark"):
+            return replace(done, benchmark=self._measured(folder))
+
+    def _attempt(self, options: Options, written: Path) -> DeployReport:
+        """Fold, export and verify in one way."""
+        with self._step("fold"):
+            both, plan = self._folded(options)
+            folded, exact = both.rounded, both.exact
+            del both
+        with self._step("export"):
+            exported = self._exported(folded, written)
+        del folded  # verification needs the memory
+        with self._step("verify"):
+            verified = verify_onnx(
+                self.model,
+                written,
+                self.args,
+                kwargs=self.export["kwargs"],
+                exact=exact,
+                **self.place,
+                **self.checks,
+            )
+        with self._step("ledger"):
+            stages = ledger_of(plan, written)
+        return DeployReport(
+            status="deployed" if verified else "failed",
+            path=str(self.target),
+            fold=plan,
+            stages=stages,
+            export=replace(exported, path=str(self.target)),
+            verify=replace(verified, path=str(self.target)),
+            benchmark=None,
+            tuning=None,
+            fold_options=options,
+            bundle=None,
+            seconds=self.seconds,
+        )
+
+    def _folded(self, options: Options) -> tuple[Folded, FoldReport]:
+        """The folded model, if it keeps to the policy.
+
+        Raises:
+            VerificationError: More BatchNorms stay than may.
+        """
+        kwargs = self.export["kwargs"]
+        both = fold_exactly(self.model, self.args, example_kwargs=kwargs, form=self.form, **options)
+        plan = report_of(both.rounded)
+        assert isinstance(plan, FoldReport)
+        if self.most is None or plan.left <= self.most:
+            return both, plan
+        if self.report is not None:
+            plan.write(Path(self.report))
+        said = f"{plan.left} BatchNorms stay, and at most {self.most} may"
+        raise VerificationError(
+            f"{self.target} was not written: {said}. An older file is as it was", plan
+        )
+
+    def _exported(self, folded: nn.Module, written: Path) -> ExportReport:
+        """Write the file; a graph keeps arguments as inputs that files have none for."""
+        if not isinstance(folded, fx.GraphModule):
+            return export_onnx(folded, self.args, written, **self.export)
+        given = as_sample(self.args, self.export["kwargs"])
+        numbers, taken, own = without_numbers(self.model, given, self.export["dynamic_shapes"])
+        fixed = with_numbers(folded, numbers)
+        return export_onnx(fixed, taken.args, written, **{**self.export, **own})
+
+    def _raced(
+        self, given: Options, folder: Path
+    ) -> tuple[tuple[Options, ...], BenchReport | None]:
+        """The ways of folding by speed."""
+
+        def write(options: Options, path: Path) -> None:
+            self._exported(self._folded(options)[0].rounded, path)
+
+        def measure(files: Mapping[str, Path]) -> BenchReport:
+            (_, first), *others = files.items()
+            return self._bench(first, others=dict(others), num_runs=50)
+
+        return race(write, given, folder, measure)
+
+    def _measured(self, folder: Path) -> BenchReport:
+        """Against what the exporter makes of the unfolded model by itself."""
+        written, unfolded = folder / self.target.name, folder / "unfolded.onnx"
+        export_onnx(self.model, self.args, unfolded, **self.export)
+        return _renamed(self._bench(written, baseline=unfolded), {str(written): str(self.target)})
+
+    def _bench(self, f: Path, **options: Any) -> BenchReport:
+        return benchmark_onnx(f, self.args, kwargs=self.export["kwargs"], **self.place, **options)
+
+    @contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        self.tell(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def _renamed(measured: BenchReport, names: Mapping[str, str]) -> BenchReport:
     """The report with the file's place instead of where it was measured; what is gone has none."""
     arms = (replace(arm, path=names.get(arm.path, "-")) for arm in measured.arms)
     return replace(measured, arms=tuple(arms))
-
-
-def _export(
-    folded: nn.Module, model: nn.Module, args: Any, written: Path, options: Mapping[str, Any]
-) -> ExportReport:
-    """Write the file; a graph keeps arguments as inputs that files have none for."""
-    if not isinstance(folded, fx.GraphModule):
-        return export_onnx(folded, args, written, **options)
-    given = as_sample(args, options["kwargs"])
-    numbers, taken, own = _taken(model, given, options["dynamic_shapes"])
-    fixed = _with_numbers(folded, numbers)
-    return export_onnx(fixed, taken.args, written, **{**options, **own})
-
-
-def _taken(
-    model: nn.Module, example: Example, dynamic_shapes: Any
-) -> tuple[dict[str, Any], Example, dict[str, Any]]:
-    """Arguments that are None or numbers, the others, and options of the export for these.
-
-    A file has no input for a number, and the exporter names no axes beside one.
-    """
-    bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
-    numbers = {name: value for name, value in bound.items() if isinstance(value, NO_PROXY)}
-    if not numbers:
-        return {}, example, {}
-    positional = list(bound)[: len(example.args)]
-    stays = [name not in numbers for name in positional]
-    args = tuple(itertools.compress(example.args, stays))
-    kwargs = {name: value for name, value in example.kwargs.items() if name not in numbers}
-    if isinstance(dynamic_shapes, Mapping):
-        shapes: Any = {k: v for k, v in dynamic_shapes.items() if k not in numbers}
-    elif isinstance(dynamic_shapes, tuple | list):
-        shapes = tuple(itertools.compress(dynamic_shapes, stays))
-    else:
-        shapes = dynamic_shapes
-    return numbers, Example(args, kwargs), {"kwargs": kwargs, "dynamic_shapes": shapes}
-
-
-def _with_numbers(folded: fx.GraphModule, numbers: Mapping[str, Any]) -> fx.GraphModule:
-    """The graph with these arguments fixed; it shares its weights with `folded`."""
-    if not numbers:
-        return folded
-    graph = copy.deepcopy(folded.graph)
-    for node in [n for n in graph.nodes if n.op == "placeholder" and n.target in numbers]:
-        value = numbers[str(node.target)]
-
-        def fixed(arg: Any, node: fx.Node = node, value: Any = value) -> Any:
-            return value if arg is node else arg
-
-        for user in list(node.users):
-            user.args = fx.node.map_aggregate(user.args, fixed)
-            user.kwargs = fx.node.map_aggregate(user.kwargs, fixed)
-        graph.erase_node(node)
-    return remember(assemble(folded, graph), report_of(folded))
-
-
-def _kept(
-    bundle: Path, written: Path, args: Any, kwargs: Mapping[str, Any] | None, found: VerifyReport
-) -> str:
-    """Where what reproduces a failure lies, or why it does not: that must not hide the failure."""
-    try:
-        _write_bundle(bundle, written, args, kwargs, found)
-    except OSError as error:
-        return f"the bundle {bundle} cannot be written: {error}"
-    return str(bundle)
-
-
-def _write_bundle(
-    folder: Path, f: Path, args: Any, kwargs: Mapping[str, Any] | None, found: VerifyReport
-) -> None:
-    """Fill `folder`, made if need be.
-
-    It holds the ONNX file with its external data, `inputs.npz` with the example's tensors in order,
-    `report.json`, `report.txt` and `environment.json`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in (f, *f.parent.glob(f"{f.name}.*")):
-        shutil.copy2(path, folder / path.name)
-    example = as_sample(args, kwargs)
-    leaves = pytree.tree_leaves((example.args, dict(example.kwargs)))
-    tensors = [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)]
-    arrays: dict[str, Any] = {
-        f"input_{i}": (t.float() if t.dtype is torch.bfloat16 else t).numpy()
-        for i, t in enumerate(tensors)
-    }
-    with (folder / "inputs.npz").open("wb") as out:
-        np.savez(out, **arrays)
-    (folder / "report.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n")
-    (folder / "report.txt").write_text(f"{found}\n")
-    (folder / "environment.json").write_text(json.dumps(versions(), indent=1) + "\n")
-
-
-def _measure(
-    model: nn.Module,
-    args: Any,
-    written: Path,
-    place: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> BenchReport:
-    """Against what the exporter makes of the unfolded model by itself."""
-    unfolded = written.with_name("unfolded.onnx")
-    export_onnx(model, args, unfolded, **options)
-    return benchmark_onnx(written, args, baseline=unfolded, kwargs=options["kwargs"], **place)
 
 
 def _try_example(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> None:
@@ -394,13 +411,3 @@ def _try_example(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) 
             f"{type(model).__name__} fails on the example: {error}. Give args and kwargs that it "
             "runs on"
         ) from error
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], tell: Callable[[str], None], step: str) -> Iterator[None]:
-    tell(step)
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[step] = time.perf_counter() - start

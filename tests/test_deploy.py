@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 import bnfx
 from bnfx.onnx_files.placing import data_files
 from bnfx.passes import FoldBatchNorm
+from bnfx.tuning import AS_ASKED
 from tests.support.fault_networks import NETWORKS, Plain
 from tests.support.laws import randomise
 from tests.verification.test_verify import DYNAMIC, Two, export
@@ -254,6 +255,73 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     assert not report
     assert report.divergence is not None
     assert report.divergence.module == "a"
+
+
+class Branches(nn.Module):
+    """Four convolutions of one input, which folding makes one of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+        self.bn = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn(sum(way(x) for way in self.ways))
+        return y
+
+
+class Padded(nn.Module):
+    """A BatchNorm before a convolution that pads zeros: only a map lets its shift through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(self.bn(x))
+        return y
+
+
+def test_the_fastest_way_is_kept_and_told(tmp_path: Path) -> None:
+    """Which one is the machine's affair; that it is the report's fastest, and its file, is not."""
+    model, x = randomise(Branches().eval()), torch.randn(1, 8, 9, 9)
+    steps: list[str] = []
+    f, again = tmp_path / "net.onnx", tmp_path / "again.onnx"
+    page = tmp_path / "net.html"
+    done = bnfx.deploy(model, x, f, tune=True, progress=steps.append, report=page)
+    assert steps == ["tune", "fold", "export", "verify", "ledger", "report"]
+    assert "Ways of folding" in page.read_text()
+    assert done.tuning is not None
+    arms = {arm.arm: arm for arm in done.tuning.arms}
+    # Bounds and maps change nothing here, and files that are alike run once.
+    assert set(arms) == {AS_ASKED, "merge_branches off"}
+    merged = not done.fold_options
+    apart = arms["merge_branches off"].upper_quartile < arms[AS_ASKED].lower_quartile
+    assert merged != apart
+    bnfx.deploy(model, x, again, fold_options=done.fold_options)
+    assert f.read_bytes() == again.read_bytes()
+    assert "fastest options" in str(done)
+    assert names(tmp_path) == ["again.onnx", "net.html", "net.onnx"]
+
+
+def test_a_way_that_may_not_be_is_no_way(tmp_path: Path) -> None:
+    """Maps hold for one size of images, and this file takes any."""
+    model, x = randomise(Padded().eval()), torch.randn(2, 3, 9, 9)
+    size = {0: "batch", 2: "height", 3: "width"}
+    done = bnfx.deploy(model, x, tmp_path / "net.onnx", dynamic_shapes=({**size},), tune=True)
+    assert done
+    assert not done.fold_options.get("border_maps")
+    with pytest.raises(bnfx.VerificationError, match="BatchNorms stay"):
+        bnfx.deploy(
+            model,
+            x,
+            tmp_path / "none.onnx",
+            tune=True,
+            max_batch_norms_left=0,
+            fold_options={"border_maps": False, "thresholds": False},
+        )
+    done = bnfx.deploy(model, x, tmp_path / "all.onnx", tune=True, max_batch_norms_left=0)
+    assert done.fold_options["border_maps"]
 
 
 def test_benchmark_in_deploy(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fnmatch
 import shlex
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from bnfx.cli.results import DONE, FAILED, Outcome, Steps
 from bnfx.cli.specs import parse_dynamic
 from bnfx.cli.terminal import tell
 from bnfx.errors import CaptureError, ProviderError, UsageError, VerificationError
+from bnfx.gauges.walk import FoldOptions
 from bnfx.graphs.normalised import normalised
 from bnfx.removal import ledger_of_file
 from bnfx.reports.report import FoldReport, InsertReport, Report
@@ -78,6 +80,7 @@ _OF_MODELS = (
     "benchmark",
     "bundle",
     "form",
+    "tune",
     *NORMALISING,
 )
 
@@ -275,6 +278,13 @@ def _folding(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in FOLDING}
 
 
+def _settled(options: argparse.Namespace) -> dict[str, Any]:
+    """Options of `fold_bn` that a race leaves alone: what was asked for."""
+    usual = dataclasses.asdict(FoldOptions())
+    asked = _folding(options).items()
+    return {name: value for name, value in asked if not options.tune or value != usual[name]}
+
+
 def _asks_folding(options: argparse.Namespace) -> bool:
     return not options.merge_branches or options.thresholds or options.border_maps
 
@@ -350,7 +360,7 @@ def _batches(inputs: Inputs) -> list[int]:
 def _deploy(options: argparse.Namespace, steps: Steps) -> Outcome:
     if options.model.endswith(".onnx"):
         return _fold_file(options, steps)
-    steps.total = 6 if options.benchmark else 5
+    steps.total = 5 + options.benchmark + options.tune
     given = _given(options, steps)
     inputs = given.required()
     if inputs.values:  # those of a .pt2 file have their own free axes
@@ -366,8 +376,9 @@ def _deploy(options: argparse.Namespace, steps: Steps) -> Outcome:
                 options.file,
                 benchmark=options.benchmark,
                 bundle=options.bundle,
+                tune=options.tune,
                 form=options.form or "graph",
-                fold_options=_folding(options),
+                fold_options=_settled(options),
                 max_batch_norms_left=options.max_batch_norms_left,
                 progress=show,
                 **_onnx_options(options, given),

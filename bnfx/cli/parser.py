@@ -445,6 +445,11 @@ def _deploy(command: argparse.ArgumentParser) -> None:
         "--benchmark", action="store_true", help="measure it against the unfolded model too"
     )
     command.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure options of folding, keep the fastest that passes",
+    )
+    command.add_argument(
         "--bundle", metavar="DIR", help="after a failure, fill this folder with what reproduces it"
     )
     _policy(command)
@@ -539,6 +544,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
   bnfx deploy nets:small small.onnx --input x:1x3x16x16 --dynamic-batch --require-folded
   bnfx deploy nets:small small.onnx --input x:1x3x16x16 --html deploy.html --json deploy.json
   bnfx deploy nets:small small.onnx --input x:1x3x16x16:uint8 --input-scale 1/255
+  bnfx deploy nets:small small.onnx --input x:1x3x16x16 --tune
 """,
         _deploy,
     ),
