@@ -101,10 +101,13 @@ def insert_bn(
     if calibration_data is not None and draft.origins:
         first = _calibrate(draft, calibration_data)
     if first is not None and draft.origins:
-        require_reached(draft.root, must_run, first)
-        if init != "fresh":
+        if init == "fresh":
+            require_reached(draft.root, must_run, first, draft.twins)
+        else:
             biases = {norm: _bias(model, origin) for norm, origin in draft.origins.items()}
-            require_same_outputs(model, draft.root, biases, first)
+            require_same_outputs(
+                model, draft.root, biases, first, reached=must_run, twins=draft.twins
+            )
     if optimizer is not None:
         norms = {norm: origin.layer for norm, origin in draft.origins.items()}
         patch_optimizer(optimizer, model, draft.root, norms)

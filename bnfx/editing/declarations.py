@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
 
+import torch
 from torch import Tensor
 
 from bnfx.errors import CaptureError, FoldError, RecipeError
@@ -133,7 +134,7 @@ def _tensors(state: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
 def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if a.is_meta or b.is_meta:
+    if a.is_meta or b.is_meta or torch.equal(a, b):  # which needs no memory
         return True
     equal = (a == b) | ((a != a) & (b != b))  # NaN equals NaN here
     return bool(equal.all())

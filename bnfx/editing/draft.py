@@ -22,7 +22,7 @@ from bnfx.editing.inserted import InsertedGraph
 from bnfx.editing.preservation import agrees, floats
 from bnfx.errors import BnfxError, CaptureError
 from bnfx.graphs.agreement import outputs
-from bnfx.graphs.examples import Example, clone, obstacle, untouched
+from bnfx.graphs.examples import Example, clone, obstacle, twins, untouched
 from bnfx.graphs.kept import Behind, Code, Kept, keep_class
 from bnfx.graphs.observed import SCOPES, observe
 from bnfx.graphs.origins import Origin
@@ -94,6 +94,8 @@ class Draft:
             raise CaptureError(said)
         self.source, self.given, self.root = model, given, clone(model)
         self.changes, self.origins = [], {}
+        #: The values of the source, for each parameter that no pass has changed.
+        self.twins = twins(model, self.root)
         self._edited: dict[str, Region] = {}
 
     # -- looking -------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ class Draft:
     def _run(self, *, training: bool) -> Region | None:
         if self.given is None:
             return None
-        with untouched(self.root):
+        with untouched(self.root, self.twins):
             try:
                 done = observe(self.root, self.given, training=training)
             except CaptureError:
@@ -172,7 +174,7 @@ class Draft:
         """The trace of the module at `path`, where there is one that does what the module does."""
         module, given = self.root.get_submodule(path), None if path else self.given
         expected = self.seen and self._outputs
-        with untouched(module):
+        with untouched(module, self.twins):
             try:
                 captured = module_graph(module, given)
             except CaptureError:
@@ -254,6 +256,8 @@ class Draft:
     def facts(self, declared: Preserved) -> ModelFacts:
         """What a pass with this declaration must preserve, as it is now."""
         named = {name for change in self.changes for name in change.values}
+        if Preserved.STATE_VALUES not in declared:
+            self.twins.clear()
         found: list[Tensor] | CaptureError | None = None
         if self.given is not None and declared & (Preserved.RUNS | Preserved.EVAL_OUTPUTS):
             try:
@@ -266,6 +270,10 @@ class Draft:
     def settle(self, changes: Sequence[Change]) -> None:
         """Take up what a pass did: parts under edit become modules, and all is looked at anew."""
         self.changes += changes
+        named = {name for change in changes for name in change.values}
+        for name, value in self.root.state_dict(keep_vars=True).items():
+            if name in named and value in self.twins:
+                del self.twins[value]
         for path in sorted(self._edited, key=lambda path: -len(path)):
             region = self._edited[path]
             made = _as_its_class(region) if region.kept else _as_graph(region)

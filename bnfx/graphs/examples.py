@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from bnfx.errors import CaptureError
 from bnfx.operators.calls import arguments
@@ -146,6 +147,20 @@ def in_precision(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if value.is_floating_point() else value
 
 
+def twins(model: nn.Module, copied: nn.Module) -> WeakTensorKeyDictionary:
+    """For parameters of `copied` the values of `model` that they were copied from."""
+    theirs, found = dict(model.named_parameters()), WeakTensorKeyDictionary()
+    for name, ours in copied.named_parameters():
+        twin = theirs.get(name)
+        if twin is not None and twin.layout is torch.strided and _like(twin, ours):
+            found[ours] = twin.detach()
+    return found
+
+
+def _like(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
 def _held(value: object) -> Iterator[Tensor]:
     """The tensors in containers of containers."""
     if isinstance(value, Tensor):
@@ -200,15 +215,22 @@ def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Let what runs inside work on copies of all that `model` holds; then the originals are back.
+def untouched(model: nn.Module, twins: Mapping[Tensor, Tensor] | None = None) -> Iterator[None]:
+    """Let what runs inside change anything that `model` holds; then all is as it was.
 
-    Its modules themselves stay, with their hooks: what is learned of them is true of `model`. The
-    values of parameters are copied once, for a forward may write into them.
+    Its modules themselves stay, with their hooks: what is learned of them is true of `model`. A
+    forward may write into parameters, too: their values come back from their twins, and only those
+    that have none are copied before.
+
+    Args:
+        model: What runs.
+        twins: For parameters, a tensor elsewhere with the same values.
     """
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
-    data = [(p, p.data) for p in parameters.values() if not is_lazy(p)]
+    data = [
+        (p, p.data, twins.get(p) if twins else None) for p in parameters.values() if not is_lazy(p)
+    ]
     before = [(table, dict(table)) for m in modules for table in (vars(m), *_tables(m))]
     memo: dict[int, Any] = {id(m): m for m in model.modules()} | dict(parameters)
     for module in modules:
@@ -219,12 +241,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for module in modules:
             vars(module).update(_working_copies(module, memo))
             module._buffers.update({k: memo.get(id(b), b) for k, b in module._buffers.items()})
-        for parameter, values in data:
-            parameter.data = values.clone()
+        for parameter, values, twin in data:
+            parameter.data = values.clone() if twin is None else values
         yield
     finally:
-        for parameter, values in data:
+        for parameter, values, twin in data:
             parameter.data = values
+            if twin is not None and not values.is_meta and not torch.equal(values, twin):
+                values.copy_(twin)
         for table, entries in before:
             table.clear()
             table.update(entries)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 #: Elements converted to float64 at once: bounds the memory that one batch takes.
-_CHUNK = 1 << 24
+_CHUNK = 1 << 17
 
 
 @dataclass(frozen=True)
