@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
 
+from bnfx.cli import values
 from bnfx.cli.checks import CHECKPOINTS, Takes
-from bnfx.cli.terminal import tell
-from bnfx.runtime.providers import SHORT, known
-from bnfx.text import meant
+from bnfx.cli.command_line import Completion, Parser
 from bnfx.version import __version__
 
 _CODES = """\
@@ -26,8 +21,6 @@ exit codes:
 130  interrupted; 143 or 129 where SIGTERM or SIGHUP asked to end
 """
 
-_OTHERS = f"or {', '.join([*SHORT][2:])}, or a full name such as QNNExecutionProvider"
-
 _MODEL = """\
 MODEL is PACKAGE.MODULE:FACTORY, imported from the current directory or the installed packages and
 called without arguments or with literal ones ('nets:resnet(depth=18)'); timm:NAME, torchvision:NAME
@@ -35,50 +28,6 @@ or transformers:NAME, with random weights unless the call asks for others
 ('timm:resnet18(pretrained=True)'); or a .pt2 file of torch.export.save. All are code: run those
 that you trust.
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that keeps line breaks, takes no abbreviated options and says what is wrong."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """The error, what may have been meant and where help is, without pages of usage."""
-        wrong = re.search(r"(?:arguments: |invalid choice: ')([\w-]+)", message)
-        if wrong:
-            dash = wrong[1].startswith("-")
-            message += meant(wrong[1], (w for w in _words(self) if w.startswith("-") == dash))
-        tell(f"{message}; see: {self.prog} --help")
-        self.exit(2)
-
-
-def _words(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """What can stand on the line of a command, and on that of those below it."""
-    for action in parser._actions:
-        yield from (*action.option_strings, *map(str, action.choices or ()))
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from command._option_string_actions
-
-
-class _Completion(argparse.Action):
-    """Prints what a shell evaluates to complete the command line, and ends."""
-
-    def __call__(self, parser: argparse.ArgumentParser, _: Any, shell: Any, *__: Any) -> NoReturn:
-        try:
-            import shtab
-        except ModuleNotFoundError:
-            tell("completion is written by shtab, which is not installed: pip install shtab")
-            parser.exit(3)
-        commands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-        for action in (a for c in commands[0].choices.values() for a in c._actions):
-            if action.metavar in ("MODEL", "FILE", "FILE.npz", "SPEC", "DIR"):
-                action.complete = shtab.FILE  # where shtab looks
-        sys.stdout.write(shtab.complete(parser, shell=shell))
-        parser.exit()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -97,20 +46,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    main_parser = _Parser(
+    main_parser = Parser(
         prog="bnfx",
         description="Put BatchNorm into PyTorch networks, fold it away, export to ONNX, verify.",
         epilog=f"{_CODES}\n'bnfx COMMAND --help' shows the options of a command, and examples.",
     )
     main_parser.add_argument(
         "--print-completion",
-        action=_Completion,
+        action=Completion,
         choices=("bash", "zsh"),
         help="print what makes this shell complete commands, options and files",
     )
     main_parser.add_argument("--version", action="version", version=f"bnfx {__version__}")
     commands = main_parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+        dest="command", required=True, metavar="COMMAND", parser_class=Parser
     )
     for name, (summary, examples, fill) in _COMMANDS.items():
         notes = "" if name == "doctor" else f"{_MODEL}\n"
@@ -233,13 +182,13 @@ def _normalising(command: argparse.ArgumentParser) -> None:
     )
     for name, told in zip(NORMALISING, helps, strict=True):
         option = f"--{name.replace('_', '-')}"
-        group.add_argument(option, type=_numbers, metavar="X,X,X", help=told)
+        group.add_argument(option, type=values.numbers, metavar="X,X,X", help=told)
 
 
 def _policy(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("policy (exit code 1 where it is broken)")
     group.add_argument(
-        "--max-batch-norms-left", type=_count, metavar="N", help="how many may stay at most"
+        "--max-batch-norms-left", type=values.count, metavar="N", help="how many may stay at most"
     )
     group.add_argument(
         "--require-folded",
@@ -261,13 +210,13 @@ def _provider(command: argparse.ArgumentParser) -> None:
         "--provider-option",
         action="append",
         default=[],
-        type=_option,
+        type=values.option,
         metavar="KEY=VALUE",
         help="of the provider; library=PATH for one that is a plugin",
     )
     command.add_argument(
         "--allow-on-cpu",
-        type=_names,
+        type=values.names,
         metavar="OP,OP",
         help="operators that may run on the CPU all the same; by default arithmetic of shapes",
     )
@@ -277,7 +226,10 @@ def _checks(command: argparse.ArgumentParser) -> None:
     _provider(command)
     _pooling(command)
     command.add_argument(
-        "--batch-sizes", type=_counts, metavar="N,N", help="to run as well, where the batch is free"
+        "--batch-sizes",
+        type=values.counts,
+        metavar="N,N",
+        help="to run as well, where the batch is free",
     )
 
 
@@ -287,70 +239,16 @@ def _precision(command: argparse.ArgumentParser) -> None:
 
 def _pooling(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--num-inputs", type=_positive, default=8, metavar="N", help="to pool over"
+        "--num-inputs", type=values.positive, default=8, metavar="N", help="to pool over"
     )
     _precision(command)
     command.add_argument(
-        "--max-ratio", type=_ratio, default=4.0, metavar="R", help="limit of error over budget"
+        "--max-ratio",
+        type=values.ratio,
+        default=4.0,
+        metavar="R",
+        help="limit of error over budget",
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of things")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not _count(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is nothing to verify on; give 1 or more")
-    return int(text)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(Fraction(part)) for part in text.split(","))
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no list of numbers; write 0.485,0.456,0.406 or 1/255"
-        ) from None
-
-
-def _runs(text: str) -> int:
-    if _count(text) < 50:
-        raise argparse.ArgumentTypeError(f"{text} runs are too few for a median; give 50 or more")
-    return int(text)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
-
-
-def _ratio(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no limit; give a positive number, such as 4")
-    return value
-
-
-def _provider_name(text: str) -> str:
-    if known(text):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is unknown; use cpu, cuda or cuda:1, {_OTHERS}")
-
-
-def _option(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is no option; give KEY=VALUE")
-    return key, value
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
 
 
 def _inspect(command: argparse.ArgumentParser) -> None:
@@ -463,9 +361,15 @@ def _bench(command: argparse.ArgumentParser) -> None:
     _folding(command)
     _provider(command)
     _precision(command)
-    command.add_argument("--num-runs", type=_runs, default=100, metavar="N", help="50 or more")
     command.add_argument(
-        "--num-threads", type=_count, default=1, metavar="N", help="of an operator; 0: all that fit"
+        "--num-runs", type=values.runs, default=100, metavar="N", help="50 or more"
+    )
+    command.add_argument(
+        "--num-threads",
+        type=values.count,
+        default=1,
+        metavar="N",
+        help="of an operator; 0: all that fit",
     )
 
 
@@ -475,7 +379,7 @@ def _doctor(command: argparse.ArgumentParser) -> None:
         "--require",
         action="append",
         default=[],
-        type=_provider_name,
+        type=values.provider_name,
         metavar="PROVIDER",
         help="exit code 3 where onnxruntime cannot run a node on it",
     )
