@@ -103,9 +103,11 @@ def fold_bn(
             a copy cannot express (merged branches, bounds, maps, a copy of a layer for each call)
             stays, with the reason. It shares no weights with the model; with example inputs its
             outputs are compared with the model's in float64, and a model that cannot be captured as
-            a whole is folded in the largest parts that can be. What a part of it gives, or a method
-            other than forward (`forward_features`), may differ where a BatchNorm was carried
-            across its border: the model as a whole computes what it did.
+            a whole is folded in the largest parts that can be. Methods of the model that its
+            forward calls (`forward_features`, `forward_head`) take and give what they did. Parts of
+            it, called by themselves, and their methods do so where that leaves no BatchNorm more;
+            `bnfx.report(result).moved` names the others. What any other method gives, made of
+            parts that are not named there, is as it was.
 
     Returns:
         A `torch.fx.GraphModule`, or a program for a program, with the parameters at their original

@@ -66,6 +66,7 @@ def fold_modules(model: nn.Module, given: Example | None, options: FoldOptions) 
         batch_norms=tuple(done.records),
         provenance=done.provenance,
         keys=done.keys,
+        moved=tuple(sorted(done.moved)),
         graphs=done.pictures,
     )
     done.root.register_load_state_dict_pre_hook(_explain_keys)
@@ -122,6 +123,8 @@ class _Done:
     whole: dict[str, FoldRecord] = field(default_factory=dict)
     #: Keys of the state_dict that came or went, and why.
     keys: dict[str, str] = field(default_factory=dict)
+    #: Modules and methods of modules that take or give other values.
+    moved: set[str] = field(default_factory=set)
     #: New values by name, before they were rounded.
     exact: dict[str, Tensor] = field(default_factory=dict)
     pictures: Any = ((), ())
@@ -168,6 +171,7 @@ def _fold_part(done: _Done, part: Part, options: FoldOptions) -> None:
             rest = slots.instead(place) if rank is None else RankedIdentity(rank)
             assert rest is not None
             _give_way(done, join(part.path, place), rest, change.into)
+    done.moved |= {join(part.path, name) for name in slots.moved}
     _tell(done, part, attempt, merged=_merged(draft))
     if not part.path:
         done.pictures = (draft.drawn, boxes(graph))

@@ -84,6 +84,8 @@ class FoldBatchNorm:
             Problem(draft.module, draft.runs, values, draft.barred, self.options, self.slots)
         )
         found, gauges, vanished = solution.found, solution.gauges, solution.vanished
+        if self.slots is not None:
+            self.slots.settle(found, gauges)
         constant, carries = solution.constant_outputs(), vanished_into(found, gauges, values)
         pending = tuple(
             Pending(site, functools.partial(change_of, site, ends, values, dead), carries(site))

@@ -357,3 +357,77 @@ def test_deploy_takes_the_own_class(tmp_path: Path) -> None:
     assert done.status == "deployed"
     assert done.fold.left == 0
     assert done.fold.keys
+
+
+class Late(nn.Module):
+    """Its BatchNorm comes first: the shift goes to what is before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.conv(self.norm(x).relu())
+
+
+class Methods(nn.Module):
+    """As in timm: forward_features ends in a BatchNorm that the head could carry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.stages = nn.Sequential(Late(), Late())
+        self.last, self.head = nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+    def forward_features(self, x: Tensor) -> Any:
+        return self.last(self.stages(self.norm(self.stem(x))).relu())
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:  # noqa: FBT001, FBT002
+        x = x.mean((2, 3))
+        return x if pre_logits else self.head(x)
+
+    def encode(self, x: Tensor, twice: bool) -> Any:  # noqa: FBT001
+        return self.forward_head(self.forward_features(x)) * (1 + twice)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.encode(x, twice=True)
+
+
+class Unrolled(Methods):
+    """A loop that asks for a size: torch.export captures it."""
+
+    def forward_features(self, x: Tensor) -> Any:
+        for _ in range(int(x.shape[1]) - 2):
+            x = x.contiguous()
+        return super().forward_features(x)
+
+
+@pytest.mark.parametrize("kind", [Methods, Unrolled])
+def test_methods_that_the_forward_calls_give_what_they_gave(kind: type[Methods]) -> None:
+    model, x = kind(), torch.randn(2, 3, 5, 5)
+    folded = fold(model, x)
+    assert isinstance(folded, Methods)
+    assert left(folded) == ["last"]
+    wide, x = copy.deepcopy(model).double(), x.double()
+    features = wide.forward_features(x)
+    torch.testing.assert_close(folded.forward_features(x), features)
+    torch.testing.assert_close(folded.forward_head(features), wide.forward_head(features))
+    assert "own may see" in told(folded).batch_norms[-1].reason
+    assert "forward_features" not in vars(model), "nothing is left of what noted the calls"
+
+
+def test_modules_give_by_themselves_what_they_gave_or_the_report_names_them() -> None:
+    model, x = Methods(), torch.randn(2, 3, 5, 5)
+    folded, wide = fold(model, x), copy.deepcopy(model).double()
+    moved = told(folded).moved
+    assert moved == ("stages", "stages.0", "stages.1")
+    y = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    assert not torch.allclose(folded.get_submodule("stages")(y), wide.stages(y))
+    acts = (nn.ReLU(), nn.ReLU(), nn.Sigmoid())
+    blocks = nn.Sequential(
+        *(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), act) for act in acts)
+    )
+    apart, whole = fold(blocks, y), copy.deepcopy(blocks).double()
+    assert not told(apart).moved
+    for ours, theirs in zip(apart.children(), whole.children(), strict=True):
+        torch.testing.assert_close(ours(y), theirs(y))

@@ -33,6 +33,8 @@ from bnfx.gauges.soundness import TOO_FAR, Soundness
 from bnfx.numbers import Floats, Ints
 
 _ROUNDS = 30
+#: Scales closer than this, relatively, are the same.
+_SAME = 1e-9
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Gauges:
     def backward(self, site: Site) -> Ints:
         """Channels of an eliminated site whose constant the layer before it gives."""
         return np.flatnonzero((site.s == 0) & np.isfinite(self.scale[site.y]))
+
+    def moves(self, labels: Ints) -> bool:
+        """Whether values with these labels differ from what they were."""
+        scaled = np.abs(self.scale[labels] - 1.0) > _SAME
+        return bool(scaled.any() or (self.shift[labels] != 0).any())
 
 
 @dataclass
@@ -264,14 +271,12 @@ class Solver:
         for batches in self._soft.values():
             mark = systems.mark()
             wrong = any(len(s.add(rows)) for s, rows in equations_of(batches, systems))
-            if wrong or self.sound.settled_too_far(systems).any():
+            shifted = systems.shift.mark() != mark[2]
+            if wrong or (shifted and self.sound.settled_too_far(systems).any()):
                 systems.undo(mark)
         if self._soft:  # what is free yet stays where several read it
             several = np.flatnonzero(self.sound.several & (np.arange(len(systems.of)) > 0))
             systems.shift.add(Rows.of((np.unique(systems.of[several]), 1.0)))
-
-
-_SAME = 1e-9
 
 
 def values(found: Constraints, systems: Systems, limit: float) -> tuple[Floats, Floats]:

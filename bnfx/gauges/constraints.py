@@ -128,6 +128,8 @@ class Constraints:
     readers: dict[tuple[fx.Node, int], Ints] = field(default_factory=dict)
     absorbers: list[Ints] = field(default_factory=list)
     bounds: dict[fx.Node, Bounds] = field(default_factory=dict)
+    #: Nodes that are watched, and their labels, at each size.
+    watched: list[tuple[fx.Node, Ints]] = field(default_factory=list)
     _known: dict[tuple[fx.Node, str, int], Ints] = field(default_factory=dict)
 
     def copy(self) -> Constraints:
@@ -139,6 +141,7 @@ class Constraints:
             readers=dict(self.readers),
             absorbers=list(self.absorbers),
             bounds=dict(self.bounds),
+            watched=list(self.watched),
             _known=dict(self._known),
         )
 

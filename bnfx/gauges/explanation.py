@@ -136,6 +136,8 @@ class Explanation:
                 break
             for index, row in self._at(current):
                 batch = self.found.batches[index]
+                if batch.soft:  # it has given way
+                    continue
                 ends = [int(labels[row]) for labels in batch.labels]
                 if batch.demand in fixing and (len(ends) == 1 or 0 in ends):
                     return batch.cause.words

@@ -6,9 +6,10 @@ do not fit its rule, lets nothing through: its inputs and outputs are ground.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -23,6 +24,7 @@ from bnfx.gauges.labels import array
 from bnfx.gauges.walk import Opaque, Walk
 from bnfx.graphs.naming import describe
 from bnfx.graphs.shapes import UNKNOWN
+from bnfx.numbers import Ints
 from bnfx.operators.table import Passage, passage_of, reads_elements
 
 #: A rule gives the labels of what a call returns and writes its demands, or raises `Opaque`.
@@ -74,6 +76,8 @@ def propagate(walk: Walk) -> None:
             walk.maps[node] = _visit(walk, node)
         if node in walk.barred:
             _bar(walk, node)
+        if node in walk.watched:
+            walk.found.watched += [(node, np.unique(labels)) for labels in _labels(walk, node)]
 
 
 def _visit(walk: Walk, node: fx.Node) -> Any:
@@ -105,6 +109,12 @@ def _rule(walk: Walk, node: fx.Node) -> Rule:
 
 def _bar(walk: Walk, node: fx.Node) -> None:
     cause = Cause(node, walk.barred[node])
+    for labels in _labels(walk, node):
+        walk.found.ground(labels, cause)
+
+
+def _labels(walk: Walk, node: fx.Node) -> Iterator[Ints]:
+    """Those of each tensor that a node gives."""
     for leaf in pytree.tree_leaves(walk.maps.get(node)):
         if isinstance(leaf, Tensor):
-            walk.found.ground(array(leaf), cause)
+            yield array(leaf)

@@ -8,7 +8,9 @@ model's own code calls what it calls; there,
 * a BatchNorm vanishes with all its calls, or stays: its module becomes an `nn.Identity`, or where
   the class has an activation inside, a graph of what is left of it;
 * values that code out of sight may see stay: those that leave a module with a forward of its own
-  where optional arguments might return them, and those around hooks.
+  where optional arguments might return them, those around hooks, and what methods of the root that
+  its forward calls are given and return;
+* values that go into or out of modules inside stay where that leaves no BatchNorm more.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfx.errors import CaptureError
+from bnfx.gauges.choice import Gauges
 from bnfx.gauges.constraints import CONSTANTS, LINEAR, Cause, Constraints, Demand, Kind, Site
 from bnfx.gauges.elimination import Refused
 from bnfx.gauges.rank import of_same_rank
@@ -30,10 +33,11 @@ from bnfx.gauges.writing import call_of
 from bnfx.gauges.written_out import part_of
 from bnfx.graphs.constants import Values
 from bnfx.graphs.examples import has_hooks, skeleton
+from bnfx.graphs.frames import frames_of
 from bnfx.graphs.in_place import aliases
 from bnfx.graphs.kept import plain_class
 from bnfx.graphs.naming import OWNER, describe, owner_of
-from bnfx.graphs.norms import STATE, is_norm, is_stock_norm
+from bnfx.graphs.norms import STATE, holds_norm, is_norm, is_stock_norm
 from bnfx.graphs.parameters import sweep
 from bnfx.graphs.tracing import Tracer, trace
 from bnfx.numbers import Ints
@@ -61,6 +65,8 @@ class Slots:
     stuck: dict[str, str] = field(default_factory=dict)
     #: Ranks that what is left of a norm must check when the model runs, by its path.
     ranks: dict[str, int] = field(default_factory=dict)
+    #: Modules and methods of modules that take or give other values than before.
+    moved: set[str] = field(default_factory=set)
 
     @functools.cached_property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -80,14 +86,65 @@ class Slots:
         )
 
     def _is_seen(self, value: fx.Node, reader: fx.Node) -> bool:
+        left, entered = self._crossed(value, reader)
+        if any(has_hooks(module) for module in (*left.values(), *entered.values())):
+            return True
+        if self.closed and any(map(_has_own_forward, left.values())):
+            return True
+        return not self.values.is_constant(value) and any(
+            "." not in frame for frame in frames_of(value) ^ frames_of(reader)
+        )
+
+    def _crossed(
+        self, value: fx.Node, reader: fx.Node
+    ) -> tuple[Mapping[str, nn.Module], Mapping[str, nn.Module]]:
+        """The modules that a value leaves, and those that it enters, by path."""
         ours, theirs = scopes_of(value), scopes_of(reader)
-        left = [self.modules[p] for p in ours if p not in theirs and p in self.modules]
-        entered = [self.modules[p] for p in theirs if p not in ours and p in self.modules]
-        hooked = any(has_hooks(module) for module in (*left, *entered))
-        return hooked or (self.closed and any(map(_has_own_forward, left)))
+        left = {p: self.modules[p] for p in ours if p not in theirs and p in self.modules}
+        entered = {p: self.modules[p] for p in theirs if p not in ours and p in self.modules}
+        return left, entered
+
+    @functools.cached_property
+    def borders(self) -> Mapping[fx.Node, frozenset[str]]:
+        """Nodes whose values go into or out of modules, or methods of modules, and which these are.
+
+        Called by itself, such a module gives what it gave if these values stay.
+        """
+        found: dict[fx.Node, set[str]] = {}
+        for reader in self.graph.nodes:
+            for value in reader.all_input_nodes:
+                if value.op == "placeholder" or self.values.is_constant(value):
+                    continue
+                left, entered = self._crossed(value, reader)
+                names = {path for path, m in (*left.items(), *entered.items()) if _is_block(m)}
+                frames = frames_of(value) ^ frames_of(reader)
+                names |= {frame.partition("#")[0] for frame in frames if "." in frame}
+                if names:
+                    found.setdefault(value, set()).update(names)
+        return {value: frozenset(names) for value, names in found.items()}
+
+    def hold(self, found: Constraints) -> None:
+        """Let values at borders stay where that leaves no BatchNorm more, outer borders first."""
+        cause_of = {node: Cause(node, describe(node)) for node, _ in found.watched}
+        for node, labels in sorted(found.watched, key=lambda watched: self._depth(watched[0])):
+            used = labels[labels > 0]
+            zero = np.zeros_like(used)
+            found.demand(Demand.SAME_SCALE, used, zero, cause=cause_of[node], soft=True)
+            found.demand(Demand.UNSHIFTED, used, cause=cause_of[node], soft=True)
+
+    def _depth(self, node: fx.Node) -> int:
+        return min(name.count(".") for name in self.borders[node])
+
+    def settle(self, found: Constraints, gauges: Gauges) -> None:
+        """Note which borders are crossed by values that did not stay."""
+        self.moved.clear()
+        for node, labels in found.watched:
+            if gauges.moves(labels):
+                self.moved |= self.borders[node]
 
     def demand(self, found: Constraints) -> None:
         """Add what the modules demand of the gauges of their calls."""
+        self.hold(found)
         first: dict[str, Site] = {}
         for site in found.sites.values():
             why = self._why_stuck(site, found)
@@ -309,6 +366,11 @@ def _is_stock(module: nn.Module) -> bool:
 def _takes_bias(module: nn.Module) -> bool:
     """Whether it is a layer of torch.nn, perhaps with a BatchNorm that insertion put behind it."""
     return affine_class(plain_class(module)) is not None
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether it is more than one layer."""
+    return not holds_norm(module) and any(True for _ in module.children())
 
 
 def _has_own_forward(module: nn.Module) -> bool:

@@ -52,9 +52,10 @@ class Problem:
         fixed = dict.fromkeys(self.barred, _WRITTEN)
         if self.slots is not None:
             fixed = dict.fromkeys(self.slots.held, _SEEN) | fixed
+        watched = () if self.slots is None else self.slots.borders
         for shapes in runs:
             graph = self.module.graph
-            propagate(Walk(graph, shapes, self.values, found, fixed, self.options))
+            propagate(Walk(graph, shapes, self.values, found, fixed, self.options, watched))
         if self.slots is not None:
             self.slots.demand(found)
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,8 @@ class Walk:
     barred: Mapping[fx.Node, str]
     #: What may carry a gauge though it costs something.
     options: FoldOptions
+    #: Nodes whose labels are to be noted.
+    watched: Collection[fx.Node] = ()
     #: Node -> the labels of what it gives, in containers like its own.
     maps: dict[fx.Node, Any] = field(default_factory=dict)
     #: Nodes that depend on elements of an input.

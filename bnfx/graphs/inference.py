@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.traceback import preserve_node_meta
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
@@ -25,6 +26,7 @@ from bnfx.graphs.baked import bake_modules, bake_weights
 from bnfx.graphs.constants import is_torch
 from bnfx.graphs.examples import HOOKS, Example, clone, has_hooks, obstacle, skeleton
 from bnfx.graphs.export_guards import rewrite_guards
+from bnfx.graphs.frames import methods_noted, take_frames
 from bnfx.graphs.grad_modes import inline_grad_modes
 from bnfx.graphs.naming import OWNER
 from bnfx.graphs.norms import holds_norm, is_stock_norm
@@ -139,7 +141,8 @@ def _captured(model: nn.Module, given: Example | None, *, exporting: bool) -> Ca
         raise CaptureError(said)
     root, export = bake_modules(skeleton(model)), _exported if exporting else _not_exported
     try:
-        graph, _ = trace(_FunctionalTracer, root, frozenset(), given)
+        with methods_noted(root):
+            graph, _ = trace(_FunctionalTracer, root, frozenset(), given)
     except CaptureError as error:
         if given is None:
             raise CaptureError(
@@ -340,7 +343,7 @@ def exported(root: nn.Module, example: Example, sizes: Any = None) -> Captured:
         Exception: Anything that the exporter and the forward of `root` raise.
     """
     mine = example.copied()  # what the exporter notes on tensors would hold in the next call too
-    with attributes_kept(root):
+    with attributes_kept(root), methods_noted(root), preserve_node_meta():
         program = torch.export.export(
             root, mine.args, dict(mine.kwargs), dynamic_shapes=sizes, strict=False
         )
@@ -352,6 +355,7 @@ def exported(root: nn.Module, example: Example, sizes: Any = None) -> Captured:
         getattr(captured, hooks).clear()
     captured.graph._tracer_cls = None  # unpickling would make one without its arguments
     rewrite_guards(captured)
+    take_frames(captured.graph)
     inline_grad_modes(captured)
     _restore_modes(root, captured)
     # It names all state; what no operator reads (num_batches_tracked) is none of this graph.

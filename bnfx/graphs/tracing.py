@@ -23,6 +23,7 @@ from torch import fx, nn
 from bnfx.errors import CaptureError
 from bnfx.graphs.durable import DurableGraph
 from bnfx.graphs.examples import Example, has_hooks, take_hooks
+from bnfx.graphs.frames import note_frames
 from bnfx.graphs.proxies import IS_TENSOR, TensorProxy
 
 #: node.meta key: the ranks that the BatchNorm module behind a functional call accepts.
@@ -107,7 +108,9 @@ class Tracer(fx.Tracer):
         """A node; not in a region of autocast, which a graph of torch.fx leaves out."""
         if _autocast_state() != self._autocast:
             raise fx.proxy.TraceError("a part of it runs under torch.autocast")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        note_frames(node)
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Modules that could not be traced, or whose hooks would run during tracing, stay whole."""

@@ -285,6 +285,10 @@ class FoldReport(Report):
     unavoidable: int | None = None
     #: With form="module": keys of the state_dict that came or went, and why.
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    #: With form="module": modules, and methods of modules, that take or give other values than in
+    #: the model, because a BatchNorm was carried across their border; the others, called by
+    #: themselves, give what they gave.
+    moved: tuple[str, ...] = ()
     #: The graph before and after, to draw.
     graphs: tuple[tuple[Box, ...], tuple[Box, ...]] = dataclasses.field(
         default=((), ()), repr=False, compare=False
