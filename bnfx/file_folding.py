@@ -21,6 +21,7 @@ from bnfx.gauges.walk import FoldOptions
 from bnfx.graphs.inference import Captured
 from bnfx.graphs.mapped import mapped_into
 from bnfx.graphs.shapes import UNKNOWN, shapes_of
+from bnfx.onnx_files.drawing import drawn, ranges
 from bnfx.onnx_files.importing import Imported, imported
 from bnfx.onnx_files.node_call import unescaped
 from bnfx.onnx_files.placing import move_into_place, real_target
@@ -31,6 +32,7 @@ from bnfx.onnx_files.storing import is_beside, store
 from bnfx.onnx_files.tensors import dtype_of
 from bnfx.reports.document import Headline
 from bnfx.reports.report import FoldRecord, FoldReport, Report, report, table, tally
+from bnfx.verification.staging import inlined
 from bnfx.verification.verdicts import VerifyReport
 from bnfx.verify import verify_onnx
 from bnfx.workspace import workspace
@@ -154,7 +156,7 @@ def fold_onnx(
         )
     names = list(_norms(model))
     read = imported(model, source.parent.resolve())
-    example = _Example.of(source, read, args)
+    example = _Example.of(source, model, read, args)
     if border_maps and example.is_open and args is None:
         raise FoldError(
             f"border_maps=True adds maps of one size, and {source} leaves {example.words} open; "
@@ -254,22 +256,25 @@ class _Example:
     #: Names of what is open, and whether that is a batch.
     names: Mapping[str, bool]
     given: tuple[Tensor, ...] | None
+    #: The least and the largest integer of inputs, where the graph tells.
+    known: Mapping[str, tuple[int, int]]
 
     @staticmethod
-    def of(source: Path, read: Imported, args: Any) -> _Example:
+    def of(source: Path, model: onnx.ModelProto, read: Imported, args: Any) -> _Example:
         """The example given, or the first sizes that fit."""
         axes = tuple(axes_of(value, _channels(read, at)) for at, value in enumerate(read.inputs))
         names = open_axes([a for a in axes if a is not None])
         inputs = tuple(f"input {value.name!r}, {describe_type(value)}" for value in read.inputs)
         if args is not None:
             given = _given(source, read, args)
-            return _Example(inputs, axes, _sizes_in(source, axes, given), names, given)
-        best = _Example(inputs, axes, filled(names, SPACE[0]), names, None)
+            return _Example(inputs, axes, _sizes_in(source, axes, given), names, given, {})
+        known = ranges(inlined(model, source))
+        best = _Example(inputs, axes, filled(names, SPACE[0]), names, None, known)
         least, first = best.failures(read), best.sizes
         for tried, space in enumerate(SPACE[1:], 1):
             if not least or not names or (tried >= _TRIES and best.sizes == first):
                 break
-            other = _Example(inputs, axes, filled(names, space), names, None)
+            other = replace(best, sizes=filled(names, space))
             if (failures := other.failures(read)) < least:
                 least, best = failures, other
         return best
@@ -316,8 +321,8 @@ class _Example:
             kind = dtype_of(axes.elem_type) if axes is not None else None
             if axes is None or kind is None:
                 raise FoldError(f"no example can be drawn for {name}; pass args, or verify=False")
-            noise = torch.randn(axes.filled(self.sizes), generator=generator)
-            found.append((noise if kind.is_floating_point else noise > 0).to(kind))
+            shape = axes.filled(self.sizes)
+            found.append(drawn(kind, shape, self.known.get(axes.name), generator))
         return tuple(found)
 
 

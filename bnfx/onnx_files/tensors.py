@@ -34,6 +34,16 @@ def dtype_of(elem_type: int) -> torch.dtype | None:
     return _TYPES[elem_type][1] if elem_type in _TYPES else None
 
 
+def any_dtype(elem_type: int) -> torch.dtype | None:
+    """The dtype that stores elements of a type; None where torch has none, or it is no type."""
+    if (known := dtype_of(elem_type)) is not None or elem_type not in _T.DataType.values():
+        return known
+    try:
+        return torch.from_numpy(np.empty(0, onnx.helper.tensor_dtype_to_np_dtype(elem_type))).dtype
+    except (KeyError, TypeError):
+        return None
+
+
 def element_type(dtype: torch.dtype) -> int:
     """The element type of a dtype that `dtype_of` gives."""
     return _ELEMENT[dtype]

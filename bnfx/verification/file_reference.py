@@ -23,16 +23,17 @@ from torch.utils import _pytree as pytree
 from bnfx.errors import VerificationError
 from bnfx.graphs.examples import Example
 from bnfx.numbers import Array, relative_error
+from bnfx.onnx_files.drawing import drawn, ranges
 from bnfx.onnx_files.importing import imported
 from bnfx.onnx_files.reading import (
     all_nodes,
     describe_type,
-    opset_of,
     read_onnx,
     tensor_array,
     type_name,
 )
 from bnfx.onnx_files.retyping import BFLOAT16, DOUBLE, FLOAT, HALF, float_types, retyped
+from bnfx.onnx_files.tensors import any_dtype
 from bnfx.operators.calls import words
 from bnfx.runtime.isolated import execute_apart
 from bnfx.runtime.runner import Answer, Request, execute
@@ -99,28 +100,24 @@ class OnnxReference:
         self.failures: list[str] = []
 
     def example(self) -> Example:
-        """An input drawn by what the file declares; every symbolic size is 2.
+        """An input drawn by what the file says; every symbolic size is 2.
 
         Raises:
             VerificationError: An input is no tensor, or claims more than 2^31 elements.
         """
         generator = torch.Generator().manual_seed(0)
-        drawn = []
+        known = ranges(inlined(self.proto, self.path))
+        found = []
         for value in self.inputs:
-            kind = value.type.tensor_type.elem_type
+            kind = any_dtype(value.type.tensor_type.elem_type)
             shape = [dim.dim_value or 2 for dim in value.type.tensor_type.shape.dim]
-            if not kind or kind == onnx.TensorProto.STRING or math.prod(shape) >= 2**31:
+            if kind is None or math.prod(shape) >= 2**31:
                 raise VerificationError(
                     f"no example can be drawn for input {value.name!r} of {self.name}, "
                     f"{describe_type(value)}; give args"
                 )
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
-            noise = torch.randn(shape, generator=generator)
-            narrow = kind == BFLOAT16
-            floating = narrow or np.dtype(dtype).kind == "f"
-            like = noise if floating else (noise > 0).to(torch.int64)
-            drawn.append(like if narrow else torch.from_numpy(like.numpy().astype(dtype)))
-        return Example(tuple(drawn), {})
+            found.append(drawn(kind, shape, known.get(value.name), generator))
+        return Example(tuple(found), {})
 
     def leaves(self, sample: Example) -> list[Tensor]:
         """The tensors of an input in the order of the file's inputs; by name where it has names."""
@@ -224,10 +221,6 @@ class OnnxReference:
         wide = retyped(
             inlined(self.proto, self.path), self.path.parent, {FLOAT, HALF, BFLOAT16}, DOUBLE
         )
-        for node in all_nodes(wide) if opset_of(wide) == 10 else ():
-            node.op_type = node.op_type.replace(
-                "Resize", "Upsample"
-            )  # of which it was the new name
         return ReferenceEvaluator(wide, new_ops=[*OPERATORS, *kernels_of(wide)])
 
     def _exactly(self, sample: Example) -> Mapping[str, Any]:

@@ -51,8 +51,8 @@ def pool(
     """The inputs to pool errors over, and what the reference gives for them.
 
     These are the inputs given, or the example and others drawn like it: freely at first; where the
-    reference fails on those or gives NaN, floats are drawn positive, and then integers left as they
-    are in the example. Where nothing drawn will do, the example is the only one.
+    reference fails on those, gives NaN or nothing, floats are drawn positive, and then integers
+    left as they are in the example. Where nothing drawn will do, the example is the only one.
 
     Args:
         reference: What runs on them.
@@ -80,7 +80,7 @@ def pool(
             runs = reference.run(made)
         except VerificationError:
             continue
-        if runs.finite(0 if drawn_too else 1):
+        if runs.tell(0 if drawn_too else 1):
             return made, runs
     return [example], reference.run([example])
 
@@ -233,10 +233,13 @@ class Runs:
     #: Names of the dtypes of its outputs as it is.
     dtypes: tuple[str, ...]
 
-    def finite(self, start: int) -> bool:
-        """Whether no output from input `start` on has more NaNs than that of the first input."""
+    def tell(self, start: int) -> bool:
+        """Whether no input from `start` on gives more NaNs or empty outputs than the first."""
         counts = [sum(map(_nans, outs)) for outs in self.exact]
-        return all(count <= counts[0] * bool(start) for count in counts[start:])
+        empty = [sum(not array.size for array in outs) for outs in self.exact]
+        return all(
+            mine <= found[0] * bool(start) for found in (counts, empty) for mine in found[start:]
+        )
 
     def __add__(self, more: Runs) -> Runs:
         """Both, one after the other."""
