@@ -164,6 +164,12 @@ def _fold_part(done: _Done, part: Part, options: FoldOptions) -> None:
         value = attribute(graph, name)
         assert isinstance(value, Tensor)
         _write(done, join(part.path, name), value.detach(), dtype)
+    for path, count in slots.carriers.items():  # the same keys whatever the statistics are
+        layer = slots.modules[path]
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if weight is not None and bias is None and slots.takes(f"{path}.bias"):
+            zero = torch.zeros(count, dtype=torch.float64, device=weight.device)
+            _write(done, join(part.path, f"{path}.bias"), zero, weight.dtype)
     for change in changes:
         if change.action == "changed":
             place = places[change.at]

@@ -141,6 +141,27 @@ def test_a_checkpoint_loads_into_a_fresh_instance_with_biases() -> None:
     torch.testing.assert_close(fresh(x), folded(x))
 
 
+@pytest.mark.parametrize("head", [True, False])
+def test_the_keys_do_not_depend_on_the_statistics(head: bool) -> None:  # noqa: FBT001
+    """A summand of zero has a bias too: the class with biases takes what is saved."""
+
+    def made(norm: Callable[[int], nn.Module], *, bias: bool) -> nn.Module:
+        first, second = nn.Conv2d(3, 4, 3, bias=bias), nn.Conv2d(4, 4, 3, groups=2, bias=bias)
+        chain = [first, norm(4), nn.ReLU(), second, norm(4), nn.Flatten()]
+        rest = [nn.Linear(16, 6, bias=bias), nn.BatchNorm1d(6) if bias is False else nn.Identity()]
+        return nn.Sequential(*chain, *rest, nn.ReLU(), nn.Linear(6, 2, bias=head)).eval()
+
+    x = torch.randn(2, 3, 6, 6)
+    for model in (fresh := made(nn.BatchNorm2d, bias=False), randomise(copy.deepcopy(fresh))):
+        folded = bnfx.fold_bn(model, (x,), form="module")
+        assert not left(folded)
+        other = made(nn.Identity, bias=True)
+        other.load_state_dict(folded.state_dict(), strict=True)
+        torch.testing.assert_close(other(x), model(x))
+        missing = {k for k in folded.state_dict() if k not in model.state_dict()}
+        assert missing == {"0.bias", "3.bias", "6.bias"} <= set(told(folded).keys)
+
+
 def test_the_report_and_the_loading_error_name_the_keys() -> None:
     model = randomise(Net())
     folded = bnfx.fold_bn(model, (torch.randn(2, 3, 6, 6),), form="module")

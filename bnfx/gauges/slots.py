@@ -28,6 +28,7 @@ from bnfx.errors import CaptureError
 from bnfx.gauges.choice import Gauges
 from bnfx.gauges.constraints import CONSTANTS, LINEAR, Cause, Constraints, Demand, Kind, Site
 from bnfx.gauges.elimination import Refused
+from bnfx.gauges.linear_system import Rows
 from bnfx.gauges.rank import of_same_rank
 from bnfx.gauges.writing import call_of
 from bnfx.gauges.written_out import part_of
@@ -67,6 +68,8 @@ class Slots:
     ranks: dict[str, int] = field(default_factory=dict)
     #: Modules and methods of modules that take or give other values than before.
     moved: set[str] = field(default_factory=set)
+    #: Layers that carry the summands of norms that vanished, be they zero -> output channels.
+    carriers: dict[str, int] = field(default_factory=dict)
 
     @functools.cached_property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -136,11 +139,20 @@ class Slots:
         return min(name.count(".") for name in self.borders[node])
 
     def settle(self, found: Constraints, gauges: Gauges) -> None:
-        """Note which borders are crossed by values that did not stay."""
-        self.moved.clear()
-        for node, labels in found.watched:
-            if gauges.moves(labels):
-                self.moved |= self.borders[node]
+        """Note which borders are crossed by values that did not stay, and who carries summands."""
+        moved = (self.borders[node] for node, labels in found.watched if gauges.moves(labels))
+        self.moved = set().union(*moved)
+        layers = [site for site in found.sites.values() if site.kind is Kind.AFFINE]
+        gone = [site for site in gauges.eliminated if site.kind is Kind.BATCH_NORM]
+        of, shift = gauges.bound.hard.of, gauges.bound.hard.shift
+        free = [(shift.substituted(Rows.of((of[s.x], 1.0))).unknowns >= 0).any() for s in gone]
+        given = _all_of([of[s.x] for s, before in zip(gone, free, strict=True) if before])
+        taken = _all_of([of[s.y] for s, before in zip(gone, free, strict=True) if not before])
+        self.carriers = {
+            scope_of(site.node): len(site.y)
+            for site in layers
+            if np.isin(of[site.y], given).any() or np.isin(of[site.x], taken).any()
+        }
 
     def demand(self, found: Constraints) -> None:
         """Add what the modules demand of the gauges of their calls."""
@@ -331,6 +343,11 @@ class Slots:
             for node in nodes
             if node in vanished
         }
+
+
+def _all_of(labels: Sequence[Ints]) -> Ints:
+    found: Ints = np.unique(np.concatenate([*labels, np.zeros(0, np.int64)]))
+    return found[found > 0]
 
 
 def scopes_of(node: fx.Node) -> Sequence[str]:
