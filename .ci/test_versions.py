@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".venv-versions"
 SEEN = ROOT / "examples" / "site" / "versions.json"
 CORE = (
+    "tests/passes/test_fold_bn.py",
     "tests/passes/test_golden_fold_bn.py",
     "tests/passes/test_golden_insert_bn.py",
     "tests/passes/test_insert_bn.py",

@@ -249,6 +249,10 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
+#: What torch.export says of a dataclass that it was not told of; the second is torch 2.11's.
+_NOT_LOOKED_INTO = ("in output, which is not a known type", "unhashable type")
+
+
 def _program(
     model: nn.Module,
     source: nn.Module | ExportedProgram,
@@ -274,7 +278,7 @@ def _program(
         while cause.__cause__ is not None:  # the exporter wraps it in advice
             cause = cause.__cause__
         first = str(cause).strip().partition("\n")[0]
-        if "in output, which is not a known type" in first:
+        if any(words in first for words in _NOT_LOOKED_INTO):
             kinds = _unknown_results(model, Example(args, options["kwargs"]))
             if kinds:
                 with _registered(kinds):
