@@ -110,6 +110,8 @@ def fold_onnx(
     thresholds: bool = False,
     border_maps: bool = False,
     merge_branches: bool = True,
+    merge_linear: bool = True,
+    block: int = 16,
     verify: bool = True,
     verify_options: Mapping[str, Any] | None = None,
     max_batch_norms_left: int | None = None,
@@ -134,6 +136,8 @@ def fold_onnx(
         border_maps: As in `fold_bn`: a convolution that pads zeros may get a constant map added.
             The sizes of images must be fixed, or given by `args` and never others.
         merge_branches: As in `fold_bn`.
+        merge_linear: As in `fold_bn`.
+        block: As in `fold_bn`.
         verify: Whether to compare the result with `f` before it is moved into place.
         verify_options: Options of `verify_onnx`, such as `{"provider": "cuda"}`.
         max_batch_norms_left: How many BatchNormalizations may stay; where more do, nothing is
@@ -164,7 +168,13 @@ def fold_onnx(
         )
     if 0 < opset_of(model) < 8 and thresholds:
         raise FoldError(f"thresholds=True needs operator set 8, {source} has {opset_of(model)}")
-    options = FoldOptions(merge_branches, thresholds, border_maps)
+    options = FoldOptions(
+        merge_branches=merge_branches,
+        thresholds=thresholds,
+        border_maps=border_maps,
+        merge_linear=merge_linear,
+        block=block,
+    )
     with workspace(target) as folder, mapped_into(folder):
         folded = fold_captured(example.captured(read), options)
         told = report(folded)

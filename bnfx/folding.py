@@ -19,13 +19,15 @@ from bnfx.gauges.walk import FoldOptions
 from bnfx.graphs.boxes import boxes
 from bnfx.graphs.examples import Example, example, skeleton
 from bnfx.graphs.inference import Captured, inference_graph
+from bnfx.graphs.naming import owner_of
 from bnfx.graphs.parameters import Written
 from bnfx.graphs.programs import closed, opened
 from bnfx.module_folding import fold_modules, fold_modules_and_graph
-from bnfx.passes import EraseUnread, FoldBatchNorm, MergeBranches
+from bnfx.passes import EraseUnread, FoldBatchNorm, MergeBranches, MergeLinear
 from bnfx.reports.report import (
     FoldRecord,
     FoldReport,
+    MergeRecord,
     remember,
     remember_in_program,
     report,
@@ -43,6 +45,7 @@ def fold_bn(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     form: Literal["graph"] = "graph",
+    block: int = 16,
     **options: bool,
 ) -> fx.GraphModule: ...
 @overload
@@ -52,10 +55,11 @@ def fold_bn(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     form: Literal["module"],
+    block: int = 16,
     **options: bool,
 ) -> nn.Module: ...
 @overload
-def fold_bn(model: ExportedProgram, **options: bool) -> ExportedProgram: ...
+def fold_bn(model: ExportedProgram, *, block: int = 16, **options: bool) -> ExportedProgram: ...
 
 
 # What it returns is used outside of that mode, too; `options` above are the last but one.
@@ -68,6 +72,8 @@ def fold_bn(
     merge_branches: bool = True,
     thresholds: bool = False,
     border_maps: bool = False,
+    merge_linear: bool = True,
+    block: int = 16,
     form: Literal["graph", "module"] = "graph",
 ) -> nn.Module | ExportedProgram:
     """An inference graph of `model` with every BatchNorm folded that an exact rewrite can remove.
@@ -96,6 +102,11 @@ def fold_bn(
             lets any map through. Fewer BatchNorms stay; a bound may cost more than a BatchNorm.
         border_maps: Whether a convolution that pads zeros may get a constant map added, which ties
             the result to the spatial size of the example. Needs example inputs.
+        merge_linear: Whether layers in sequence with nothing but linear maps between them become
+            one, average pools and sums of such sequences among them (Diverse Branch Block, ECBSR,
+            SPAN), and an average pool goes before a convolution of size one: where that is exact,
+            and takes fewer multiplications. Sums only with `merge_branches`.
+        block: Numbers of channels count in multiples of it there: 16 is what x86 computes at once.
         form: "graph" for one inference graph, "module" for a copy of the model of its own class:
             folded BatchNorms are `nn.Identity`, layers of torch.nn carry new weights (a bias
             appears where one is needed), methods, attributes and optional arguments are as they
@@ -117,7 +128,13 @@ def fold_bn(
         CaptureError: The model cannot be captured; the message says what to do.
         FoldError: border_maps without example inputs, or for a program with open sizes.
     """
-    options = FoldOptions(merge_branches, thresholds, border_maps)
+    options = FoldOptions(
+        merge_branches=merge_branches,
+        thresholds=thresholds,
+        border_maps=border_maps,
+        merge_linear=merge_linear,
+        block=block,
+    )
     _require_form(form, options)
     if isinstance(model, ExportedProgram):
         if form == "module":
@@ -125,7 +142,7 @@ def fold_bn(
         return _fold_program(model, options)
     given = _given(example_inputs, example_kwargs, options)
     if form == "module":
-        return fold_modules(model, given, replace(options, merge_branches=False))
+        return fold_modules(model, given, _of_modules(options))
     try:
         captured = inference_graph(model, given)
     except NotCapturedError as error:
@@ -143,6 +160,11 @@ def _require_form(form: str, options: FoldOptions) -> None:
             "form='module' keeps the model's own code, which has no place for bounds and border "
             "maps; leave out thresholds and border_maps, or use form='graph'"
         )
+
+
+def _of_modules(options: FoldOptions) -> FoldOptions:
+    """What the model's own code can express."""
+    return replace(options, merge_branches=False, merge_linear=False)
 
 
 def _fold_program(program: ExportedProgram, options: FoldOptions) -> ExportedProgram:
@@ -203,6 +225,7 @@ def fold_exactly(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     form: Literal["graph", "module"] = "graph",
+    block: int = 16,
     **options: bool,
 ) -> Folded:
     """Fold once: `fold_bn`'s result, and the same graph with its new parameters in float64.
@@ -211,11 +234,11 @@ def fold_exactly(
     the exact graph are all in float64. With form="module" it is the graph of what is returned, with
     parameters as they were rounded. Arguments and errors are those of `fold_bn`.
     """
-    chosen = FoldOptions(**options)
+    chosen = FoldOptions(block=block, **options)
     _require_form(form, chosen)
     if form == "module":
         given = _given(example_inputs, example_kwargs, chosen)
-        return Folded(*fold_modules_and_graph(model, given, replace(chosen, merge_branches=False)))
+        return Folded(*fold_modules_and_graph(model, given, _of_modules(chosen)))
     captured = inference_graph(model, _given(example_inputs, example_kwargs, chosen))
     graph, written = _folded(captured, chosen, exact=True)
     exact = skeleton(graph).double()
@@ -239,24 +262,49 @@ def _folded(
     the folding before is done again with its weights kept in float64: nothing is rounded twice.
     """
     draft, fold = InferenceDraft(captured, exact=exact), FoldBatchNorm(options)
+    linear = MergeLinear(options.block, branches=options.merge_branches)
     marked = written_out.mark(draft.module)
     run(draft, EraseUnread())
-    for _ in range(_STAGES):
+    for stage in range(_STAGES):
         if options.merge_branches:
             run(draft, repeat(MergeBranches()))
+        if options.merge_linear and stage:
+            run(draft, repeat(linear))
         before = None if draft.exact else draft.copy()
         run(draft, fold)
-        if not options.merge_branches or not MergeBranches().match(draft):
+        beside = options.merge_branches and MergeBranches().match(draft)
+        if not beside and not (options.merge_linear and linear.sites(draft)):
             break
         if before is not None:
             draft, before.exact = before, True
             run(draft, fold)
     draft.settle([*written_out.gone_whole(marked, draft.changes, draft.written.provenance)])
+    carriers = _carriers(draft)
     records = tuple(
-        FoldRecord(c.path, "folded" if c.action == "changed" else "kept", c.into, c.reason)
+        FoldRecord(
+            c.path, "folded" if c.action == "changed" else "kept", carriers(c.into), c.reason
+        )
         for c in draft.in_order()
     )
+    merges = tuple(MergeRecord(c.values, c.into[0], c.reason) for c in draft.merges)
     graph, written = draft.finish(), draft.written
     pictures = (draft.drawn, boxes(graph))
-    told = FoldReport(records, written.provenance, draft.unavoidable, graphs=pictures)
+    told = FoldReport(
+        records, written.provenance, draft.unavoidable, graphs=pictures, merges=merges
+    )
     return remember(graph, told), written
+
+
+def _carriers(draft: InferenceDraft) -> Callable[[Sequence[str]], tuple[str, ...]]:
+    """From the names of layers to those of the layers that hold them now."""
+    left = {owner_of(str(node.target)) for node in draft.graph.find_nodes(op="get_attr")}
+    later = {layer: change.into for change in draft.merges for layer in change.values}
+
+    def now(names: Sequence[str]) -> tuple[str, ...]:
+        found: list[str] = []
+        for name in names:
+            gone = name not in left and name in later
+            found += now([n for n in later[name] if n != name]) if gone else [name]
+        return tuple(dict.fromkeys(found))
+
+    return now

@@ -15,6 +15,7 @@ from .insert_bn import InsertBatchNorm
 from .insert_bn import Placement as InsertPlacement
 from .insert_bn import Site as InsertSite
 from .merge_branches import MergeBranches
+from .merge_linear import MergeLinear
 from .remove_dropout import RemoveDropout
 from .remove_lrn import RemoveLocalResponseNorm
 from .zero_init_residual import ZeroInitResidual
@@ -28,6 +29,7 @@ __all__ = [
     "InsertPlacement",
     "InsertSite",
     "MergeBranches",
+    "MergeLinear",
     "RemoveDropout",
     "RemoveLocalResponseNorm",
     "ZeroInitResidual",

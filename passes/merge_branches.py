@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from bnfx.editing.declarations import Preserved
 from bnfx.editing.inference_draft import InferenceDraft
+from bnfx.editing.sums import alone, is_inner, is_sum, operands_of, repoint
 from bnfx.graphs.naming import norm_path, owner_of
 from bnfx.graphs.norms import affine_map_of, is_norm
 from bnfx.graphs.parameters import sweep
@@ -76,7 +77,7 @@ class MergeBranches:
 
     def match(self, draft: InferenceDraft) -> list[Site]:
         """Sums whose branches can be merged; of the others there is nothing to say."""
-        sums = [node for node in draft.graph.nodes if _is_sum(node) and not _inner(node)]
+        sums = [node for node in draft.graph.nodes if is_sum(node) and not is_inner(node)]
         look = _Look(draft) if sums else None
         found = (look.at(node) for node in sums if look is not None)
         return [site for site in found if site is not None]
@@ -101,7 +102,7 @@ class _Look:
 
     def at(self, root: fx.Node) -> Site | None:
         """The merge with the densest layer that takes up another operand, if there is one."""
-        shape, operands = self._shape(root), list(_operands(root))
+        shape, operands = self._shape(root), list(operands_of(root))
         if shape is None or not self.kept.isdisjoint((root, *_nodes(operands))):
             return None
         if not _meet(operands):
@@ -140,7 +141,7 @@ class _Look:
     def _branch(self, value: fx.Node, shape: tuple[int, ...]) -> Leaf:
         """`value` as a linear map of the nearest tensor before it that others may read too."""
         found = None
-        if not _alone(value) or value in self.kept:
+        if not alone(value) or value in self.kept:
             pass
         elif affine_of(value) is not None:
             found = self._layer(value, shape)
@@ -190,7 +191,7 @@ class _Look:
         return None
 
     def _inside(self, source: fx.Node, shape: tuple[int, ...]) -> Leaf:
-        if _alone(source) and self._shape(source) == shape:
+        if alone(source) and self._shape(source) == shape:
             return self._branch(source, shape)
         return Leaf(source, source, Branch.identity(shape, 1))
 
@@ -240,37 +241,6 @@ def _behind(value: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def _asks_rank(user: fx.Node) -> bool:
-    """Whether the answer is the same for all tensors of one rank, dtype and device."""
-    if user.target is getattr:
-        return user.args[1] in ("ndim", "dtype", "device")
-    return user.op == "call_method" and user.target == "dim"
-
-
-def _alone(value: fx.Node) -> bool:
-    """Whether one call reads the elements of `value`, and none its sizes."""
-    return sum(not _asks_rank(user) for user in value.users) == 1
-
-
-def _is_sum(node: fx.Node) -> bool:
-    plain = bool(node.kwargs.get("alpha", 1) == 1) and len(node.args) <= 2
-    return passage_of(node) is Passage.ADD and plain
-
-
-def _inner(node: fx.Node) -> bool:
-    """Whether the sum is an operand of another one, and read by nothing else."""
-    return len(node.users) == 1 and _is_sum(next(iter(node.users)))
-
-
-def _operands(root: fx.Node) -> Iterable[object]:
-    """The operands of nested sums, left to right."""
-    for value in (argument(root, 0, "input"), argument(root, 1, "other")):
-        if isinstance(value, fx.Node) and _is_sum(value) and len(value.users) == 1:
-            yield from _operands(value)
-        else:
-            yield value
-
-
 def _rewrite(draft: InferenceDraft, site: Site, rest: Sequence[Any]) -> tuple[fx.Node, str]:
     """Put the convolution in. The node that has the sum's value now, and its weight's name."""
     graph, layer = draft.graph, site.layer
@@ -297,17 +267,7 @@ def _rewrite(draft: InferenceDraft, site: Site, rest: Sequence[Any]) -> tuple[fx
             total = graph.call_function(torch.add, (total, operand))
             total.meta = dict(site.root.meta)
     for leaf in site.merged:
-        _repoint(leaf.value, source)
+        repoint(leaf.value, source)
     site.root.replace_all_uses_with(total)
     sweep([site.root])
     return total, names["weight"]
-
-
-def _repoint(value: object, source: fx.Node) -> None:
-    """Questions for the rank of what goes are asked of the branch's source."""
-    while isinstance(value, fx.Node) and value is not source:
-        for user in list(value.users):
-            if _asks_rank(user):
-                user.replace_input_with(value, source)
-        inputs = [n for n in value.all_input_nodes if n.op != "get_attr"]
-        value = inputs[0] if inputs else None

@@ -286,7 +286,7 @@ def _settled(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _asks_folding(options: argparse.Namespace) -> bool:
-    return not options.merge_branches or options.thresholds or options.border_maps
+    return _folding(options) != dataclasses.asdict(FoldOptions())
 
 
 def _export(options: argparse.Namespace, steps: Steps) -> Outcome:

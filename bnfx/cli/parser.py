@@ -138,7 +138,7 @@ def _onnx(command: argparse.ArgumentParser) -> None:
 
 
 #: Options of `fold_bn` by their names there, for every command that folds.
-FOLDING = ("merge_branches", "thresholds", "border_maps")
+FOLDING = ("merge_branches", "thresholds", "border_maps", "merge_linear", "block")
 
 
 def _folding(command: argparse.ArgumentParser) -> None:
@@ -148,6 +148,19 @@ def _folding(command: argparse.ArgumentParser) -> None:
         dest="merge_branches",
         action="store_false",
         help="convolutions of one input that are added stay apart",
+    )
+    group.add_argument(
+        "--no-merge-linear",
+        dest="merge_linear",
+        action="store_false",
+        help="layers in sequence stay apart, also where one would cost less",
+    )
+    group.add_argument(
+        "--block",
+        type=values.positive,
+        default=16,
+        metavar="N",
+        help="numbers of channels count in multiples of it; 16 by default, as x86 computes",
     )
     group.add_argument(
         "--thresholds",

@@ -22,6 +22,9 @@ from bnfx.graphs.tracing import assemble
 from bnfx.operators.effects import name_inplace_flag
 from bnfx.reports.report import Change
 
+#: Kind of a change that is no BatchNorm's.
+MERGE = "merge"
+
 
 class InferenceDraft:
     """The graph of a model in its present mode, under edit.
@@ -41,6 +44,8 @@ class InferenceDraft:
     written: Written
     #: What passes did and left, by the name of the node; a later record takes the place.
     changes: dict[str, Change]
+    #: Layers that became one, and what else moved for the sake of speed, in the order of the work.
+    merges: tuple[Change, ...]
     #: A number of BatchNorms that is proved to stay, whatever is chosen under the rules.
     unavoidable: int
     #: In-place calls of the model that `finish` had to leave fresh.
@@ -50,7 +55,7 @@ class InferenceDraft:
     def __init__(self, captured: Captured, *, exact: bool = False) -> None:
         self.module, self.inputs, self.exact = captured.module, captured.inputs, exact
         self.others = captured.others
-        self.written, self._new, self.changes = Written(), Written(), {}
+        self.written, self._new, self.changes, self.merges = Written(), Written(), {}, ()
         self.unavoidable, self._seen = 0, None
         self.drawn = boxes(self.module)
         spell_norms(self.graph)
@@ -132,7 +137,8 @@ class InferenceDraft:
 
     def settle(self, changes: Sequence[Change]) -> None:
         """Take up what a pass did; what was known of the graph before holds no longer."""
-        self.changes.update({change.at: change for change in changes})
+        self.changes.update({c.at: c for c in changes if c.kind != MERGE})
+        self.merges += tuple(change for change in changes if change.kind == MERGE)
         count = len(self.graph.nodes)
         if count == self._count and not self._new.dtypes:
             return

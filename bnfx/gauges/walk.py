@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from bnfx.errors import FoldError
 from bnfx.gauges.constraints import Cause, Constraints, Demand
 from bnfx.gauges.labels import array, ground_map, rows_along
 from bnfx.graphs.constants import Values
@@ -31,6 +32,14 @@ class FoldOptions:
     thresholds: bool = False
     #: Let a constant map behind a convolution that pads zeros carry one, for one input size.
     border_maps: bool = False
+    #: Make one layer of linear maps in sequence where that costs less.
+    merge_linear: bool = True
+    #: The width that the target rounds to.
+    block: int = 16
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise FoldError(f"block={self.block} is no width; give 1 or more")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ ORIGIN = "bnfx_onnx_origin"
 PART = "bnfx_onnx_part"
 #: node.meta key: the name of the ONNX value that a call gives.
 VALUE = "bnfx_onnx_value"
+#: node.meta key of a layer that several became: its window is no node's of the file.
+RESIZED = "bnfx_onnx_resized"
 #: node.meta key of calls that give arrays of sizes, no tensors.
 SIZES = "bnfx_onnx_sizes"
 

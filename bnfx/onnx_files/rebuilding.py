@@ -19,10 +19,11 @@ from torch import Tensor, fx
 from bnfx.errors import FoldError
 from bnfx.onnx_files.foreign import captured
 from bnfx.onnx_files.importing import Imported
-from bnfx.onnx_files.node_call import ORIGIN, PART, VALUE, Origin, Slot, unescaped
+from bnfx.onnx_files.node_call import ORIGIN, PART, RESIZED, VALUE, Origin, Slot, unescaped
 from bnfx.onnx_files.reading import graphs_of
 from bnfx.onnx_files.tensors import element_type
-from bnfx.operators.calls import argument
+from bnfx.operators.calls import argument, arguments
+from bnfx.operators.geometry import numbers
 
 #: What folding puts in by itself, and the node that it becomes.
 _NEW = {torch.add: "Add", torch.maximum: "Max", torch.minimum: "Min"}
@@ -166,6 +167,8 @@ class _Rebuilding:
         self.places[id(made)] = origin.index
         for slot in origin.slots:
             self._fill(made, node, slot)
+        if node.meta.get(RESIZED):
+            _set_window(made, node, _tensor(self.folded, str(arguments(node)["weight"].target)))
         self._rename_outputs(made, node, origin)
         self.nodes.append(made)
         if self.old[origin.index].op_type == "MatMul":
@@ -259,6 +262,8 @@ class _Rebuilding:
             return
         for at, name in enumerate(made.output):
             made.output[at] = now.get(name, name)
+        if node in self.names and len(made.output) == 1:  # it may give what another node gave
+            made.output[0] = self.names[node]
 
     # -- tensors -------------------------------------------------------------------------------
 
@@ -354,6 +359,22 @@ class _Rebuilding:
 
     def _resized(self) -> set[str]:
         return set(self.done.tensors)
+
+
+def _set_window(made: onnx.NodeProto, node: fx.Node, weight: Tensor) -> None:
+    """The window of a convolution that several became, where a node is one."""
+    if made.op_type != "Conv":
+        return
+    call, spatial = arguments(node), weight.dim() - 2
+    window = {
+        "kernel_shape": list(weight.shape[2:]),
+        "strides": numbers(call["stride"], spatial),
+        "pads": numbers(call["padding"], spatial) * 2,
+        "dilations": numbers(call["dilation"], spatial),
+        "group": call["groups"],
+    }
+    _keep(made.attribute, lambda a: a.name not in (*window, "auto_pad"))
+    made.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in window.items())
 
 
 def _typed(name: str, value: Tensor) -> onnx.ValueInfoProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnfx.operators.geometry import Geometry
 from bnfx.operators.table import Operator
 
 
@@ -37,25 +39,20 @@ class Branch:
     ) -> Branch | None:
         """The map of a convolution or linear layer; None where its padding is uneven."""
         assert weight is not None
-        spatial = row.spatial or 0
-        kernel = tuple(weight.shape[2:])
-        dilation = _numbers(call["dilation"], spatial)
-        padding = call["padding"]
-        if padding == "valid":
-            padding = 0
-        if padding == "same":
-            reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-            if any(r % 2 for r in reach):
-                return None
-            padding = tuple(r // 2 for r in reach)
+        geometry = Geometry.of_layer(row, call, weight, shifted=bias is not None)
+        return None if geometry is None else Branch.of(geometry, weight, bias)
+
+    @staticmethod
+    def of(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Branch:
+        """Weight and bias in float64 under a geometry."""
         wide = weight.detach().cpu().double()
         summand = (
             torch.zeros(len(wide), device="cpu").double()
             if bias is None
             else bias.detach().cpu().double()
         )
-        numbers = (_numbers(call["stride"], spatial), _numbers(padding, spatial), dilation)
-        return Branch(wide, summand, *numbers, int(call["groups"]), spatial + 2)
+        g = geometry
+        return Branch(wide, summand, g.stride, g.padding, g.dilation, g.groups, len(g.kernel) + 2)
 
     @staticmethod
     def identity(shape: tuple[int, ...], factor: float) -> Branch:
@@ -163,8 +160,59 @@ def _regrouped(branch: Branch, groups: int) -> Tensor:
     return weight
 
 
-def _numbers(value: Any, count: int) -> tuple[int, ...]:
-    if isinstance(value, int):
-        return (value,) * count
-    numbers = tuple(int(v) for v in value)
-    return numbers if len(numbers) == count else numbers * count
+def followed(first: Branch, second: Branch, geometry: Geometry) -> Branch:
+    """`second` behind `first` as one map, whose geometry is `first.then(second)`.
+
+    W[o, i, d1 a + s1 d2 b] = sum over c, b of W2[o, c, b] W1[c, i, a], b = b2 + sum W2 b1.
+    """
+    groups, sizes = geometry.groups, geometry.kernel
+    inner, outer = (_grouped(branch, groups) for branch in (first, second))
+    weight = torch.zeros(
+        groups, outer.shape[1], inner.shape[2], *sizes, dtype=torch.float64, device="cpu"
+    )
+    taps = second.weight.shape[2:]
+    shift = torch.zeros(groups, outer.shape[1], dtype=torch.float64, device="cpu")
+    bias = first.bias.reshape(groups, -1, 1)
+    for at, tap in enumerate(itertools.product(*map(range, taps))):
+        factor = outer.flatten(3)[..., at] if taps else outer
+        places = tuple(
+            slice((start := s * d * j // step), start + e * (k - 1) // step + 1, max(e // step, 1))
+            for s, d, j, step, e, k in zip(
+                first.stride,
+                second.dilation,
+                tap,
+                geometry.dilation,
+                first.dilation,
+                first.weight.shape[2:],
+                strict=True,
+            )
+        )
+        product = (factor @ inner.flatten(2)).reshape(*weight.shape[:3], *inner.shape[3:])
+        weight[(slice(None), slice(None), slice(None), *places)] += product
+        shift += (factor @ bias).squeeze(2)
+    return Branch.of(geometry, weight.flatten(0, 1), second.bias + shift.flatten())
+
+
+def laid(branch: Branch, geometry: Geometry) -> Branch:
+    """The same map under a geometry whose kernel holds that of `branch`."""
+    dense = _regrouped(branch, geometry.groups)
+    weight = torch.zeros(*dense.shape[:2], *geometry.kernel, dtype=torch.float64, device="cpu")
+    places = tuple(
+        slice((start := (wide - p) // step), start + d * (k - 1) // step + 1, max(d // step, 1))
+        for wide, p, step, d, k in zip(
+            geometry.padding,
+            branch.padding,
+            geometry.dilation,
+            branch.dilation,
+            dense.shape[2:],
+            strict=True,
+        )
+    )
+    weight[(slice(None), slice(None), *places)] = dense
+    return Branch.of(geometry, weight, branch.bias)
+
+
+def _grouped(branch: Branch, groups: int) -> Tensor:
+    """(groups, out / groups, in / groups, *kernel)."""
+    weight = _regrouped(branch, groups)
+    return weight.reshape(groups, -1, *weight.shape[1:])

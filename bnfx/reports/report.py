@@ -272,6 +272,18 @@ class FoldRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class MergeRecord:
+    """Linear maps that became one layer, or changed places, for the sake of speed."""
+
+    #: Module paths of the layers.
+    layers: tuple[str, ...]
+    #: What computes them now.
+    into: str
+    #: What was done, and what it costs.
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class FoldReport(Report):
     """One record for every BatchNorm evaluation, in execution order."""
 
@@ -289,6 +301,8 @@ class FoldReport(Report):
     #: the model, because a BatchNorm was carried across their border; the others, called by
     #: themselves, give what they gave.
     moved: tuple[str, ...] = ()
+    #: What was merged where that costs less.
+    merges: tuple[MergeRecord, ...] = ()
     #: The graph before and after, to draw.
     graphs: tuple[tuple[Box, ...], tuple[Box, ...]] = dataclasses.field(
         default=((), ()), repr=False, compare=False
@@ -299,7 +313,11 @@ class FoldReport(Report):
         """What `to_dict` gave, as a report again; there are no graphs in it."""
         records = (FoldRecord(**{**bn, "into": tuple(bn["into"])}) for bn in told["batch_norms"])
         provenance = {name: tuple(sources) for name, sources in told["provenance"].items()}
-        return cls(tuple(records), provenance, told["unavoidable"])
+        merges = (
+            MergeRecord(**{**merge, "layers": tuple(merge["layers"])})
+            for merge in told.get("merges", ())  # files of before have none
+        )
+        return cls(tuple(records), provenance, told["unavoidable"], merges=tuple(merges))
 
     @property
     def folded(self) -> int:
@@ -362,7 +380,12 @@ class FoldReport(Report):
             (bn.path, bn.verdict, ", ".join(bn.into) or "-", bn.reason or "-")
             for bn in self.batch_norms
         )
-        return table(title, ("BatchNorm", "verdict", "into", "reason"), rows)
+        drawn = table(title, ("BatchNorm", "verdict", "into", "reason"), rows)
+        if not self.merges:
+            return drawn
+        merged = ((", ".join(m.layers), m.into, m.reason) for m in self.merges)
+        title = f"merge_linear: {len(self.merges)}"
+        return Group(drawn, table(title, ("layers", "into", "what it costs"), merged))
 
 
 def takes_arguments_of(

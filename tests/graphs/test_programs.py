@@ -139,7 +139,7 @@ def test_all_kinds_of_state(form: str) -> None:
 
 
 def test_a_tensor_with_two_names_stays_one() -> None:
-    model: Any = net("self.two(self.one(x)).relu(), self.bn(self.conv(x))", one=linear(6, 6))
+    model: Any = net("self.two(self.one(x).relu()), self.bn(self.conv(x))", one=linear(6, 6))
     model.two, model.conv, model.bn = linear(6, 6), conv(2, 2), norm([2, 3])
     model.double().eval().two.weight = model.one.weight
     program = torch.export.export(model, (image(),))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import bnfx
+from bnfx.editing.sums import is_sum, operands_of
 from bnfx.gauges import new_weights
 from bnfx.graphs.examples import Example
 from bnfx.graphs.inference import _runnable, inference_graph
@@ -165,8 +166,8 @@ SUMS: dict[str, tuple[Callable[[Any, Tensor], Any], bool]] = {
 def test_a_sum_is_looked_into_only_where_branches_meet(name: str) -> None:
     body, meets = SUMS[name]
     graph = inference_graph(Parts(body).eval(), None).module.graph
-    root = [node for node in graph.nodes if merging._is_sum(node)][-1]
-    assert merging._meet(list(merging._operands(root))) is meets
+    root = [node for node in graph.nodes if is_sum(node)][-1]
+    assert merging._meet(list(operands_of(root))) is meets
 
 
 def test_the_same_operand_twice_meets_itself() -> None:

@@ -102,12 +102,14 @@ class Golden:
 
 
 def fold_records(folded: nn.Module) -> list[str]:
-    """A line for each BatchNorm."""
+    """A line for each BatchNorm, and one for each merge."""
     lines = []
     for record in bnfx.report(folded).to_dict()["batch_norms"]:
         into = f" into {', '.join(record['into'])}" if record["into"] else ""
         why = f": {record['reason']}" if record["reason"] else ""
         lines.append(f"{record['path']} {record['verdict']}{into}{why}")
+    for merge in bnfx.report(folded).to_dict()["merges"]:
+        lines.append(f"{', '.join(merge['layers'])} now {merge['into']}: {merge['reason']}")
     return lines
 
 
