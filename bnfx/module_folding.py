@@ -28,6 +28,7 @@ from bnfx.gauges.rank import RankedIdentity
 from bnfx.gauges.slots import Slots, scope_of
 from bnfx.gauges.walk import FoldOptions
 from bnfx.graphs.agreement import outputs
+from bnfx.graphs.baked import computes, put
 from bnfx.graphs.boxes import boxes
 from bnfx.graphs.examples import Example, clone, in_float64, obstacle
 from bnfx.graphs.inference import inference_graph
@@ -147,6 +148,8 @@ def _fold_part(done: _Done, part: Part, options: FoldOptions) -> None:
         run(attempt, FoldBatchNorm(options, slots))
         odd = {owner_of(name): _APART for name in attempt.written.dtypes if not slots.takes(name)}
         graph = attempt.finish()
+        if not odd:
+            odd |= slots.not_put({n: _new(graph, n) for n in attempt.written.dtypes})
         odd |= slots.written_over(draft.graph, attempt.fresh)
         if not odd:
             break
@@ -161,9 +164,7 @@ def _fold_part(done: _Done, part: Part, options: FoldOptions) -> None:
         vars(slots.modules[scope_of(node)])["inplace"] = False
     changes = attempt.in_order()
     for name, dtype in written.dtypes.items():
-        value = attribute(graph, name)
-        assert isinstance(value, Tensor)
-        _write(done, join(part.path, name), value.detach(), dtype)
+        _write(done, join(part.path, name), _new(graph, name), dtype)
     for path, count in slots.carriers.items():  # the same keys whatever the statistics are
         layer = slots.modules[path]
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
@@ -183,10 +184,19 @@ def _fold_part(done: _Done, part: Part, options: FoldOptions) -> None:
         done.pictures = (draft.drawn, boxes(graph))
 
 
+def _new(graph: nn.Module, name: str) -> Tensor:
+    value = attribute(graph, name)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
 def _write(done: _Done, name: str, value: Tensor, dtype: torch.dtype) -> None:
     """Put new values where the old ones are; a bias that comes is noted."""
     path, _, leaf = name.rpartition(".")
     owner = done.root.get_submodule(path)
+    if computes(owner, leaf):
+        put(owner, leaf, value.to(dtype))
+        return
     old: Tensor | None = {**owner._parameters, **owner._buffers}.get(leaf)
     shape = value.shape if old is None else old.shape
     done.exact[name] = value.reshape(shape)

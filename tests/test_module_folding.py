@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import bnfx
 from bnfx.reports.report import FoldReport
@@ -452,3 +454,65 @@ def test_modules_give_by_themselves_what_they_gave_or_the_report_names_them() ->
     assert not told(apart).moved
     for ours, theirs in zip(apart.children(), whole.children(), strict=True):
         torch.testing.assert_close(ours(y), theirs(y))
+
+
+class Doubled(nn.Module):
+    """A parametrization of a user, which can be inverted."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def doubled(layer: nn.Module) -> nn.Module:
+    return parametrize.register_parametrization(layer, "weight", Doubled())
+
+
+def pruned(layer: nn.Module) -> nn.Module:
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("how", [parametrizations.weight_norm, weight_norm, pruned, doubled])
+def test_weights_that_are_computed_take_up_what_can_be_put_into_them(
+    how: Callable[[nn.Module], nn.Module],
+    bias: bool,  # noqa: FBT001
+) -> None:
+    with torch.no_grad():  # a layer with hooks can be copied then
+        layer, linear = how(nn.Conv2d(3, 4, 3, bias=bias)), how(nn.Linear(4, 2, bias=bias))
+    first = (layer, nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 4), nn.BatchNorm2d(4))
+    model = nn.Sequential(*first, nn.Flatten(), linear, nn.BatchNorm1d(2))
+    randomise(model).double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    keys = model.state_dict().keys()
+    folded = bnfx.fold_bn(model, (x,), form="module")
+    assert not left(folded)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+    norms = {key for key in keys if key.startswith(("1.", "4.", "7."))}
+    assert keys - norms <= folded.state_dict().keys()
+    assert {type(m) for m in folded.children()} >= {type(layer), type(linear)}
+
+
+@pytest.mark.parametrize(
+    ("how", "remove"),
+    [
+        (parametrizations.spectral_norm, r"remove_parametrizations\(layer, 'weight'\)"),
+        (spectral_norm, r"remove_spectral_norm\(layer, 'weight'\)"),
+    ],
+)
+def test_weights_that_cannot_become_what_is_needed_stay(
+    how: Callable[[nn.Module], nn.Module], remove: str
+) -> None:
+    with torch.no_grad():
+        layer = how(nn.Conv2d(3, 4, 3))
+    rest = (nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    model = positive(nn.Sequential(layer, *rest)).double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    folded = bnfx.fold_bn(model, (x,), form="module")
+    assert left(folded) == ["1"]
+    assert re.search(remove, told(folded).batch_norms[0].reason)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)

@@ -102,7 +102,7 @@ class InferenceDraft:
         other._forget()
         other.module = assemble(self.module, copy.deepcopy(self.graph))
         other.module.meta.update(self.module.meta)
-        other.written = Written(dict(self.written.provenance), dict(self.written.dtypes))
+        other.written, other._new = self.written.copy(), self._new.copy()
         other.changes = dict(self.changes)
         return other
 

@@ -32,6 +32,7 @@ from bnfx.gauges.linear_system import Rows
 from bnfx.gauges.rank import of_same_rank
 from bnfx.gauges.writing import call_of
 from bnfx.gauges.written_out import part_of
+from bnfx.graphs.baked import computes, has_own_hooks, why_not_put
 from bnfx.graphs.constants import Values
 from bnfx.graphs.examples import has_hooks, skeleton
 from bnfx.graphs.frames import frames_of
@@ -90,7 +91,7 @@ class Slots:
 
     def _is_seen(self, value: fx.Node, reader: fx.Node) -> bool:
         left, entered = self._crossed(value, reader)
-        if any(has_hooks(module) for module in (*left.values(), *entered.values())):
+        if any(map(has_own_hooks, (*left.values(), *entered.values()))):
             return True
         if self.closed and any(map(_has_own_forward, left.values())):
             return True
@@ -206,7 +207,7 @@ class Slots:
     def _adds(self, site: Site) -> bool:
         """Whether a parameter that the call has not can be given to its module."""
         module = self.modules.get(scope_of(site.node))
-        if module is None or has_hooks(module):
+        if module is None or has_own_hooks(module):
             return False
         if site.kind is Kind.BATCH_NORM:
             return _is_stock(module)
@@ -261,6 +262,9 @@ class Slots:
 
     def _is_stored(self, name: str) -> bool:
         """Whether the module has what the graph reads: that may be what it computes from it."""
+        path, _, leaf = name.rpartition(".")
+        if path in self.modules and computes(self.modules[path], leaf):
+            return True  # it was captured as what it computes
         mine, read = self._tensor(name), self.values.known.tensors[name]
         return mine is not None and mine.shape == read.shape and torch.equal(mine, read)
 
@@ -304,11 +308,20 @@ class Slots:
         if module is None:
             return False
         state = {**module._parameters, **module._buffers}
-        if state.get(leaf) is not None:
+        if state.get(leaf) is not None or computes(module, leaf):
             return True
         return leaf in (
             ("weight", "bias") if _is_stock(module) else ("bias",) * _takes_bias(module)
         )
+
+    def not_put(self, new: Mapping[str, Tensor]) -> dict[str, str]:
+        """Layers that compute what is to be written, and cannot, and why."""
+        found = {}
+        for name, value in new.items():
+            path, _, leaf = name.rpartition(".")
+            if computes(self.modules[path], leaf):
+                found[path] = why_not_put(self.modules[path], leaf, value)
+        return {path: why for path, why in found.items() if why}
 
     def written_over(self, before: fx.Graph, fresh: Iterable[fx.Node]) -> dict[str, str]:
         """Norms that must stay, since what they give is written in place, and why.

@@ -18,6 +18,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from bnfx.graphs.constants import Values
+from bnfx.graphs.examples import in_float64
 from bnfx.graphs.naming import path_of
 from bnfx.graphs.parameters import attribute, constants, free_name, set_tensor, sweep
 from bnfx.operators.table import (
@@ -111,6 +112,61 @@ def _computed_by(hook: object) -> str:
     """The name of the parameter that a hook computes; "" for the hook of a user."""
     leaf = next((leaf for kind, leaf in _COMPUTING.items() if isinstance(hook, kind)), None)
     return "" if leaf is None else str(getattr(hook, leaf))
+
+
+def computes(module: nn.Module, leaf: str) -> bool:
+    """Whether a module computes its tensor `leaf` from other parameters, by torch.nn.utils."""
+    return parametrize.is_parametrized(module, leaf) or leaf in map(
+        _computed_by, module._forward_pre_hooks.values()
+    )
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether code of the user runs around its forward: other than what computes a weight."""
+    return bool(module._forward_hooks) or not all(
+        map(_computed_by, module._forward_pre_hooks.values())
+    )
+
+
+def put(module: nn.Module, leaf: str, value: Tensor) -> None:
+    """Let a tensor that `module` computes become `value`, as far as it can be that.
+
+    Raises:
+        Exception: Anything that a parametrization raises which cannot be inverted.
+    """
+    with torch.no_grad():
+        if parametrize.is_parametrized(module, leaf):
+            setattr(module, leaf, value)
+            return
+        for hook in module._forward_pre_hooks.values():
+            if _computed_by(hook) != leaf:
+                continue
+            if isinstance(hook, WeightNorm):
+                dim = -1 if hook.dim is None else hook.dim
+                module.get_parameter(f"{leaf}_g").data = torch.norm_except_dim(value, 2, dim)
+                module.get_parameter(f"{leaf}_v").data = value
+            elif isinstance(hook, prune.BasePruningMethod):
+                module.get_parameter(f"{leaf}_orig").data = value
+            hook(module, None)
+
+
+def why_not_put(module: nn.Module, leaf: str, value: Tensor) -> str:
+    """Why a tensor that `module` computes cannot become `value`, in float64; "" if it can."""
+    mine = in_float64(module)
+    try:
+        put(mine, leaf, value.double())
+        fits = torch.allclose(getattr(mine, leaf), value.double(), rtol=1e-10, atol=0)
+    except Exception:  # noqa: BLE001  # it is a user's, and raises anything
+        fits = False
+    if fits:
+        return ""
+    if parametrize.is_parametrized(module, leaf):
+        remove = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {leaf!r})"
+    elif f"{leaf}_orig" in module._parameters and f"{leaf}_mask" in module._buffers:
+        remove = f"torch.nn.utils.prune.remove(layer, {leaf!r})"
+    else:
+        remove = f"torch.nn.utils.remove_spectral_norm(layer, {leaf!r})"
+    return f"its {leaf} is computed, and cannot become every value; call {remove} first"
 
 
 def bake_weights(captured: fx.GraphModule) -> None:

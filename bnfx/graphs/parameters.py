@@ -38,6 +38,10 @@ class Written:
     #: Name -> the dtype to store it in.
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
+    def copy(self) -> Written:
+        """An independent copy."""
+        return Written(dict(self.provenance), dict(self.dtypes))
+
     def add(self, new: Written) -> None:
         """Add what was written after: sources that were written before stand for their own."""
         before, stored = dict(self.provenance), dict(self.dtypes)

@@ -61,6 +61,34 @@ def test_a_weight_that_a_hook_computes(golden: Golden) -> None:
     fold(golden, chain(layer, norm([2, 4])), X)
 
 
+def test_a_weight_that_cannot_become_another(golden: Golden) -> None:
+    torch.manual_seed(0)
+    layer = parametrizations.spectral_norm(conv(2, 2))
+    fold(golden, chain(layer, norm([2, 4])), X)
+
+
+def test_a_weight_that_the_forward_computes(golden: Golden) -> None:
+    parts: Parts = {"conv": conv(2, 2), "norm": norm([2, 4])}
+    call = "F.conv2d(x, self.conv.weight.abs())"
+    fold(golden, net(f"self.norm({call})", **parts), X)
+
+
+class _Features(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = norm([2, 4]), conv(2, 2)
+
+    def features(self, x: Tensor) -> Any:
+        return self.norm(x)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.features(x))
+
+
+def test_a_method_that_gives_a_value(golden: Golden) -> None:
+    fold(golden, _Features().double().eval(), X)
+
+
 def test_a_function_that_can_get_no_bias(golden: Golden) -> None:
     weight = nn.Parameter(torch.tensor([[1.0, 2], [3, 4]]))
     bn = norm([2, 4], [1, -1], kind=nn.BatchNorm1d)
