@@ -11,10 +11,12 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from bnfx.channels.telling import CHANNELS
 from bnfx.editing.driver import repeat, run
 from bnfx.editing.inference_draft import InferenceDraft
 from bnfx.errors import FoldError, NotCapturedError
 from bnfx.gauges import written_out
+from bnfx.gauges.solution import demanded
 from bnfx.gauges.walk import FoldOptions
 from bnfx.graphs.boxes import boxes
 from bnfx.graphs.examples import Example, example, skeleton
@@ -23,8 +25,9 @@ from bnfx.graphs.naming import owner_of
 from bnfx.graphs.parameters import Written
 from bnfx.graphs.programs import closed, opened
 from bnfx.module_folding import fold_modules, fold_modules_and_graph
-from bnfx.passes import EraseUnread, FoldBatchNorm, MergeBranches, MergeLinear
+from bnfx.passes import DropDead, EraseUnread, FoldBatchNorm, MergeBranches, MergeLinear
 from bnfx.reports.report import (
+    DropRecord,
     FoldRecord,
     FoldReport,
     MergeRecord,
@@ -73,6 +76,7 @@ def fold_bn(
     thresholds: bool = False,
     border_maps: bool = False,
     merge_linear: bool = True,
+    drop_dead: bool = False,
     block: int = 16,
     form: Literal["graph", "module"] = "graph",
 ) -> nn.Module | ExportedProgram:
@@ -106,7 +110,13 @@ def fold_bn(
             one, average pools and sums of such sequences among them (Diverse Branch Block, ECBSR,
             SPAN), and an average pool goes before a convolution of size one: where that is exact,
             and takes fewer multiplications. Sums only with `merge_branches`.
-        block: Numbers of channels count in multiples of it there: 16 is what x86 computes at once.
+        drop_dead: Whether channels that are exactly zero or constant, or that nobody reads, leave
+            all layers that carry them: residual streams, concatenations, depthwise layers and
+            gates too. Shapes in the state_dict change then; inputs and outputs stay.
+            `bnfx.report(result).dropped` says where, how many and why. Example inputs let it see
+            through more calls.
+        block: Numbers of channels count in multiples of it for these two: 16 is what x86 computes
+            at once. What drop_dead leaves is rounded up, with channels of zeros; 1 drops all.
         form: "graph" for one inference graph, "module" for a copy of the model of its own class:
             folded BatchNorms are `nn.Identity`, layers of torch.nn carry new weights (a bias
             appears where one is needed), methods, attributes and optional arguments are as they
@@ -133,6 +143,7 @@ def fold_bn(
         thresholds=thresholds,
         border_maps=border_maps,
         merge_linear=merge_linear,
+        drop_dead=drop_dead,
         block=block,
     )
     _require_form(form, options)
@@ -155,6 +166,11 @@ def fold_bn(
 def _require_form(form: str, options: FoldOptions) -> None:
     if form not in ("graph", "module"):
         raise FoldError(f"form={form!r} is unknown; choose from graph, module")
+    if form == "module" and options.drop_dead:
+        raise FoldError(
+            "form='module' keeps the model's own code, in which widths may be written out; leave "
+            "out drop_dead, or use form='graph'"
+        )
     if form == "module" and (options.thresholds or options.border_maps):
         raise FoldError(
             "form='module' keeps the model's own code, which has no place for bounds and border "
@@ -261,8 +277,10 @@ def _folded(
     A BatchNorm that vanished may have parted branches that can be merged now. Where that is found,
     the folding before is done again with its weights kept in float64: nothing is rounded twice.
     """
-    draft, fold = InferenceDraft(captured, exact=exact), FoldBatchNorm(options)
+    draft = InferenceDraft(captured, exact=exact or options.drop_dead)
+    fold = FoldBatchNorm(options)
     linear = MergeLinear(options.block, branches=options.merge_branches)
+    drop = DropDead(options.block, _proved_ranks(draft) if options.drop_dead else frozenset())
     marked = written_out.mark(draft.module)
     run(draft, EraseUnread())
     for stage in range(_STAGES):
@@ -270,6 +288,8 @@ def _folded(
             run(draft, repeat(MergeBranches()))
         if options.merge_linear and stage:
             run(draft, repeat(linear))
+        if options.drop_dead:
+            run(draft, drop)
         before = None if draft.exact else draft.copy()
         run(draft, fold)
         beside = options.merge_branches and MergeBranches().match(draft)
@@ -285,12 +305,30 @@ def _folded(
             c.path, "folded" if c.action == "changed" else "kept", carriers(c.into), c.reason
         )
         for c in draft.in_order()
+        if c.kind != CHANNELS
+    )
+    dropped = tuple(
+        DropRecord(
+            path=c.path,
+            verdict="dropped" if c.action == "changed" else "kept",
+            channels=c.channels,
+            left=c.left,
+            layers=c.into or (c.path,),
+            reason=c.reason,
+        )
+        for c in draft.in_order()
+        if c.kind == CHANNELS
     )
     merges = tuple(MergeRecord(c.values, c.into[0], c.reason) for c in draft.merges)
     graph, written = draft.finish(), draft.written
     pictures = (draft.drawn, boxes(graph))
     told = FoldReport(
-        records, written.provenance, draft.unavoidable, graphs=pictures, merges=merges
+        records,
+        written.provenance,
+        draft.unavoidable,
+        graphs=pictures,
+        merges=merges,
+        dropped=dropped,
     )
     return remember(graph, told), written
 
@@ -308,3 +346,9 @@ def _carriers(draft: InferenceDraft) -> Callable[[Sequence[str]], tuple[str, ...
         return tuple(dict.fromkeys(found))
 
     return now
+
+
+def _proved_ranks(draft: InferenceDraft) -> frozenset[str]:
+    """Names of the nodes whose assumed rank a BatchNorm demands; folded, it can't be asked."""
+    assumed = draft.runs[0].assumed.items()
+    return frozenset(node.name for node, rank in assumed if demanded(node, rank))

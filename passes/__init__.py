@@ -7,6 +7,7 @@ if __name__ != "bnfx.passes":
         "installed, `pip install -e .`)"
     )
 
+from .drop_dead import DropDead
 from .erase_unread import EraseUnread
 from .fold_bn import FoldBatchNorm
 from .insert_bn import Filter as InsertFilter
@@ -21,6 +22,7 @@ from .remove_lrn import RemoveLocalResponseNorm
 from .zero_init_residual import ZeroInitResidual
 
 __all__ = [
+    "DropDead",
     "EraseUnread",
     "FoldBatchNorm",
     "InsertBatchNorm",

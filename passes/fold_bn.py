@@ -17,12 +17,10 @@ All weights are computed in float64 and rounded once. A BatchNorm that stays, st
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -118,7 +116,7 @@ class FoldBatchNorm:
                 done.append(entry)
                 continue
             for node, rank in entry.guards.items():
-                _guard_rank(draft.graph, node, rank)
+                draft.demand_rank(node, rank, f"the BatchNorms folded around {describe(node)}")
             draft.note(
                 write(
                     draft.module,
@@ -207,20 +205,3 @@ def _why_whole(norm: nn.Module, node: fx.Node, *, outer: nn.Module | None) -> st
     if has_hooks(norm):
         return "it has hooks, which see its input and output; remove them first"
     return f"{type(norm).__name__} has a forward of its own that cannot be traced"
-
-
-def _guard_rank(graph: fx.Graph, node: fx.Node, rank: int) -> None:
-    """Where nothing proves the rank, the result checks it when it runs, instead of being wrong."""
-    message = (
-        f"the BatchNorms folded around {describe(node)} hold for rank {rank} only; fold again with "
-        "example_inputs"
-    )
-    after = node
-    while after.next.op == "placeholder":
-        after = after.next
-    with graph.inserting_after(after):
-        found = graph.call_method("dim", (node,))
-    with graph.inserting_after(found):
-        fits = graph.call_function(operator.eq, (found, rank))
-    with graph.inserting_after(fits):
-        graph.call_function(torch._assert, (fits, message))

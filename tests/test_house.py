@@ -17,6 +17,7 @@ FLOORS = (
     "graphs optimizers",
     "onnx_files",
     "gauges editing statistics runtime export inspection",
+    "channels",
     "passes",
     "module_folding",
     "insertion folding environment",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bnfx.editing.declarations import GraphFacts, Preserved
@@ -115,6 +117,31 @@ class InferenceDraft:
         self._new.dtypes[name] = self.written.dtypes.get(like, stored.dtype)
         return name
 
+    def put_back(self, name: str, value: Tensor, *, sources: tuple[str, ...]) -> None:
+        """Store another value, perhaps of another shape, where a parameter or buffer was."""
+        old = attribute(self.module, name)
+        assert isinstance(old, Tensor)
+        buffer = not isinstance(old, nn.Parameter)
+        set_tensor(
+            self.module, name, value.to(old.device), trained=old.requires_grad, buffer=buffer
+        )
+        self._new.provenance[name] = sources
+        self._new.dtypes[name] = self.written.dtypes.get(name, old.dtype)
+        self._seen = None
+
+    def demand_rank(self, node: fx.Node, rank: int, what: str) -> None:
+        """Where nothing proves the rank, the result checks it when it runs: `what` needs that."""
+        message = f"{what} hold for rank {rank} only; fold again with example_inputs"
+        after = node
+        while after.next.op == "placeholder":
+            after = after.next
+        with self.graph.inserting_after(after):
+            found = self.graph.call_method("dim", (node,))
+        with self.graph.inserting_after(found):
+            fits = self.graph.call_function(operator.eq, (found, rank))
+        with self.graph.inserting_after(fits):
+            self.graph.call_function(torch._assert, (fits, message))
+
     def note(self, new: Written) -> None:
         """Take up what was written into `module`."""
         self._new.provenance.update(new.provenance)
@@ -159,4 +186,6 @@ class InferenceDraft:
 
     def in_order(self) -> list[Change]:
         """The records, in the order in which the model evaluates."""
-        return sorted(self.changes.values(), key=lambda c: self._order[c.at.partition("/")[0]])
+        last = len(self._order)  # of calls that passes made
+        names = {at: at.partition("/")[0] for at in self.changes}
+        return sorted(self.changes.values(), key=lambda c: self._order.get(names[c.at], last))

@@ -29,7 +29,7 @@ def pool(walk: Walk, node: fx.Node) -> Any:
     channels = walk.channels(labels, axis, cause)
     if passage_of(node) is Passage.MAX_POOL:
         walk.positive(channels, cause)
-    elif not name.startswith("adaptive") and _counts_padding(node):
+    elif not name.startswith("adaptive") and counts_padding(node):
         walk.unshifted(channels, Cause(node, f"the counted zero padding of {describe(node)}"))
     out = walk.shapes.values[node]
     if isinstance(out, tuple | list):
@@ -47,13 +47,7 @@ def interpolate(walk: Walk, node: fx.Node) -> Tensor:
 def reduce(walk: Walk, node: fx.Node) -> Tensor:
     """One gauge for each place that stays; d = 0 under a sum."""
     labels = walk.labels_of(argument(node, 0, "input"))
-    dims = argument(node, 1, "dim")
-    if dims is None or dims == () or dims == [] or isinstance(dims, fx.Node):
-        dims = tuple(range(labels.dim()))
-    dims = (dims,) if isinstance(dims, int) else tuple(dims)
-    if not all(isinstance(d, int) for d in dims) or not labels.dim():
-        raise Opaque
-    reduced = {d % labels.dim() for d in dims}
+    reduced = reduced_axes(node, labels.dim())
     cause = Cause(node, describe(node))
     kept = [axis for axis in range(labels.dim()) if axis not in reduced]
     small = compact(labels)
@@ -68,6 +62,17 @@ def reduce(walk: Walk, node: fx.Node) -> Tensor:
         else kept_shape
     )
     return torch.from_numpy(rows).reshape(view).expand(shape)
+
+
+def reduced_axes(node: fx.Node, rank: int) -> set[int]:
+    """The axes that a mean or a sum over `rank` of them takes away; all where none are named."""
+    dims = argument(node, 1, "dim")
+    if dims is None or dims == () or dims == [] or isinstance(dims, fx.Node):
+        dims = tuple(range(rank))
+    dims = (dims,) if isinstance(dims, int) else tuple(dims)
+    if not all(isinstance(d, int) for d in dims) or not rank:
+        raise Opaque
+    return {d % rank for d in dims}
 
 
 def pad(walk: Walk, node: fx.Node) -> Tensor:
@@ -107,7 +112,8 @@ def _pad_channels(walk: Walk, node: fx.Node, labels: Tensor, widths: list[int]) 
     return filled.expand(walk.shape_of(node))
 
 
-def _counts_padding(node: fx.Node) -> bool:
+def counts_padding(node: fx.Node) -> bool:
+    """Whether an average pool does not keep a constant image as it is."""
     padding = argument(node, 3, "padding", 0)
     counted = argument(node, 5, "count_include_pad", True)
     return (not all_equal(padding, 0) and counted is not False) or argument(

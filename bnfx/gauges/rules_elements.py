@@ -37,7 +37,7 @@ def move(walk: Walk, node: fx.Node) -> Any:
         walk.labels_of(first)
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
     try:
-        moved = _moved(node, args, kwargs)
+        moved = called(node, args, kwargs)
     except (RuntimeError, TypeError, IndexError, ValueError, NotImplementedError) as error:
         raise Opaque from error
     if any(isinstance(m, FakeTensor) for m in pytree.tree_leaves(moved)):
@@ -88,7 +88,8 @@ def _parts(walk: Walk, parts: object) -> list[Tensor]:
     return found
 
 
-def _moved(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def called(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call with these arguments."""
     name = base_name(call_name(node))
     if name in ("view", "_unsafe_view"):  # maps are not contiguous, the tensors they stand for are
         return args[0].reshape(*args[1:], **kwargs)

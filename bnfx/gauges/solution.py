@@ -29,7 +29,8 @@ from bnfx.graphs.in_place import Aliases, aliases
 from bnfx.graphs.shapes import EXACT, Shapes, at_other_ranks, is_tensor
 from bnfx.graphs.tracing import RANKS
 
-_WRITTEN = "values that are written in place while others read them"
+#: Why values must stay.
+WRITTEN = "values that are written in place while others read them"
 _SEEN = "values that hooks or other code of the model's own may see"
 
 
@@ -49,7 +50,7 @@ class Problem:
 
     def demands(self, runs: Iterable[Shapes], found: Constraints) -> Constraints:
         """`found` with the demands at the sizes of `runs`."""
-        fixed = dict.fromkeys(self.barred, _WRITTEN)
+        fixed = dict.fromkeys(self.barred, WRITTEN)
         if self.slots is not None:
             fixed = dict.fromkeys(self.slots.held, _SEEN) | fixed
         watched = () if self.slots is None else self.slots.borders
@@ -187,7 +188,7 @@ def _guarded(problem: Problem, solution: Solution) -> Solution:
     if problem.slots is not None:
         problem.slots.ranks.clear()
     for node, rank in problem.runs[0].assumed.items():
-        if not solution.gauges.eliminated or _demanded(node, rank):
+        if not solution.gauges.eliminated or demanded(node, rank):
             continue
         others = at_other_ranks(problem.module, problem.runs, node)
         wider = problem.demands(others, solution.found.copy())
@@ -203,6 +204,6 @@ def _guarded(problem: Problem, solution: Solution) -> Solution:
     return Solution(solution.found, solution.gauges, solution.candidates, guards)
 
 
-def _demanded(start: fx.Node, rank: int) -> bool:
+def demanded(start: fx.Node, rank: int) -> bool:
     """Whether a BatchNorm behind `start`, at the same rank, accepts no other."""
     return any(node.meta.get(RANKS) == frozenset({rank}) for node in of_same_rank(start))

@@ -34,6 +34,8 @@ class FoldOptions:
     border_maps: bool = False
     #: Make one layer of linear maps in sequence where that costs less.
     merge_linear: bool = True
+    #: Drop channels that are zero or constant, or that nobody reads.
+    drop_dead: bool = False
     #: The width that the target rounds to.
     block: int = 16
 

@@ -214,6 +214,8 @@ class Change:
     into: tuple[str, ...] = ()
     #: Number of output channels of a layer.
     channels: int = 0
+    #: How many of them are left.
+    left: int = 0
     #: Name of the node of an inference graph.
     at: str = ""
 
@@ -284,6 +286,24 @@ class MergeRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class DropRecord:
+    """What became of a set of channels that layers share, or of idle channels of one layer."""
+
+    #: Path of the first layer that writes them.
+    path: str
+    #: "dropped", or "kept" for channels that always are one number and yet stay.
+    verdict: Literal["dropped", "kept"]
+    #: Number of channels before.
+    channels: int
+    #: Number of channels after.
+    left: int
+    #: All layers that lost them.
+    layers: tuple[str, ...]
+    #: Of those that are gone, how many were zero, constant or read by nobody; why others stay.
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class FoldReport(Report):
     """One record for every BatchNorm evaluation, in execution order."""
 
@@ -303,6 +323,8 @@ class FoldReport(Report):
     moved: tuple[str, ...] = ()
     #: What was merged where that costs less.
     merges: tuple[MergeRecord, ...] = ()
+    #: With drop_dead=True: what became of channels that are zero, constant or read by nobody.
+    dropped: tuple[DropRecord, ...] = ()
     #: The graph before and after, to draw.
     graphs: tuple[tuple[Box, ...], tuple[Box, ...]] = dataclasses.field(
         default=((), ()), repr=False, compare=False
@@ -317,7 +339,17 @@ class FoldReport(Report):
             MergeRecord(**{**merge, "layers": tuple(merge["layers"])})
             for merge in told.get("merges", ())  # files of before have none
         )
-        return cls(tuple(records), provenance, told["unavoidable"], merges=tuple(merges))
+        dropped = (
+            DropRecord(**{**drop, "layers": tuple(drop["layers"])})
+            for drop in told.get("dropped", ())
+        )
+        return cls(
+            tuple(records),
+            provenance,
+            told["unavoidable"],
+            merges=tuple(merges),
+            dropped=tuple(dropped),
+        )
 
     @property
     def folded(self) -> int:
@@ -380,12 +412,24 @@ class FoldReport(Report):
             (bn.path, bn.verdict, ", ".join(bn.into) or "-", bn.reason or "-")
             for bn in self.batch_norms
         )
-        drawn = table(title, ("BatchNorm", "verdict", "into", "reason"), rows)
-        if not self.merges:
-            return drawn
-        merged = ((", ".join(m.layers), m.into, m.reason) for m in self.merges)
-        title = f"merge_linear: {len(self.merges)}"
-        return Group(drawn, table(title, ("layers", "into", "what it costs"), merged))
+        parts = [table(title, ("BatchNorm", "verdict", "into", "reason"), rows)]
+        if self.merges:
+            merged = ((", ".join(m.layers), m.into, m.reason) for m in self.merges)
+            title = f"merge_linear: {len(self.merges)}"
+            parts.append(table(title, ("layers", "into", "what it costs"), merged))
+        if self.dropped:
+            parts.append(self._channels())
+        return Group(*parts)
+
+    def _channels(self) -> RenderableType:
+        gone = [d for d in self.dropped if d.verdict == "dropped"]
+        lost = sum((d.channels - d.left) * len(d.layers) for d in gone)
+        title = f"drop_dead: {lost} channels of {sum(len(d.layers) for d in gone)} layers dropped"
+        rows = (
+            (", ".join(d.layers), d.verdict, f"{d.channels} -> {d.left}", d.reason)
+            for d in self.dropped
+        )
+        return table(title, ("layers", "verdict", "channels", "reason"), rows)
 
 
 def takes_arguments_of(

@@ -13,7 +13,7 @@ from tests.support.golden import FOLDER
 ROOT = Path(__file__).parent.parent.parent
 
 #: Where the reasons of records are written.
-ROOMS = ("passes", "bnfx/gauges", "bnfx/editing", "bnfx/graphs/norms.py")
+ROOMS = ("passes", "bnfx/channels", "bnfx/gauges", "bnfx/editing", "bnfx/graphs/norms.py")
 #: A reason has so many words at least, those filled in apart.
 _WORDS = 3
 #: Words that are no reason, or that no small network brings out; with the cause.
@@ -96,12 +96,13 @@ def _is_docstring(node: ast.AST) -> bool:
 
 
 def _is_list(node: ast.AST) -> bool:
-    """`"a b c".split()`."""
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "split"
-    )
+    """`"a b c".split()` or `words("a b c")`."""
+    if not isinstance(node, ast.Call):
+        return False
+    function = node.func
+    if isinstance(function, ast.Attribute):
+        return function.attr == "split"
+    return isinstance(function, ast.Name) and function.id == "words"
 
 
 def _pattern(words: str) -> str:

@@ -102,8 +102,11 @@ class Golden:
 
 
 def fold_records(folded: nn.Module) -> list[str]:
-    """A line for each BatchNorm, and one for each merge."""
+    """A line for each BatchNorm, each merge, and each set of channels that left or might."""
     lines = []
+    for drop in bnfx.report(folded).to_dict()["dropped"]:
+        widths = f"{drop['channels']} -> {drop['left']}"
+        lines.append(f"{', '.join(drop['layers'])} {drop['verdict']} {widths}: {drop['reason']}")
     for record in bnfx.report(folded).to_dict()["batch_norms"]:
         into = f" into {', '.join(record['into'])}" if record["into"] else ""
         why = f": {record['reason']}" if record["reason"] else ""
