@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,15 +23,15 @@ from bnfx.gauges.walk import FoldOptions
 from bnfx.graphs.inference import Captured
 from bnfx.graphs.mapped import mapped_into
 from bnfx.graphs.shapes import UNKNOWN, shapes_of
-from bnfx.onnx_files.drawing import drawn, ranges
+from bnfx.onnx_files.drawing import LARGEST, drawn, ranges
 from bnfx.onnx_files.importing import Imported, imported
-from bnfx.onnx_files.node_call import unescaped
+from bnfx.onnx_files.node_call import VALUE, unescaped
 from bnfx.onnx_files.placing import move_into_place, real_target
 from bnfx.onnx_files.reading import describe_type, located_nodes, opset_of, read_onnx
 from bnfx.onnx_files.rebuilding import rebuilt
 from bnfx.onnx_files.sizes import SPACE, Axes, axes_of, filled, open_axes, varied
 from bnfx.onnx_files.storing import is_beside, store
-from bnfx.onnx_files.tensors import dtype_of
+from bnfx.onnx_files.tensors import dtype_of, tensor_of
 from bnfx.reports.document import Headline
 from bnfx.reports.report import FoldRecord, FoldReport, Report, report, table, tally
 from bnfx.verification.staging import inlined
@@ -179,7 +181,9 @@ def fold_onnx(
         folded = fold_captured(example.captured(read), options)
         told = report(folded)
         assert isinstance(told, FoldReport)
-        records = tuple(_records(names, read, told))
+        beside = is_beside(model)
+        done = rebuilt(model, read, folded)
+        records = tuple(_records(names, read, told, done.removed))
         left = sum(bn.verdict != "folded" for bn in records)
         if max_batch_norms_left is not None and left > max_batch_norms_left:
             raise VerificationError(
@@ -187,8 +191,6 @@ def fold_onnx(
                 f"{max_batch_norms_left} may. An older file is as it was",
                 replace(told, batch_norms=records),
             )
-        beside = is_beside(model)
-        done = rebuilt(model, read, folded)
         written = folder / target.name
         store(model, done.tensors, source, written, beside=beside)
         _check(written, source)
@@ -265,7 +267,10 @@ class _Example:
     sizes: Mapping[str, int]
     #: Names of what is open, and whether that is a batch.
     names: Mapping[str, bool]
+    #: One for each input.
     given: tuple[Tensor, ...] | None
+    #: Inputs that need no value, since the file has one.
+    optional: frozenset[str]
     #: The least and the largest integer of inputs, where the graph tells.
     known: Mapping[str, tuple[int, int]]
 
@@ -275,11 +280,15 @@ class _Example:
         axes = tuple(axes_of(value, _channels(read, at)) for at, value in enumerate(read.inputs))
         names = open_axes([a for a in axes if a is not None])
         inputs = tuple(f"input {value.name!r}, {describe_type(value)}" for value in read.inputs)
+        stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        optional = frozenset(value.name for value in read.inputs if value.name in stored)
         if args is not None:
-            given = _given(source, read, args)
-            return _Example(inputs, axes, _sizes_in(source, axes, given), names, given, {})
+            defaults = {name: tensor_of(stored[name], source.parent) for name in optional}
+            given = _given(source, read, args, defaults)
+            sizes = _sizes_in(source, axes, given)
+            return _Example(inputs, axes, sizes, names, given, optional, {})
         known = ranges(inlined(model, source))
-        best = _Example(inputs, axes, filled(names, SPACE[0]), names, None, known)
+        best = _Example(inputs, axes, filled(names, SPACE[0]), names, None, optional, known)
         least, first = best.failures(read), best.sizes
         for tried, space in enumerate(SPACE[1:], 1):
             if not least or not names or (tried >= _TRIES and best.sizes == first):
@@ -322,16 +331,17 @@ class _Example:
         return Captured(read.module, inputs, others)
 
     def drawn(self) -> tuple[Tensor, ...]:
-        """Values for each input."""
+        """Values for each input that needs one."""
+        needed = [axes is None or axes.name not in self.optional for axes in self.axes]
         if self.given is not None:
-            return self.given
+            return tuple(itertools.compress(self.given, needed))
         generator = torch.Generator().manual_seed(0)
         found = []
-        for name, axes in zip(self.inputs, self.axes, strict=True):
+        for name, axes in itertools.compress(zip(self.inputs, self.axes, strict=True), needed):
             kind = dtype_of(axes.elem_type) if axes is not None else None
-            if axes is None or kind is None:
+            shape = () if axes is None else axes.filled(self.sizes)
+            if axes is None or kind is None or math.prod(shape) >= LARGEST:
                 raise FoldError(f"no example can be drawn for {name}; pass args, or verify=False")
-            shape = axes.filled(self.sizes)
             found.append(drawn(kind, shape, self.known.get(axes.name), generator))
         return tuple(found)
 
@@ -347,9 +357,11 @@ def _channels(read: Imported, at: int) -> dict[int, int]:
     return {}
 
 
-def _given(source: Path, read: Imported, args: Any) -> tuple[Tensor, ...]:
-    """The example in the order of the inputs."""
-    names = [value.name for value in read.inputs]
+def _given(
+    source: Path, read: Imported, args: Any, defaults: Mapping[str, Tensor | None]
+) -> tuple[Tensor, ...]:
+    """The example in the order of the inputs, with the file's own values of those that have one."""
+    names = [value.name for value in read.inputs if value.name not in defaults]
     if isinstance(args, Mapping):
         missing = [name for name in names if name not in args]
         if missing:
@@ -361,7 +373,10 @@ def _given(source: Path, read: Imported, args: Any) -> tuple[Tensor, ...]:
         raise FoldError(
             f"{source} takes {len(names)} inputs ({', '.join(names)}), args have {len(found)}"
         )
-    return found
+    values = {**defaults, **dict(zip(names, found, strict=True))}
+    return tuple(
+        torch.empty(0) if (value := values[entry.name]) is None else value for entry in read.inputs
+    )
 
 
 def _sizes_in(
@@ -407,24 +422,32 @@ def _norms(model: onnx.ModelProto) -> Iterator[_Norm]:
             yield _Norm(inside, found.node.name or found.node.output[0], found.where)
 
 
-def _records(names: Sequence[_Norm], read: Imported, told: FoldReport) -> Iterator[FoldRecord]:
+def _records(
+    names: Sequence[_Norm], read: Imported, told: FoldReport, gone: Sequence[str]
+) -> Iterator[FoldRecord]:
     """What became of every BatchNormalization."""
     known = {unescaped(record.path): record for record in told.batch_norms}
+    inputs = {f"input {n.name!r}": f"input {n.meta[VALUE]!r}"
+              for n in read.module.graph.find_nodes(op="placeholder")}  # fmt: skip
     for norm in names:
         if norm.index is None:
             why = f"it lies in {norm.where}, which is not entered; inline it first"
             yield FoldRecord(norm.name, "kept", (), why)
             continue
         title = read.titles[norm.index]
-        if norm.index in read.refused:
+        if norm.index in read.refused and unescaped(title) in gone:
+            yield FoldRecord(title, "folded", (), "nothing reads its output")
+        elif norm.index in read.refused:
             yield FoldRecord(title, "kept", (), read.refused[norm.index])
         elif title in known:
-            yield _in_words_of_the_file(known[title], title)
+            yield _in_words_of_the_file(known[title], title, inputs)
         else:
             yield FoldRecord(title, "kept", (), "it computes from constants alone")
 
 
-def _in_words_of_the_file(record: FoldRecord, title: str) -> FoldRecord:
+def _in_words_of_the_file(record: FoldRecord, title: str, inputs: Mapping[str, str]) -> FoldRecord:
     into = tuple(unescaped(name.removesuffix(".merged")) for name in record.into)
     reason = unescaped(record.reason).replace("example_inputs", "args")
+    for ours, own in inputs.items():
+        reason = reason.replace(ours, own)
     return replace(record, path=title, into=into, reason=reason)

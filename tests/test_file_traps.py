@@ -223,6 +223,63 @@ def test_what_may_be_overridden_stays(tmp_path: Path) -> None:
     assert distance(run(out, feed)["y"], run(source, feed)["y"]) < 1e-6
 
 
+def test_a_default_that_nothing_reads_any_more_stays(tmp_path: Path) -> None:
+    """Without it, the file would want a value that it did not want before."""
+    model = graph(f"h = Conv(x, w)\ny = {NODE}\nz = Mul(h, k)", {"w": W, "k": (), **NORM})
+    model.graph.input.append(onnx.helper.make_tensor_value_info("k", 1, ()))
+    source, out = saved(model, tmp_path), tmp_path / "out.onnx"
+    for args in (None, np.zeros((2, 3, 8, 8), np.float32)):
+        assert bnfx.fold_onnx(source, out, args=args)
+    assert distance(run(out, feed_of(model))["y"], run(source, feed_of(model))["y"]) < 1e-5
+    assert [value.name for value in onnx.load(str(out)).graph.input] == ["x", "k"]
+
+
+def test_a_norm_that_goes_with_what_nothing_reads_is_told(tmp_path: Path) -> None:
+    model = graph(f"h = Conv(x, w)\nz = {NODE}\ny = Relu(h)", {"w": W, **NORM})
+    model.graph.input.append(onnx.helper.make_tensor_value_info("s", 1, (4,)))
+    done = bnfx.fold_onnx(saved(model, tmp_path), tmp_path / "out.onnx", max_batch_norms_left=0)
+    (record,) = done.batch_norms
+    assert (record.verdict, record.reason) == ("folded", "nothing reads its output")
+    assert count(tmp_path / "out.onnx") == 0
+
+
+def test_reasons_name_inputs_as_the_file_does(tmp_path: Path) -> None:
+    done = bnfx.fold_onnx(saved(graph(f"y = {BEFORE}", FIRST), tmp_path), tmp_path / "out.onnx")
+    assert "input 'x'" in done.batch_norms[0].reason
+
+
+def test_a_scale_for_each_place_is_verified(tmp_path: Path) -> None:
+    node = NODE.replace("(", "<spatial=0>(", 1)
+    shapes: Weights = {"w": W, **dict.fromkeys(NORM, (4, 6, 6))}
+    source = saved(graph(f"h = Conv(x, w)\ny = {node}", shapes, opset=7), tmp_path)
+    assert bnfx.verify_onnx(source, source, isolate=False)
+
+
+def test_the_standard_operators_by_their_other_name(tmp_path: Path) -> None:
+    model = graph(f"h = Conv(x, w)\ny = {NODE}", {"w": W, **NORM})
+    model.opset_import[0].domain = "ai.onnx"
+    assert bnfx.fold_onnx(saved(model, tmp_path), tmp_path / "out.onnx")
+
+
+def test_files_that_no_runtime_takes_are_refused_in_words(tmp_path: Path) -> None:
+    nodes, out = f"h = Conv(x, w)\ny = {NODE}", tmp_path / "out.onnx"
+    short = graph(nodes, {"w": W, **NORM, "s": (3,)})
+    done = bnfx.fold_onnx(saved(short, tmp_path), out, verify=False)
+    assert "do not belong together" in done.batch_norms[0].reason
+    large = graph(nodes, {"w": W, **NORM}, x=(1, 3, 10**5, 10**5))
+    with pytest.raises(bnfx.FoldError, match="no example can be drawn"):
+        bnfx.fold_onnx(saved(large, tmp_path), out)
+    other = graph(nodes, {"w": W, **NORM})  # before opset 22 Conv takes no bfloat16
+    for tensor in other.graph.initializer:
+        flat = onnx.numpy_helper.to_array(tensor).reshape(-1).tolist()
+        kind = onnx.TensorProto.BFLOAT16
+        tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, kind, tensor.dims, flat))
+    for value in (*other.graph.input, *other.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
+    del other.graph.value_info[:]
+    bnfx.fold_onnx(saved(other, tmp_path), out, verify=False)
+
+
 def test_subgraphs_keep_what_they_read(tmp_path: Path) -> None:
     model = graph(f"h = Conv(x, w)\ny = {NODE}\nz = Relu(h)", {"w": W, **NORM}, outputs="y z")
     del model.graph.node[2:]

@@ -20,6 +20,8 @@ from bnfx.onnx_files.tensors import dtype_of
 from bnfx.operators.calls import words
 
 _SIZE, _LARGE, _FEW = 2, 1 << 20, 8
+#: Elements of an input that is not drawn any more.
+LARGEST = 2**31
 #: Operators whose results hold the numbers of their first input, or of all.
 _MOVES = words(
     "Cast Concat Expand Flatten Gather Identity Pad Reshape Slice Split Squeeze Tile Transpose "

@@ -63,6 +63,14 @@ def _known(value: onnx.ValueInfoProto) -> Known:
     return Known(tensor.elem_type, tuple(n if n is None or n >= 0 else None for n in sizes))
 
 
+#: What onnx says of a node that is none of its operator's.
+_REFUSALS = (
+    onnx.checker.ValidationError,
+    onnx.defs.SchemaError,
+    onnx.shape_inference.InferenceError,
+)
+
+
 def improve(scope: Scope, index: int) -> None:
     """Infer the outputs of one node again, from what is known of its inputs by now.
 
@@ -85,7 +93,7 @@ def improve(scope: Scope, index: int) -> None:
         found = onnx.shape_inference.infer_node_outputs(
             schema, node, types, data, opset_imports=list(scope.language.opsets)
         )
-    except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+    except (*_REFUSALS, RuntimeError, ValueError):
         return
     for name, typed in found.items():
         new, old = _known(onnx.ValueInfoProto(type=typed)), scope.known.get(name)

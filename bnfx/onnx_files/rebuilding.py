@@ -334,6 +334,8 @@ class _Rebuilding:
         """Erase constants that only what has gone did read, and claims about names that went."""
         before = self.before
         kept = {value.name for value in self.graph.output}
+        if self.done.model.ir_version >= 4:  # a caller may override what is an input too
+            kept |= {value.name for value in self.graph.input}
         while True:
             read = set(_read(self.nodes))
             dead = [

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from bnfx.errors import VerificationError
 from bnfx.graphs.examples import Example
 from bnfx.numbers import Array, relative_error
-from bnfx.onnx_files.drawing import drawn, ranges
+from bnfx.onnx_files.drawing import LARGEST, drawn, ranges
 from bnfx.onnx_files.importing import imported
 from bnfx.onnx_files.reading import (
     all_nodes,
@@ -111,7 +111,7 @@ class OnnxReference:
         for value in self.inputs:
             kind = any_dtype(value.type.tensor_type.elem_type)
             shape = [dim.dim_value or 2 for dim in value.type.tensor_type.shape.dim]
-            if kind is None or math.prod(shape) >= 2**31:
+            if kind is None or math.prod(shape) >= LARGEST:
                 raise VerificationError(
                     f"no example can be drawn for input {value.name!r} of {self.name}, "
                     f"{describe_type(value)}; give args"
@@ -221,6 +221,8 @@ class OnnxReference:
         wide = retyped(
             inlined(self.proto, self.path), self.path.parent, {FLOAT, HALF, BFLOAT16}, DOUBLE
         )
+        for named in (*wide.opset_import, *all_nodes(wide)):  # one domain by two names
+            named.domain = "" if named.domain == "ai.onnx" else named.domain
         return ReferenceEvaluator(wide, new_ops=[*OPERATORS, *kernels_of(wide)])
 
     def _exactly(self, sample: Example) -> Mapping[str, Any]:

@@ -195,7 +195,8 @@ def neighbours(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
         if norm.kind != "batch_norm" or norm.training or layer is None or readers[layer.y] != 1:
             continue
         spatial = len(layer.geometry.stride) if layer.geometry is not None else 0
-        if layer.channels == norm.channels and norm.rank == spatial + 2:
+        flat = all(part.dim() == 1 for part in norm.parts.values())
+        if flat and layer.channels == norm.channels and norm.rank == spatial + 2:
             pairs.append((layer, norm))
     return pairs
 
