@@ -25,7 +25,7 @@ from bnfx.graphs.naming import owner_of
 from bnfx.graphs.parameters import Written
 from bnfx.graphs.programs import closed, opened
 from bnfx.module_folding import fold_modules, fold_modules_and_graph
-from bnfx.passes import DropDead, EraseUnread, FoldBatchNorm, MergeBranches, MergeLinear
+from bnfx.passes import DropDead, EraseUnread, FoldBatchNorm, MergeBranches, MergeLinear, PadFirst
 from bnfx.reports.report import (
     DropRecord,
     FoldRecord,
@@ -283,6 +283,8 @@ def _folded(
     drop = DropDead(options.block, _proved_ranks(draft) if options.drop_dead else frozenset())
     marked = written_out.mark(draft.module)
     run(draft, EraseUnread())
+    if options.merge_linear:
+        run(draft, PadFirst())
     for stage in range(_STAGES):
         if options.merge_branches:
             run(draft, repeat(MergeBranches()))

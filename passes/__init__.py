@@ -17,6 +17,7 @@ from .insert_bn import Placement as InsertPlacement
 from .insert_bn import Site as InsertSite
 from .merge_branches import MergeBranches
 from .merge_linear import MergeLinear
+from .pad_first import PadFirst
 from .remove_dropout import RemoveDropout
 from .remove_lrn import RemoveLocalResponseNorm
 from .zero_init_residual import ZeroInitResidual
@@ -32,6 +33,7 @@ __all__ = [
     "InsertSite",
     "MergeBranches",
     "MergeLinear",
+    "PadFirst",
     "RemoveDropout",
     "RemoveLocalResponseNorm",
     "ZeroInitResidual",

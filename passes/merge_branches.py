@@ -248,14 +248,10 @@ def _rewrite(draft: InferenceDraft, site: Site, rest: Sequence[Any]) -> tuple[fx
     assert row is not None
     call = layer_call(layer)
     weight = str(call["weight"].target)
-    # A name of its own: under the layer's, the weight would load into the model that has the
-    # branches, and mean something else there.
-    own = f"{owner_of(weight)}.merged"
     sources = tuple(dict.fromkeys(name for leaf in site.merged for name in leaf.names))
-    names = {
-        part: draft.put(f"{own}.{part}", value, like=weight, sources=sources)
-        for part, value in (("weight", site.branch.weight), ("bias", site.branch.bias))
-    }
+    parts = {"weight": site.branch.weight, "bias": site.branch.bias}
+    gone = [leaf.layer for leaf in site.merged if leaf.layer is not None]
+    names = draft.put_merged(weight, parts, sources=sources, gone=gone)
     with graph.inserting_before(site.root):
         new = {part: graph.get_attr(name) for part, name in names.items()}
         named = given_arguments(layer) | new

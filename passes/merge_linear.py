@@ -276,11 +276,8 @@ def _merge(draft: InferenceDraft, site: Site, by: str) -> Iterator[Change]:
     weights = {"weight": site.branch.weight}
     if chain.geometry.shifted or layer_call(layer)["bias"] is not None:
         weights["bias"] = site.branch.bias
-    own, sources = f"{owner_of(like[0])}.merged", tuple(dict.fromkeys(chain.names))
-    names = {
-        part: draft.put(f"{own}.{part}", value, like=like[0], sources=sources)
-        for part, value in weights.items()
-    }
+    sources = tuple(dict.fromkeys(chain.names))
+    names = draft.put_merged(like[0], weights, sources=sources, gone=chain.nodes)
     into = owner_of(names["weight"])
     with draft.graph.inserting_before(root):
         parts = {part: draft.graph.get_attr(name) for part, name in names.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from bnfx.graphs.boxes import boxes
 from bnfx.graphs.constants import Values
 from bnfx.graphs.in_place import barred, freshen, restore
 from bnfx.graphs.inference import Captured
+from bnfx.graphs.naming import owner_of
 from bnfx.graphs.parameters import Written, attribute, constants, free_name, set_tensor
 from bnfx.graphs.shapes import EXACT, Shapes, shapes_of
 from bnfx.graphs.spelling import spell_norms
@@ -108,10 +109,41 @@ class InferenceDraft:
         other.changes = dict(self.changes)
         return other
 
-    def put(self, wanted: str, value: Tensor, *, like: str, sources: tuple[str, ...]) -> str:
-        """Store a parameter in float64, to be rounded as the parameter `like` is; its free name."""
-        name, stored = free_name(self.module, wanted), attribute(self.module, like)
+    def put_merged(
+        self,
+        like: str,
+        parts: Mapping[str, Tensor],
+        *,
+        sources: tuple[str, ...],
+        gone: Collection[fx.Node],
+    ) -> dict[str, str]:
+        """Store what calls that go become, beside the layer that has the weight `like`.
+
+        The names are those of a layer of its own: under the old one's, the weight would load into
+        the model that has the parts, and mean something else there. What was merged before, and is
+        read by calls that go alone, gives its name away.
+        """
+        path = f"{owner_of(like).removesuffix('.merged')}.merged"
+        free: dict[str, bool] = {}
+        for node in self.graph.find_nodes(op="get_attr"):
+            read = all(user in gone for user in node.users)
+            free[str(node.target)] = free.get(str(node.target), True) and read
+        return {
+            part: self.put(name, value, like=like, sources=sources, over=free.get(name, False))
+            for part, value in parts.items()
+            for name in [f"{path}.{part}"]
+        }
+
+    def put(
+        self, wanted: str, value: Tensor, *, like: str, sources: tuple[str, ...], over: bool = False
+    ) -> str:
+        """Store a parameter in float64, to be rounded as the parameter `like` is; its name.
+
+        Where something else has the name wanted, it gives way (`over`), or another one is taken.
+        """
+        stored = attribute(self.module, like)
         assert isinstance(stored, Tensor)
+        name = wanted if over else free_name(self.module, wanted)
         set_tensor(self.module, name, value.to(stored.device), trained=stored.requires_grad)
         self._new.provenance[name] = sources
         self._new.dtypes[name] = self.written.dtypes.get(like, stored.dtype)

@@ -103,9 +103,17 @@ class Step:
 class Chains:
     """The chains of a graph's values, in images of `spatial` axes; of none: in rows of channels."""
 
-    def __init__(self, draft: InferenceDraft, spatial: int, *, sums: bool) -> None:
-        """`sums`: whether chains beside each other are one."""
-        self.shapes, self.values, self.barred = draft.shapes, draft.values, draft.barred
+    def __init__(
+        self,
+        draft: InferenceDraft,
+        spatial: int,
+        *,
+        sums: bool,
+        barred: frozenset[fx.Node] | None = None,
+    ) -> None:
+        """`sums`: whether chains beside each other are one; `barred`: other nodes that stay."""
+        self.shapes, self.values = draft.shapes, draft.values
+        self.barred = draft.barred if barred is None else barred
         self.spatial, self.sums = spatial, sums
         self._known: dict[fx.Node, list[Chain]] = {}
 

@@ -23,6 +23,7 @@ from bnfx.graphs.constants import Values
 from bnfx.graphs.naming import describe, owner_of
 from bnfx.graphs.norms import is_norm
 from bnfx.graphs.parameters import constants
+from bnfx.operators.effects import assigns
 from bnfx.operators.table import Passage, affine_of, passage_of
 from bnfx.reports.report import Change
 
@@ -168,7 +169,12 @@ def _constants_of(node: fx.Node, values: Values) -> tuple[str, ...]:
     inputs = node.all_input_nodes
     if node.op not in ("call_function", "call_method") or values.is_constant(node):
         return ()
-    if affine_of(node) is not None or is_norm(node) or passage_of(node) is Passage.SHAPE:
+    if (
+        assigns(node)
+        or affine_of(node) is not None
+        or is_norm(node)
+        or passage_of(node) is Passage.SHAPE
+    ):
         return ()
     if all(values.is_constant(n) for n in inputs):
         return ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, fx
 
 from bnfx.graphs.parameters import Constants
 from bnfx.operators.calls import call_name, function_name
-from bnfx.operators.effects import writes
+from bnfx.operators.effects import overwrites, writes
 from bnfx.operators.table import operator_of, reads_elements
 
 
@@ -28,12 +30,12 @@ class Values:
         if node.op == "get_attr":
             return self.known.value(node) is not None
         if _is_filled(node):
-            return not any(writes(user) for user in node.users)
+            return not any(overwrites(user, node) for user in node.users)
         if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
             return False
         if not all(n in self._constant for n in node.all_input_nodes):
             return False
-        return is_pure(node) and not any(writes(user) for user in node.users)
+        return is_pure(node) and not any(overwrites(user, node) for user in node.users)
 
     def is_constant(self, node: fx.Node) -> bool:
         """Whether `node` has one value, whatever the inputs are."""
@@ -45,6 +47,13 @@ class Values:
             return None
         found = self._evaluate(value)
         return found if isinstance(found, Tensor) else None
+
+    def widened(self) -> Values:
+        """The same, computed in float64 from the start."""
+        wide = copy.copy(self)
+        wide._memory = {}
+        wide.known = replace(self.known, tensors=_Widened(self.known.tensors))
+        return wide
 
     def operand(self, value: object) -> Tensor | None:
         """A constant operand of an elementwise call in float64; None if it is not constant."""
@@ -82,6 +91,14 @@ class Values:
                 value = node.target(*args, **kwargs)  # type: ignore[operator]  # a function
         self._memory[node] = value
         return value
+
+
+class _Widened(dict[str, Tensor]):
+    """Tensors in float64 where they are rounded to less, one by one as they are asked for."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = super().__getitem__(name)
+        return value.double() if value.is_floating_point() else value
 
 
 def _is_filled(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bnfx.graphs.mapped import unfilled
-from bnfx.operators.effects import writes
+from bnfx.operators.effects import overwrites
 from bnfx.operators.table import affine_of, is_batch_norm
 
 
@@ -86,7 +87,7 @@ def constants(module: fx.GraphModule) -> Constants:
             continue
         tensors[str(node.target)] = value
         readers[str(node.target)] = (*readers.get(str(node.target), ()), *node.users)
-        if any(writes(user) for user in _aliases(node)):
+        if _is_changed(node):
             unsafe.add(_storage(value))
     written = frozenset(name for name, value in tensors.items() if _storage(value) in unsafe)
     return Constants(tensors, readers, written)
@@ -101,18 +102,18 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
-def _aliases(node: fx.Node) -> Iterator[fx.Node]:
-    """Users of `node` and of whatever may be a view of it."""
+def _is_changed(node: fx.Node) -> bool:
+    """Whether a call may change `node`, or whatever may be a view of it."""
     seen: set[fx.Node] = set()
-    queue = list(node.users)
+    queue = [node]
     while queue:
-        user = queue.pop()
-        if user in seen:
-            continue
-        seen.add(user)
-        yield user
-        if affine_of(user) is None and not is_batch_norm(user):
-            queue.extend(user.users)
+        value = queue.pop()
+        if any(overwrites(user, value) for user in value.users):
+            return True
+        users = [u for u in value.users if u not in seen and u.target is not operator.setitem]
+        seen.update(users)
+        queue += [u for u in users if affine_of(u) is None and not is_batch_norm(u)]
+    return False
 
 
 def attribute(module: nn.Module, name: str) -> object:

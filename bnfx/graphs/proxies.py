@@ -26,12 +26,16 @@ _TENSORS = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
 class TensorProxy(fx.Proxy):
     """A proxy that is an instance of Tensor where the value is one.
 
-    It records augmented assignment as what it is; torch.fx takes `y += 1` for `y = y + 1`.
+    It records augmented assignment as what it is; torch.fx takes `y += 1` for `y = y + 1`. It takes
+    assignment to elements, too, which torch.fx refuses.
     """
 
     # what torch.nn asks of a tensor that is assigned to an attribute
     _is_param = False
     _is_buffer = False
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("data", "real", "imag"):

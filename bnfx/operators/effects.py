@@ -44,6 +44,26 @@ def writes(node: fx.Node) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "set_")
 
 
+def assigns(node: fx.Node) -> bool:
+    """Whether the call puts elements of one tensor into another, and computes none."""
+    return node.target is operator.setitem or function_name(node.target) == "copy_"
+
+
+def overwrites(node: fx.Node, value: fx.Node) -> bool:
+    """Whether the call may change `value`, and not only read it for what it changes."""
+    if not writes(node):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema.arguments
+        given = {a.name: v for a, v in zip(schema, node.args, strict=False)} | node.kwargs
+        changed = [given.get(a.name) for a in schema if a.alias_info and a.alias_info.is_write]
+        known = all(isinstance(v, fx.Node) for v in changed) and bool(changed)
+        return not known or value in changed
+    if node.target is operator.setitem or node.op == "call_method":
+        return node.args[0] is value
+    return True
+
+
 def _updates_statistics(node: fx.Node) -> bool:
     """Whether a norm writes its running statistics, which not all schemas of ATen's say."""
     name = function_name(node.target)
