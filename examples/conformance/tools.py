@@ -6,6 +6,7 @@ is its refusal.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import tempfile
 import warnings
@@ -129,6 +130,52 @@ def _openvino(_: nn.Module, __: Tensor, file: File) -> Folded:
     return lambda value: torch.from_numpy(np.array(model(value.numpy())[0])), None
 
 
+def _aimet(net: nn.Module, x: Tensor, _: File) -> Folded:
+    _torchvision()
+    folds = importlib.import_module("aimet_torch.batch_norm_fold")
+    own = copy.deepcopy(net)  # it works in place
+    folds.fold_all_batch_norms(own, tuple(x.shape), dummy_input=x)
+    return own, sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in own.modules())
+
+
+def _aimet_file(model: onnx.ModelProto) -> onnx.ModelProto:
+    done = onnx.ModelProto()
+    done.CopyFrom(model)  # it works in place
+    importlib.import_module("aimet_onnx.batch_norm_fold").fold_all_batch_norms_to_weight(done)
+    return done
+
+
+def _mct(net: nn.Module, x: Tensor, _: File) -> Folded:
+    """Its graph before anything is quantised, as a model; it offers no folding by itself."""
+    _torchvision()
+    mct = importlib.import_module("model_compression_toolkit")
+    inner = importlib.import_module("model_compression_toolkit.core.pytorch.pytorch_implementation")
+    frame = importlib.import_module("model_compression_toolkit.core.pytorch.default_framework_info")
+    attach = importlib.import_module(
+        "model_compression_toolkit.target_platform_capabilities"
+        ".targetplatform2framework.attach2pytorch"
+    )
+    runner = importlib.import_module("model_compression_toolkit.core.graph_prep_runner")
+    modes = importlib.import_module("model_compression_toolkit.core.common.model_builder_mode")
+    options = mct.core.QuantizationConfig()
+    target = attach.AttachTpcToPytorch().attach(
+        mct.get_target_platform_capabilities(), options.custom_tpc_opset_to_layer
+    )
+    toolkit, info = inner.PytorchImplementation(), frame.DEFAULT_PYTORCH_INFO
+    graph = runner.graph_preparation_runner(
+        net, lambda: iter([[x]]), options, info, toolkit, target
+    )
+    model, _info = toolkit.model_builder(
+        graph, mode=modes.ModelBuilderMode.FLOAT, append2output=None
+    )
+    return model, sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+def _torchvision() -> None:
+    """What imports torchvision needs it beside any torch."""
+    importlib.import_module("bnfx.cli.libraries").open_torchvision()
+
+
 def _optimizer(model: onnx.ModelProto) -> onnx.ModelProto:
     optimizer = importlib.import_module("onnxoptimizer")
     done = optimizer.optimize(model, optimizer.get_fuse_and_elimination_passes())
@@ -159,5 +206,8 @@ TOOLS = (
     Tool("onnxoptimizer", "onnxoptimizer", _file(_optimizer)),
     Tool("onnxruntime", "onnxruntime", _onnxruntime),
     Tool("OpenVINO", "openvino", _openvino),
+    Tool("AIMET, module", "aimet-torch", _aimet),
+    Tool("AIMET, file", "aimet-onnx", _file(_aimet_file)),
+    Tool("MCT, before quantising", "model-compression-toolkit", _mct),
     Tool("Inductor, freezing", "torch", _inductor),
 )
