@@ -30,14 +30,14 @@ from torch import fx
 
 from bnfx.editing.declarations import Preserved
 from bnfx.editing.inference_draft import MERGE, InferenceDraft
-from bnfx.editing.linear_chains import Chain, Chains, Pool
-from bnfx.editing.sums import asks_rank, is_inner, is_sum, operands_of, sums_in
+from bnfx.editing.linear_chains import Chain, Chains, averaged
+from bnfx.editing.sums import alone, asks_rank, is_inner, is_sum, operands_of, sums_in
 from bnfx.graphs.naming import norm_path, owner_of
 from bnfx.graphs.norms import is_norm
 from bnfx.graphs.parameters import sweep
 from bnfx.graphs.shapes import Shapes, is_tensor
 from bnfx.onnx_files.node_call import RESIZED, VALUE
-from bnfx.operators.calls import given_arguments
+from bnfx.operators.calls import argument, given_arguments
 from bnfx.operators.convolution import Branch
 from bnfx.operators.geometry import Geometry
 from bnfx.operators.table import Passage, affine_of, layer_call, passage_of, product_of
@@ -66,6 +66,32 @@ class Site:
         """The calls that go."""
         return self.chain.nodes
 
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        """What is read still."""
+        return (self.chain.source, *self.rest)
+
+
+@dataclass(frozen=True, eq=False)
+class Swap:
+    """An average over space that comes before the layer of size one that it stands behind."""
+
+    root: fx.Node
+    layer: fx.Node
+    source: fx.Node
+    before: float
+    after: float
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The calls that go."""
+        return (self.root, self.layer)
+
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        """What is read still."""
+        return (self.source,)
+
 
 @dataclass(frozen=True)
 class MergeLinear:
@@ -79,12 +105,15 @@ class MergeLinear:
     #: Whether maps that are added become one, too.
     branches: bool = True
 
-    def match(self, draft: InferenceDraft) -> list[Site]:
+    def match(self, draft: InferenceDraft) -> list[Site | Swap]:
         """The merges that save most, none of which overlaps; of the others is nothing to say."""
-        built = (replace(site, branch=site.chain.build()) for site in self.sites(draft))
-        return [site for site in built if _survives(draft, site)]
+        built = (
+            site if isinstance(site, Swap) else replace(site, branch=site.chain.build())
+            for site in self.sites(draft)
+        )
+        return [site for site in built if isinstance(site, Swap) or _survives(draft, site)]
 
-    def sites(self, draft: InferenceDraft) -> list[Site]:
+    def sites(self, draft: InferenceDraft) -> list[Site | Swap]:
         """The same, before weights are computed."""
         roots: dict[int, list[fx.Node]] = {}
         for node in draft.graph.nodes:
@@ -93,7 +122,7 @@ class MergeLinear:
                 roots.setdefault(spatial, []).append(node)
         if not any(map(_linked, itertools.chain.from_iterable(roots.values()))):
             return []
-        found: list[Site] = []
+        found: list[Site | Swap] = []
         for spatial, nodes in roots.items():
             chains = Chains(draft, spatial, sums=self.branches)
             costs = _Costs(draft, chains, self.block)
@@ -101,13 +130,20 @@ class MergeLinear:
                 found += self._at(chains, costs, node)
         return _apart(sorted(found, key=lambda site: site.after - site.before))
 
-    def rewrite(self, draft: InferenceDraft, found: Sequence[Site]) -> tuple[Change, ...]:
+    def rewrite(self, draft: InferenceDraft, found: Sequence[Site | Swap]) -> tuple[Change, ...]:
         """Carry out what `match` found."""
-        return tuple(change for site in found for change in _merge(draft, site, self.name))
+        done: list[Change] = []
+        for site in found:
+            if isinstance(site, Swap):
+                done.append(_swap(draft, site, self.name))
+            else:
+                done += _merge(draft, site, self.name)
+        return tuple(done)
 
-    def _at(self, chains: Chains, costs: _Costs, root: fx.Node) -> Iterator[Site]:
+    def _at(self, chains: Chains, costs: _Costs, root: fx.Node) -> Iterator[Site | Swap]:
         if root in chains.barred or not chains.is_value(root):
             return
+        yield from costs.swap(root)
         for chain in chains.of(root):
             if chain.steps > 1:
                 yield from costs.site(root, chain)
@@ -160,6 +196,30 @@ class _Costs:
         if all(after < before for before, after in totals):
             yield Site(root, chain, rest, *totals[0])
 
+    def swap(self, root: fx.Node) -> Iterator[Swap]:
+        """An average behind a layer of size one, if it costs less before it."""
+        chains, layer = self.chains, argument(root, 0, "input")
+        sums = averaged(root, spatial=chains.spatial) if chains.spatial else None
+        if sums is None or not isinstance(layer, fx.Node) or affine_of(layer) is None:
+            return
+        step = chains.step(layer)
+        if step is None or layer in chains.barred or not alone(layer):
+            return
+        g = step.geometry
+        one = {1} >= {*g.kernel, *g.stride} and not any(g.padding)
+        if not one or (g.shifted and not sums) or not chains.of(step.input):
+            return
+        totals = []
+        for run in self.runs:
+            wide, narrow = (self._places(run, node, root) for node in (layer, root))
+            inputs = Geometry.window(g.inputs, g.kernel).cost(wide, self.block, first=False)
+            outputs = Geometry.window(g.outputs, g.kernel).cost(wide, self.block, first=False)
+            first = _from_input(step.input)
+            before = g.cost(wide, self.block, first=first) + outputs
+            totals.append((before, g.cost(narrow, self.block, first=first) + inputs))
+        if all(after < before for before, after in totals):
+            yield Swap(root, layer, step.input, *totals[0])
+
     def _cost(self, run: Shapes, node: fx.Node, root: fx.Node) -> float:
         step = self.chains.step(node)
         if step is None:  # a sum of two
@@ -171,9 +231,9 @@ class _Costs:
         return geometry.cost(self._places(run, node, root), self.block, first=first)
 
     def _places(self, run: Shapes, node: fx.Node, root: fx.Node) -> float:
-        """How many outputs a channel has; without an example, at least so many for one of root."""
+        """How many outputs a channel has; without an example, whole ones for each of root's."""
         own, theirs = (self._elements(run, n) / self._width(run, n) for n in (node, root))
-        return own if self.certain else float(own >= theirs)
+        return own if self.certain else own // theirs
 
     def _elements(self, run: Shapes, node: fx.Node) -> float:
         value = run.values.get(node)
@@ -192,7 +252,9 @@ class _Costs:
 
 def _ends(node: fx.Node) -> bool:
     """Whether a chain may end here: behind a layer, a pool, or a sum that is no part of another."""
-    if affine_of(node) is not None or product_of(node) is not None or Pool.of(node) is not None:
+    if affine_of(node) is not None or product_of(node) is not None:
+        return True
+    if passage_of(node) in (Passage.AVERAGE_POOL, Passage.MEAN):
         return True
     return is_sum(node) and not is_inner(node)
 
@@ -211,6 +273,7 @@ def _spatial(root: fx.Node) -> int | None:
             Passage.MULTIPLY,
             Passage.IDENTITY,
             Passage.AVERAGE_POOL,
+            Passage.MEAN,
         )
         if passes and len(queue) < 4 * _MOST:
             queue += [n for n in node.all_input_nodes if n.op.startswith("call")]
@@ -244,17 +307,16 @@ def _from_input(node: fx.Node) -> bool:
     return node.op == "placeholder"
 
 
-def _apart(sites: Iterable[Site]) -> list[Site]:
+def _apart(sites: Iterable[Site | Swap]) -> list[Site | Swap]:
     """The first of all sites that share a call, or of which one reads what the other takes."""
     gone: set[fx.Node] = set()
     read: set[object] = set()
-    chosen = []
+    chosen: list[Site | Swap] = []
     for site in sites:
-        inputs = {site.chain.source, *site.rest}
-        if gone.isdisjoint((*site.nodes, *inputs)) and read.isdisjoint(site.nodes):
+        if gone.isdisjoint((*site.nodes, *site.inputs)) and read.isdisjoint(site.nodes):
             chosen.append(site)
             gone.update(site.nodes)
-            read |= inputs
+            read.update(site.inputs)
     return chosen
 
 
@@ -293,10 +355,31 @@ def _merge(draft: InferenceDraft, site: Site, by: str) -> Iterator[Change]:
     for norm in filter(is_norm, chain.nodes):
         yield Change(by, norm_path(norm), "batch_norm", "changed", "", into=(into,), at=norm.name)
     layers = tuple(dict.fromkeys(owner_of(name) for name in sources))
-    share = f"costs {site.after / site.before:.2f} of what they did"
-    yield Change(by, into, MERGE, "changed", share, values=layers, into=(into,), at=root.name)
+    why = _share(site)
+    yield Change(by, into, MERGE, "changed", why, values=layers, into=(into,), at=root.name)
     root.replace_all_uses_with(total)
     sweep([root])
+
+
+def _swap(draft: InferenceDraft, site: Swap, by: str) -> Change:
+    """Put the average before the layer, and tell."""
+    graph, root, layer = draft.graph, site.root, site.layer
+    with graph.inserting_before(root):
+        pooled = graph.node_copy(root, lambda n: site.source if n is layer else n)
+        total = graph.node_copy(layer, lambda n: pooled if n is site.source else n)
+    pooled.meta = {key: value for key, value in root.meta.items() if key != "val"}
+    total.meta = dict(layer.meta) | {k: root.meta[k] for k in ("val", VALUE) if k in root.meta}
+    for user in [user for user in layer.users if asks_rank(user)]:
+        user.replace_input_with(layer, site.source)
+    path = owner_of(draft.values.sources(layer_call(layer)["weight"])[0])
+    why = f"the average behind it comes before it: {_share(site)}"
+    root.replace_all_uses_with(total)
+    sweep([root])
+    return Change(by, path, MERGE, "changed", why, values=(path,), into=(path,), at=root.name)
+
+
+def _share(site: Site | Swap) -> str:
+    return f"costs {site.after / site.before:.2f} of what they did"
 
 
 def _call(graph: fx.Graph, layer: fx.Node, chain: Chain, parts: dict[str, fx.Node]) -> fx.Node:

@@ -196,10 +196,11 @@ class InferenceDraft:
 
     def settle(self, changes: Sequence[Change]) -> None:
         """Take up what a pass did; what was known of the graph before holds no longer."""
+        merges = tuple(change for change in changes if change.kind == MERGE)
         self.changes.update({c.at: c for c in changes if c.kind != MERGE})
-        self.merges += tuple(change for change in changes if change.kind == MERGE)
+        self.merges += merges
         count = len(self.graph.nodes)
-        if count == self._count and not self._new.dtypes:
+        if count == self._count and not self._new.dtypes and not merges:
             return
         self.graph.lint()
         self.written.add(self._new)

@@ -363,6 +363,25 @@ class Pool:
         return Pool(source, sizes[0], sizes[1], sizes[2], bool(ceil), bool(counts), divisor)
 
 
+def averaged(node: fx.Node, *, spatial: int) -> bool | None:
+    """Whether a call averages each channel over space with weights that sum to one everywhere.
+
+    None where it is no linear map of that kind: then nothing commutes with it.
+    """
+    pool = Pool.of(node)
+    if pool is not None:
+        sums = pool.divisor is None and not (pool.counts and any(pool.padding))
+        return sums if len(pool.kernel) == spatial else None
+    if _kind(node).lstrip("_") == f"adaptive_avg_pool{spatial}d":
+        return True
+    axes = argument(node, 1, "dim")
+    kept = argument(node, 2, "keepdim", False) is True and node.kwargs.get("dtype") is None
+    if passage_of(node) is not Passage.MEAN or not kept or not isinstance(axes, tuple | list):
+        return None
+    inside = {*range(2, spatial + 2), *range(-spatial, 0)}
+    return True if axes and all(axis in inside for axis in axes) else None
+
+
 def zeros_added(node: fx.Node) -> list[tuple[int, int]] | None:
     """How many zeros a pad brings in below and above, the last axis first; None for other pads."""
     widths, mode = argument(node, 1, "pad"), argument(node, 2, "mode", "constant")

@@ -84,5 +84,17 @@ def test_sequences_beside_each_other(golden: Golden) -> None:
     golden.fold(model, X[:, :1])
 
 
+def test_an_average_comes_before_a_layer_of_size_one(golden: Golden) -> None:
+    golden.fold(chain(conv(2, 2), nn.AvgPool2d(2, ceil_mode=True)), X)
+
+
+def test_an_average_over_space_comes_first(golden: Golden) -> None:
+    golden.fold(net("self.a(x).mean((2, 3), keepdim=True)", a=conv(2, 2)), X)
+
+
+def test_an_average_that_counts_padding_waits_for_a_bias(golden: Golden) -> None:
+    golden.fold(chain(nn.ReLU(), conv(20, 2), nn.AvgPool2d(2, padding=1, ceil_mode=True)))
+
+
 def test_not_asked_for(golden: Golden) -> None:
     golden.fold(chain(conv(2, 2), conv(2, 2)), X, merge_linear=False)
