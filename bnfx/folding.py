@@ -257,10 +257,20 @@ def fold_exactly(
         return Folded(*fold_modules_and_graph(model, given, _of_modules(chosen)))
     captured = inference_graph(model, _given(example_inputs, example_kwargs, chosen))
     graph, written = _folded(captured, chosen, exact=True)
-    exact = skeleton(graph).double()
-    assert isinstance(exact, fx.GraphModule)
+    exact = _doubled(graph)
     written.round(graph)
     return Folded(graph, exact)
+
+
+def exactly(captured: Captured, options: FoldOptions) -> fx.GraphModule:
+    """The exact graph of a capture, which is changed itself."""
+    return _doubled(_folded(captured, options, exact=True)[0])
+
+
+def _doubled(graph: fx.GraphModule) -> fx.GraphModule:
+    exact = skeleton(graph).double()
+    assert isinstance(exact, fx.GraphModule)
+    return exact
 
 
 @takes_arguments_of(fold_bn)

@@ -120,6 +120,12 @@ class Captured:
     #: Values of other sizes that the graph takes; None where they are to be tried.
     others: tuple[tuple[Any, ...], ...] | None = None
 
+    def copied(self) -> Captured:
+        """Another graph to edit, whose parameters share their storage with this one's."""
+        module = skeleton(self.module)
+        assert isinstance(module, fx.GraphModule)
+        return Captured(module, self.inputs, self.others)
+
 
 def inference_graph(model: nn.Module, given: Example | None, *, exporting: bool = True) -> Captured:
     """A functional graph of a copy of `model` in its present mode.

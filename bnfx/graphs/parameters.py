@@ -45,6 +45,10 @@ class Written:
 
     def add(self, new: Written) -> None:
         """Add what was written after: sources that were written before stand for their own."""
+        if not self.dtypes:
+            self.provenance.update(new.provenance)
+            self.dtypes.update(new.dtypes)
+            return
         before, stored = dict(self.provenance), dict(self.dtypes)
         for name, dtype in new.dtypes.items():
             known = (stored[s] for s in new.provenance.get(name, ()) if s in stored)
@@ -76,6 +80,7 @@ def constants(module: fx.GraphModule) -> Constants:
     tensors: dict[str, Tensor] = {}
     readers: dict[str, tuple[fx.Node, ...]] = {}
     unsafe: set[int] = set()
+    changed = _changed(module.graph)
     modules = dict(module.named_modules(remove_duplicate=False))
     for node in module.graph.nodes:
         if node.op == "call_module":
@@ -87,7 +92,7 @@ def constants(module: fx.GraphModule) -> Constants:
             continue
         tensors[str(node.target)] = value
         readers[str(node.target)] = (*readers.get(str(node.target), ()), *node.users)
-        if _is_changed(node):
+        if node in changed:
             unsafe.add(_storage(value))
     written = frozenset(name for name, value in tensors.items() if _storage(value) in unsafe)
     return Constants(tensors, readers, written)
@@ -102,18 +107,15 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
-def _is_changed(node: fx.Node) -> bool:
-    """Whether a call may change `node`, or whatever may be a view of it."""
-    seen: set[fx.Node] = set()
-    queue = [node]
-    while queue:
-        value = queue.pop()
-        if any(overwrites(user, value) for user in value.users):
-            return True
-        users = [u for u in value.users if u not in seen and u.target is not operator.setitem]
-        seen.update(users)
-        queue += [u for u in users if affine_of(u) is None and not is_batch_norm(u)]
-    return False
+def _changed(graph: fx.Graph) -> set[fx.Node]:
+    """Values that a call may change, themselves or in whatever may be a view of them."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        views = (u for u in node.users if u in found and u.target is not operator.setitem)
+        seen_through = any(affine_of(u) is None and not is_batch_norm(u) for u in views)
+        if seen_through or any(overwrites(user, node) for user in node.users):
+            found.add(node)
+    return found
 
 
 def attribute(module: nn.Module, name: str) -> object:

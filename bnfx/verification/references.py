@@ -17,17 +17,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from bnfx.errors import BnfxError, VerificationError
-from bnfx.folding import exact_graph, fold_bn
-from bnfx.graphs.examples import Example, clone, in_float64, in_precision
+from bnfx.folding import exact_graph, exactly, fold_bn
+from bnfx.gauges.walk import FoldOptions
+from bnfx.graphs.examples import Example, clone, in_float64, in_precision, skeleton
 from bnfx.graphs.export_guards import GUARDS
-from bnfx.graphs.inference import exported, inference_graph
+from bnfx.graphs.inference import Captured, exported, inference_graph
 from bnfx.graphs.observed import leaves_in
 from bnfx.numbers import UNIT, Array, relative_error
 from bnfx.reports.report import FoldReport, report
 from bnfx.verification.layers import composed, neighbours
 from bnfx.verification.outputs import parting
 from bnfx.verification.samples import RowTruths, Runs
-from bnfx.verification.torch_layers import Traced, Widened, trace_layers
+from bnfx.verification.torch_layers import Traced, Widened, in_doubles, trace_layers
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 
@@ -81,7 +82,7 @@ class TorchReference:
         folded: fx.GraphModule | None = None,
     ) -> None:
         """Of `outputs` outputs in the file; `folded` is the model's exact folding where known."""
-        self._outputs, self._folded = outputs, folded
+        self._outputs, self._known = outputs, folded
         self.name = type(model).__name__
         self.precision = effective_precision(model, precision)
         self.dtype = DTYPES[self.precision]
@@ -94,6 +95,7 @@ class TorchReference:
         self._rounded = self._own if same else clone(model).to(self.dtype)
         self._same = same and self.precision != "tf32"
         self._wide: nn.Module | None = None
+        self._captured: Captured | BnfxError | None = None
         self.failures: list[str] = []
 
     def leaves(self, sample: Example) -> list[Tensor]:
@@ -234,30 +236,35 @@ class TorchReference:
         Raises:
             BnfxError: The reference cannot be captured in any way.
         """
-        given = widened(sample)
-        self.failures = failures = []
-        ways = self._ways(sample, given)
-        for name, fold in ways:
+        given, made = widened(sample), False
+        self.failures = []
+        likeliest, *others = (partial(self._folded, *way, given) for way in self._ways(sample))
+        for way in (likeliest, partial(self._as_it_is, "as it is", sample, given), *others):
             try:
-                graph = fold()
-                done = report(graph)
-                assert isinstance(done, FoldReport)
-                changed = frozenset(done.provenance)
-                for how, traced in self._sights(graph, given, changed):
-                    yield Form(name + how, traced, rounded_once=not how)
-                    if neighbours(traced.layers):
-                        yield _composed(f"{name}{how}, the rest {COMPOSED}", traced)
+                for form in way():
+                    made = True
+                    yield form
             except (BnfxError, RuntimeError, TypeError, ValueError, AssertionError) as error:
                 # A form that cannot be made is one that the file need not be compared with.
-                failures.append(f"{name}: {str(error).partition(chr(10))[0]}")
-        try:
-            graph = inference_graph(self._own, sample).module.double()
-            for how, plain in self._sights(graph, given, frozenset()):
-                yield _composed(COMPOSED + how, plain)
-                yield Form(f"as it is{how}", plain, rounded_once=False)
-        except BnfxError as error:
-            if len(failures) == len(ways):
-                raise VerificationError("; ".join([*failures, str(error)])) from error
+                self.failures.append(f"{way.args[0]}: {str(error).partition(chr(10))[0]}")
+        if not made:
+            raise VerificationError("; ".join(self.failures))
+
+    def _folded(
+        self, name: str, fold: Callable[[], fx.GraphModule], given: Example
+    ) -> Iterator[Form]:
+        graph = fold()
+        done = report(graph)
+        assert isinstance(done, FoldReport)
+        for how, traced in self._sights(graph, given, frozenset(done.provenance)):
+            yield Form(name + how, traced, rounded_once=not how)
+            if neighbours(traced.layers):
+                yield _composed(f"{name}{how}, the rest {COMPOSED}", traced)
+
+    def _as_it_is(self, name: str, sample: Example, given: Example) -> Iterator[Form]:
+        for how, plain in self._sights(self._capture(sample).module, given, frozenset()):
+            yield _composed(COMPOSED + how, plain)
+            yield Form(name + how, plain, rounded_once=False)
 
     def _sights(
         self, graph: fx.GraphModule, given: Example, changed: frozenset[str]
@@ -273,27 +280,44 @@ class TorchReference:
                 yield ", looked into", inside
         yield "", self._traced(graph, given, changed)
 
-    def _ways(
-        self, sample: Example, given: Example
-    ) -> list[tuple[str, Callable[[], fx.GraphModule]]]:
-        """Names and calls of folding; `given` is `sample` in float64.
+    def _ways(self, sample: Example) -> list[tuple[str, Callable[[], fx.GraphModule]]]:
+        """Names and calls of folding.
 
         The file was most likely folded by the rules of the dtype that the weights are stored in.
         """
-        own = partial(exact_graph, self._own, sample.args, example_kwargs=sample.kwargs)
-        known = self._folded
 
-        def exact(**options: Any) -> fx.GraphModule:
-            folded = fold_bn(self._exact(), given.args, example_kwargs=given.kwargs, **options)
-            assert isinstance(folded, fx.GraphModule)
-            return folded
+        def own() -> fx.GraphModule:
+            if self._known is None:
+                return exactly(self._capture(sample), FoldOptions())
+            known = skeleton(self._known)  # as it is the caller's
+            assert isinstance(known, fx.GraphModule)
+            return known
+
+        def exact(**options: bool) -> fx.GraphModule:
+            found = self._capture(sample)
+            inputs, others = pytree.tree_map(
+                lambda leaf: cast(leaf, torch.float64), (found.inputs, found.others)
+            )
+            wide = Captured(in_doubles(found.module), inputs, others)
+            return exactly(wide, FoldOptions(**options))
 
         return [
-            ("folded by the rules of its own dtype", own if known is None else lambda: known),
+            ("folded by the rules of its own dtype", own),
             ("folded in float64", exact),
             ("folded without example inputs", partial(exact_graph, self._own)),
             *((f"folded with {options}", partial(exact, **options)) for options in _options()),
         ]
+
+    def _capture(self, sample: Example) -> Captured:
+        """The graph of the model, a copy to edit: it is captured once."""
+        if self._captured is None:
+            try:
+                self._captured = inference_graph(self._own, sample)
+            except BnfxError as error:
+                self._captured = error
+        if isinstance(self._captured, BnfxError):
+            raise self._captured
+        return self._captured.copied()
 
     def unfolded(self, sample: Example) -> Traced:
         """The layers as they are, computed in float64, captured as cheaply as possible.
@@ -301,16 +325,12 @@ class TorchReference:
         Raises:
             BnfxError: The reference cannot be captured.
         """
-        try:
-            graph = inference_graph(self._own, None).module
-        except BnfxError:
-            return self._plain(sample)
-        return self._traced(graph.double(), widened(sample), frozenset())
-
-    def _plain(self, sample: Example) -> Traced:
-        """The layers as they are, of a graph that is seen to agree with the reference."""
-        captured = inference_graph(self._own, sample)
-        return self._traced(captured.module.double(), widened(sample), frozenset())
+        graph: fx.GraphModule | None = None
+        if self._captured is None:
+            with contextlib.suppress(BnfxError):
+                graph = inference_graph(self._own, None).module
+        graph = graph or self._capture(sample).module
+        return self._traced(graph, widened(sample), frozenset())
 
     def _traced(self, graph: fx.GraphModule, given: Example, changed: frozenset[str]) -> Traced:
         slots = sum(node.op == "placeholder" for node in graph.graph.nodes)
@@ -322,7 +342,7 @@ class TorchReference:
                 f"the graph of {self.name} takes {slots} inputs, the example has {len(bound)}"
             )
         try:
-            return trace_layers(graph, tuple(values), changed)
+            return trace_layers(in_doubles(graph), tuple(values), changed)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise VerificationError(f"the folded {self.name} fails in float64: {error}") from error
 

@@ -103,9 +103,11 @@ class _Match:
         """Whether the file, of so many layers, is of this form, be it with a fault.
 
         Other forms differ in several layers, or, where an identity was merged into a convolution,
-        in one by far: a lone layer that is nearly right is wrong.
+        in one by far: a lone layer that is nearly right is wrong. Layers that the file lacks may
+        have been computed ahead, where every one that it has is right.
         """
-        if self.perfect:
+        faultless = not self.wrong and all(check.passed for check in self.constants)
+        if self.perfect or (faultless and not self.absent and 0 < layers == len(self.checks)):
             return True
         complete = layers == len(self.checks) == len(self.form.traced.layers)
         worst = max((check.ratio for _, checks in self.checks for check in checks), default=0.0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
+from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -45,6 +46,20 @@ class Widened(TorchFunctionMode):
 
 def _wide(value: Any) -> Any:
     return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+def in_doubles(module: fx.GraphModule) -> fx.GraphModule:
+    """The graph itself in float64, and so what its operators ask for by dtype.
+
+    The exporter notes the dtype of each value that a forward casts; nothing reads these notes.
+    """
+    for node in [*module.graph.nodes]:
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)
+            continue
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _wide)
+    module.recompile()
+    return module.double()
 
 
 @dataclass(frozen=True)
