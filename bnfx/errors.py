@@ -30,7 +30,15 @@ class InsertError(BnfxError):
 
 
 class FoldError(BnfxError):
-    """Folding could not be carried out, or the folded model is not what it must be."""
+    """Folding could not be carried out, or the folded model is not what it must be.
+
+    Attributes:
+        report: The `FoldReport` where BatchNorms stay that must not; else None.
+    """
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class RecipeError(BnfxError):

@@ -29,7 +29,7 @@ from bnfx.graphs.brought import brought
 from bnfx.graphs.examples import Example, clone, has_hooks, obstacle, training_modules
 from bnfx.graphs.tracing import attributes_kept
 from bnfx.onnx_files.placing import data_files, move_into_place, name_by_content, real_target
-from bnfx.onnx_files.reading import FOLDED, VERSION, all_nodes, describe_type, opset_of
+from bnfx.onnx_files.reading import FOLDED, OPTIONS, VERSION, all_nodes, describe_type, opset_of
 from bnfx.onnx_files.signature import name_outputs, require_open
 from bnfx.reports.document import Headline
 from bnfx.reports.report import FoldReport, Report, table, told
@@ -338,6 +338,7 @@ def _annotate(metadata: dict[str, str], model: nn.Module | ExportedProgram) -> N
     done = told(model)
     if isinstance(done, FoldReport):
         metadata[FOLDED] = json.dumps(sorted(done.provenance))
+        metadata[OPTIONS] = json.dumps(done.options)
 
 
 def _check(written: Path, target: Path) -> ExportReport:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, overload
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,6 +37,9 @@ from bnfx.reports.report import (
     takes_arguments_of,
 )
 
+#: What may become of BatchNorms that cannot vanish.
+Survivors = Literal["batch_norm", "error"]
+_Folded = TypeVar("_Folded", bound="nn.Module | ExportedProgram")
 #: More merging than this after folding has not been seen; it would only be left undone.
 _STAGES = 5
 
@@ -49,6 +52,7 @@ def fold_bn(
     example_kwargs: Mapping[str, Any] | None = None,
     form: Literal["graph"] = "graph",
     block: int = 16,
+    survivors: Survivors = "batch_norm",
     **options: bool,
 ) -> fx.GraphModule: ...
 @overload
@@ -59,10 +63,13 @@ def fold_bn(
     example_kwargs: Mapping[str, Any] | None = None,
     form: Literal["module"],
     block: int = 16,
+    survivors: Survivors = "batch_norm",
     **options: bool,
 ) -> nn.Module: ...
 @overload
-def fold_bn(model: ExportedProgram, *, block: int = 16, **options: bool) -> ExportedProgram: ...
+def fold_bn(
+    model: ExportedProgram, *, block: int = 16, survivors: Survivors = "batch_norm", **options: bool
+) -> ExportedProgram: ...
 
 
 # What it returns is used outside of that mode, too; `options` above are the last but one.
@@ -78,6 +85,7 @@ def fold_bn(
     merge_linear: bool = True,
     drop_dead: bool = False,
     block: int = 16,
+    survivors: Survivors = "batch_norm",
     form: Literal["graph", "module"] = "graph",
 ) -> nn.Module | ExportedProgram:
     """An inference graph of `model` with every BatchNorm folded that an exact rewrite can remove.
@@ -117,6 +125,8 @@ def fold_bn(
             through more calls.
         block: Numbers of channels count in multiples of it for these two: 16 is what x86 computes
             at once. What drop_dead leaves is rounded up, with channels of zeros; 1 drops all.
+        survivors: What becomes of BatchNorms that cannot vanish: "batch_norm" leaves them, "error"
+            raises FoldError.
         form: "graph" for one inference graph, "module" for a copy of the model of its own class:
             folded BatchNorms are `nn.Identity`, layers of torch.nn carry new weights (a bias
             appears where one is needed), methods, attributes and optional arguments are as they
@@ -136,7 +146,9 @@ def fold_bn(
 
     Raises:
         CaptureError: The model cannot be captured; the message says what to do.
-        FoldError: border_maps without example inputs, or for a program with open sizes.
+        FoldError: border_maps without example inputs, or for a program with open sizes; an option
+            that is unknown; BatchNorms that stay with survivors="error", and `.report` of the error
+            is the `FoldReport`.
     """
     options = FoldOptions(
         merge_branches=merge_branches,
@@ -147,20 +159,41 @@ def fold_bn(
         block=block,
     )
     _require_form(form, options)
+    _require_survivors(survivors)
     if isinstance(model, ExportedProgram):
         if form == "module":
             raise FoldError("an exported program has no modules; leave out form='module'")
-        return _fold_program(model, options)
+        return _accepted(_fold_program(model, options), survivors)
     given = _given(example_inputs, example_kwargs, options)
     if form == "module":
-        return fold_modules(model, given, _of_modules(options))
+        return _accepted(fold_modules(model, given, _of_modules(options)), survivors)
     try:
         captured = inference_graph(model, given)
     except NotCapturedError as error:
         raise NotCapturedError(
             f"{error}. With form='module', fold_bn folds the parts of it that can be captured"
         ) from error
-    return fold_captured(captured, options)
+    return _accepted(fold_captured(captured, options), survivors)
+
+
+def _require_survivors(survivors: str) -> None:
+    if survivors not in ("batch_norm", "error"):
+        raise FoldError(f"survivors={survivors!r} is unknown; choose from batch_norm, error")
+
+
+def _accepted(folded: _Folded, survivors: str) -> _Folded:
+    """`folded`, unless BatchNorms stay in it that must not."""
+    done = report(folded)
+    assert isinstance(done, FoldReport)
+    if survivors == "error" and done.left:
+        stay = (bn for bn in done.batch_norms if bn.verdict != "folded")
+        told = "".join(f"\n  {bn.path}: {bn.reason}" for bn in stay)
+        raise FoldError(
+            f"{done.left} of {len(done.batch_norms)} BatchNorms stay, and survivors='error' allows "
+            f"none:{told}\nDo what the reasons say, or leave them with survivors='batch_norm'",
+            done,
+        )
+    return folded
 
 
 def _require_form(form: str, options: FoldOptions) -> None:
@@ -220,7 +253,7 @@ def _given(inputs: Any, kwargs: Mapping[str, Any] | None, options: FoldOptions) 
 
 @takes_arguments_of(cast("Callable[..., object]", fold_bn))  # all kinds that it is overloaded for
 def plan_fold(*args: Any, **kwargs: Any) -> FoldReport:
-    """What `fold_bn` would do with the same arguments; nothing is changed."""
+    """What `fold_bn` would do with the same arguments, errors too; nothing is changed."""
     done = report(fold_bn(*args, **kwargs))
     assert isinstance(done, FoldReport)
     return done
@@ -242,6 +275,7 @@ def fold_exactly(
     example_kwargs: Mapping[str, Any] | None = None,
     form: Literal["graph", "module"] = "graph",
     block: int = 16,
+    survivors: Survivors = "batch_norm",
     **options: bool,
 ) -> Folded:
     """Fold once: `fold_bn`'s result, and the same graph with its new parameters in float64.
@@ -252,14 +286,17 @@ def fold_exactly(
     """
     chosen = FoldOptions(block=block, **options)
     _require_form(form, chosen)
+    _require_survivors(survivors)
     if form == "module":
         given = _given(example_inputs, example_kwargs, chosen)
-        return Folded(*fold_modules_and_graph(model, given, _of_modules(chosen)))
+        both = Folded(*fold_modules_and_graph(model, given, _of_modules(chosen)))
+        _accepted(both.rounded, survivors)
+        return both
     captured = inference_graph(model, _given(example_inputs, example_kwargs, chosen))
     graph, written = _folded(captured, chosen, exact=True)
     exact = _doubled(graph)
     written.round(graph)
-    return Folded(graph, exact)
+    return Folded(_accepted(graph, survivors), exact)
 
 
 def exactly(captured: Captured, options: FoldOptions) -> fx.GraphModule:
@@ -341,6 +378,7 @@ def _folded(
         graphs=pictures,
         merges=merges,
         dropped=dropped,
+        options=asdict(options),
     )
     return remember(graph, told), written
 

@@ -8,12 +8,13 @@ error (see `bnfx.verification.outputs`). Nothing that the file claims about itse
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from bnfx.errors import VerificationError
+from bnfx.errors import FoldError, VerificationError
+from bnfx.gauges.walk import FoldOptions
 from bnfx.graphs.brought import brought
 from bnfx.graphs.examples import Example, training_modules
 from bnfx.numbers import UNIT, Array
-from bnfx.onnx_files.reading import FOLDED, all_nodes, metadata_of, read_onnx, type_name
+from bnfx.onnx_files.reading import FOLDED, OPTIONS, all_nodes, metadata_of, read_onnx, type_name
 from bnfx.runtime.isolated import execute_apart
 from bnfx.runtime.providers import Where
 from bnfx.runtime.runner import Answer, Request, execute
@@ -127,7 +129,13 @@ def verify_onnx(
     path = Path(f)
     proto = read_onnx(path)
     reference = _reference(
-        model, precision, timeout, len(proto.graph.output), exact, isolate=isolate
+        model,
+        precision,
+        timeout,
+        len(proto.graph.output),
+        exact,
+        _options_of(proto),
+        isolate=isolate,
     )
     drawn = args is None and not kwargs and isinstance(reference, OnnxReference)
     if isinstance(reference, OnnxReference) and drawn:
@@ -169,6 +177,7 @@ def _reference(
     timeout: float | None,
     outputs: int,
     exact: fx.GraphModule | None,
+    options: Mapping[str, bool | int],
     *,
     isolate: bool,
 ) -> Reference:
@@ -184,7 +193,22 @@ def _reference(
             f"the reference is in train mode at {found[:8]}, so it has no one answer; call "
             "model.eval() first"
         )
-    return TorchReference(model, precision, outputs, exact)
+    return TorchReference(model, precision, outputs, exact, options)
+
+
+def _options_of(proto: onnx.ModelProto) -> dict[str, bool | int]:
+    """Options of folding that the file names and that are not the usual ones.
+
+    They weaken nothing: any form that they give is right.
+    """
+    usual = asdict(FoldOptions())
+    try:
+        told = json.loads(metadata_of(proto).get(OPTIONS, "{}"))
+        named = {name: told[name] for name in usual if type(told[name]) is type(usual[name])}
+        FoldOptions(**named)
+    except (ValueError, TypeError, KeyError, FoldError):
+        return {}
+    return {name: value for name, value in named.items() if value != usual[name]}
 
 
 @dataclass(frozen=True)

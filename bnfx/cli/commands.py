@@ -248,8 +248,14 @@ def _fold_file(options: argparse.Namespace, steps: Steps) -> Outcome:
     for name in _OF_MODELS:
         if getattr(options, name, None):
             raise UsageError(f"an .onnx file stays as it is otherwise: leave --{_dashed(name)} out")
+    if options.drop_dead:
+        raise UsageError(
+            "--drop-dead changes shapes, which an .onnx file states in many places; use it on the "
+            "model that the file was made from"
+        )
     deploys = options.command == "deploy"
     steps.total = 1 + deploys
+    folding = {name: value for name, value in _folding(options).items() if name != "drop_dead"}
     args = _inputs_of_file(options) if options.input else None
     checks = _check_options(options) if deploys else {}
     with steps("folding and verifying"):
@@ -260,7 +266,7 @@ def _fold_file(options: argparse.Namespace, steps: Steps) -> Outcome:
                 args=args,
                 verify_options=checks,
                 max_batch_norms_left=options.max_batch_norms_left,
-                **_folding(options),
+                **folding,
             )
         except VerificationError as error:
             if not isinstance(error.report, Report):

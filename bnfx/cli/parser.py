@@ -138,7 +138,7 @@ def _onnx(command: argparse.ArgumentParser) -> None:
 
 
 #: Options of `fold_bn` by their names there, for every command that folds.
-FOLDING = ("merge_branches", "thresholds", "border_maps", "merge_linear", "block")
+FOLDING = ("merge_branches", "thresholds", "border_maps", "merge_linear", "drop_dead", "block")
 
 
 def _folding(command: argparse.ArgumentParser) -> None:
@@ -154,6 +154,11 @@ def _folding(command: argparse.ArgumentParser) -> None:
         dest="merge_linear",
         action="store_false",
         help="layers in sequence stay apart, also where one would cost less",
+    )
+    group.add_argument(
+        "--drop-dead",
+        action="store_true",
+        help="channels that are zero or constant, or that nobody reads, leave; shapes change",
     )
     group.add_argument(
         "--block",
@@ -209,6 +214,13 @@ def _policy(command: argparse.ArgumentParser) -> None:
         action="store_const",
         const=0,
         help="none may stay",
+    )
+    group.add_argument(
+        "--survivors",
+        dest="max_batch_norms_left",
+        type=values.survivors,
+        metavar="{batch_norm,error}",
+        help="what becomes of those that cannot vanish: they stay, or that is an error",
     )
 
 

@@ -25,6 +25,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def survivors(text: str) -> int | None:
+    """What becomes of BatchNorms that cannot vanish, as the number of them that may stay."""
+    if text not in ("batch_norm", "error"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither batch_norm nor error")
+    return 0 if text == "error" else None
+
+
 def numbers(text: str) -> tuple[float, ...]:
     """Numbers with commas between, fractions too."""
     try:

@@ -146,7 +146,8 @@ class InferenceDraft:
         name = wanted if over else free_name(self.module, wanted)
         set_tensor(self.module, name, value.to(stored.device), trained=stored.requires_grad)
         self._new.provenance[name] = sources
-        self._new.dtypes[name] = self.written.dtypes.get(like, stored.dtype)
+        known = self.written.dtypes | self._new.dtypes
+        self._new.dtypes[name] = known.get(like, stored.dtype)
         return name
 
     def put_back(self, name: str, value: Tensor, *, sources: tuple[str, ...]) -> None:

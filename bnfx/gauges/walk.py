@@ -40,8 +40,8 @@ class FoldOptions:
     block: int = 16
 
     def __post_init__(self) -> None:
-        if self.block < 1:
-            raise FoldError(f"block={self.block} is no width; give 1 or more")
+        if not isinstance(self.block, int) or self.block < 1:
+            raise FoldError(f"block={self.block!r} is no width; give 1 or more")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from bnfx.numbers import Array
 
 #: Key of the file's metadata under which the names of folded parameters stand.
 FOLDED = "bnfx.folded"
+#: Key of the file's metadata under which the options of that folding stand.
+OPTIONS = "bnfx.options"
 #: Key of the file's metadata under which the version of bnfx stands.
 VERSION = "bnfx.version"
 

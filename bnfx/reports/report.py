@@ -325,6 +325,8 @@ class FoldReport(Report):
     merges: tuple[MergeRecord, ...] = ()
     #: With drop_dead=True: what became of channels that are zero, constant or read by nobody.
     dropped: tuple[DropRecord, ...] = ()
+    #: The options of `fold_bn` that it was folded with, by name.
+    options: Mapping[str, bool | int] = dataclasses.field(default_factory=dict)
     #: The graph before and after, to draw.
     graphs: tuple[tuple[Box, ...], tuple[Box, ...]] = dataclasses.field(
         default=((), ()), repr=False, compare=False
@@ -349,6 +351,7 @@ class FoldReport(Report):
             told["unavoidable"],
             merges=tuple(merges),
             dropped=tuple(dropped),
+            options=told.get("options", {}),
         )
 
     @property

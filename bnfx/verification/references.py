@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -80,9 +80,13 @@ class TorchReference:
         precision: Precision,
         outputs: int | None = None,
         folded: fx.GraphModule | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Of `outputs` outputs in the file; `folded` is the model's exact folding where known."""
-        self._outputs, self._known = outputs, folded
+        """Of `outputs` outputs in the file; `folded` is the model's exact folding where known.
+
+        `options` are those of `fold_bn` that the file names: another form to compare it with.
+        """
+        self._outputs, self._known, self._options = outputs, folded, dict(options or {})
         self.name = type(model).__name__
         self.precision = effective_precision(model, precision)
         self.dtype = DTYPES[self.precision]
@@ -288,10 +292,13 @@ class TorchReference:
 
         def own() -> fx.GraphModule:
             if self._known is None:
-                return exactly(self._capture(sample), FoldOptions())
+                return exactly(self._capture(sample), FoldOptions(**self._options))
             known = skeleton(self._known)  # as it is the caller's
             assert isinstance(known, fx.GraphModule)
             return known
+
+        def usual() -> fx.GraphModule:
+            return exactly(self._capture(sample), FoldOptions())
 
         def exact(**options: bool) -> fx.GraphModule:
             found = self._capture(sample)
@@ -303,6 +310,7 @@ class TorchReference:
 
         return [
             ("folded by the rules of its own dtype", own),
+            *([("folded by default", usual)] if self._options else []),
             ("folded in float64", exact),
             ("folded without example inputs", partial(exact_graph, self._own)),
             *((f"folded with {options}", partial(exact, **options)) for options in _options()),
@@ -348,14 +356,19 @@ class TorchReference:
 
 
 def _options() -> Iterator[dict[str, Any]]:
-    """Every choice of the options of `fold_bn` but the default; few changes first."""
+    """Every choice of the options of `fold_bn` but the default; few changes first.
+
+    Channels that are dropped change the shapes: with other options too only where the file says so.
+    """
     switches = {
         name: parameter.default
         for name, parameter in inspect.signature(fold_bn).parameters.items()
         if isinstance(parameter.default, bool)
     }
-    for count in range(1, len(switches) + 1):
-        for names in itertools.combinations(switches, count):
+    alone = [name for name in switches if name != "drop_dead"]
+    yield from ({"drop_dead": True}, {"drop_dead": True, "block": 1})
+    for count in range(1, len(alone) + 1):
+        for names in itertools.combinations(alone, count):
             yield {name: not switches[name] for name in names}
 
 

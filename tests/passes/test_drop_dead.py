@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 import bnfx
 from tests.support.graph_laws import check
+from tests.support.networks import chain, conv, norm
 from tests.support.sparse import sparse_network
 
 
@@ -20,3 +24,25 @@ def test_random_networks(seed: int) -> None:
     others = [[torch.randn(5, 3, 8, 8, dtype=torch.float64)]]
     check(net, [x], given=bool(seed % 2), others=others, drop_dead=True, block=1 + seed % 3)
     assert _size(bnfx.fold_bn(net, x, drop_dead=True, block=1)) < _size(bnfx.fold_bn(net, x))
+
+
+@pytest.mark.parametrize("form", ["graph", "module"])
+def test_survivors_are_an_error_where_that_is_asked_for(form: Any) -> None:
+    model = chain(norm([2, 4], [1, 1]), nn.ReLU(), conv(2, 1))
+    for fold in (bnfx.fold_bn, bnfx.plan_fold):
+        with pytest.raises(bnfx.FoldError, match=r"1 of 1 BatchNorms stay.*\n  0: its s") as caught:
+            fold(model, survivors="error", form=form)
+        assert caught.value.report.left == 1
+    assert bnfx.plan_fold(chain(conv(1, 2), norm([1, 2])), survivors="error").left == 0
+    with pytest.raises(bnfx.FoldError, match="choose from batch_norm, error"):
+        bnfx.fold_bn(model, survivors="mul_add")  # type: ignore[call-overload]
+
+
+def test_options_that_make_no_sense() -> None:
+    model = chain(conv(1, 2), norm([1, 0]))
+    with pytest.raises(bnfx.FoldError, match="use form='graph'"):
+        bnfx.fold_bn(model, form="module", drop_dead=True)
+    odd: tuple[Any, ...] = (0, "16")
+    for block in odd:
+        with pytest.raises(bnfx.FoldError, match="is no width"):
+            bnfx.fold_bn(model, drop_dead=True, block=block)
