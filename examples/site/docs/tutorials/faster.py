@@ -66,3 +66,10 @@ bnfx.benchmark_onnx(
 # `thresholds=True` and `border_maps=True` take more BatchNorms away and may cost time in a runtime whose fused
 # kernels have no such form; `merge_branches=False` keeps branches apart. The report of `bnfx bench` and the
 # [results](../results/folding.md) say where each paid.
+
+# %% [markdown]
+# Or let `deploy` measure them: `tune=True` folds in each way that is left open, runs the files in turns on the
+# provider, and keeps the fastest that passes (`bnfx deploy ... --tune`).
+
+# %%
+bnfx.deploy(net, (images,), folder / "tuned.onnx", tune=True).tuning
