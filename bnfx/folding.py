@@ -321,8 +321,10 @@ def _folded(
 ) -> tuple[fx.GraphModule, Written]:
     """The graph, folded, with its report, and what of it is to be rounded.
 
-    A BatchNorm that vanished may have parted branches that can be merged now. Where that is found,
-    the folding before is done again with its weights kept in float64: nothing is rounded twice.
+    A BatchNorm that vanished may have parted branches that can be merged now, or may have been all
+    that kept another: a tensor carries one axis at a time, and what is constant behind a gamma of
+    zero is known only then. Where that is found, the folding before is done again with its weights
+    kept in float64: nothing is rounded twice.
     """
     draft = InferenceDraft(captured, exact=exact or options.drop_dead)
     fold = FoldBatchNorm(options)
@@ -342,7 +344,8 @@ def _folded(
         before = None if draft.exact else draft.copy()
         run(draft, fold)
         beside = options.merge_branches and MergeBranches().match(draft)
-        if not beside and not (options.merge_linear and linear.sites(draft)):
+        in_turn = options.merge_linear and linear.sites(draft)
+        if not (beside or in_turn or _folds_more(draft, fold)):
             break
         if before is not None:
             draft, before.exact = before, True
@@ -381,6 +384,12 @@ def _folded(
         options=asdict(options),
     )
     return remember(graph, told), written
+
+
+def _folds_more(draft: InferenceDraft, fold: FoldBatchNorm) -> bool:
+    """Whether some BatchNorms vanished, and others can only now."""
+    norms = {c.action for c in draft.changes.values() if c.kind == "batch_norm"}
+    return norms == {"changed", "kept"} and fold.finds_any(draft)
 
 
 def _carriers(draft: InferenceDraft) -> Callable[[Sequence[str]], tuple[str, ...]]:

@@ -77,10 +77,7 @@ class FoldBatchNorm:
 
     def match(self, draft: InferenceDraft) -> list[Folding | Change]:
         """What can be folded, as one site, and what keeps the rest."""
-        values = draft.values
-        solution = solve(
-            Problem(draft.module, draft.runs, values, draft.barred, self.options, self.slots)
-        )
+        values, solution = draft.values, self._solved(draft)
         found, gauges, vanished = solution.found, solution.gauges, solution.vanished
         if self.slots is not None:
             self.slots.settle(found, gauges)
@@ -105,6 +102,16 @@ class FoldBatchNorm:
             Folding(gauges.eliminated, pending, solution.guards, bounds, unavoidable, gone),
             *kept,
         ]
+
+    def finds_any(self, draft: InferenceDraft) -> bool:
+        """Whether a BatchNorm would vanish."""
+        return any(is_norm(node) for node in self._solved(draft).vanished)
+
+    def _solved(self, draft: InferenceDraft) -> Solution:
+        barred = draft.barred
+        return solve(
+            Problem(draft.module, draft.runs, draft.values, barred, self.options, self.slots)
+        )
 
     def rewrite(
         self, draft: InferenceDraft, found: Sequence[Folding | Change]

@@ -118,7 +118,6 @@ def test_zero_gamma_goes_forward(layers: list[nn.Module], shape: tuple[int, ...]
         [nn.Conv2d(4, 3, 3, padding=1)],
         [nn.ReLU(), nn.Conv2d(4, 3, 1)],
         [nn.MaxPool2d(2), nn.Conv2d(4, 3, 1)],
-        [nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1)],
         [nn.AvgPool2d(2, padding=1), nn.Conv2d(4, 3, 1)],
         [nn.Identity()],
     ],
@@ -306,3 +305,35 @@ def test_what_insertion_put_beside_a_product_folds() -> None:
     folded = bnfx.fold_bn(inserted, (x,))
     torch.testing.assert_close(folded(x), inserted(x), rtol=1e-10, atol=1e-10)
     assert verdicts(folded) == ["folded"]
+
+
+class TwoAxes(nn.Module):
+    """The output of one product, normalised along one axis and then along the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 6, 3))
+        self.last, self.middle = nn.BatchNorm1d(3), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.einsum("bci,cio->bco", x, self.w)
+        z: Tensor = self.middle(self.last(y.flatten(0, -2)).reshape_as(y))
+        return z
+
+
+def zero_behind_another() -> nn.Module:
+    """A channel that is constant reaches a layer through the second BatchNorm alone."""
+    chain = settled(nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Flatten()))
+    chain.get_parameter("0.weight").data[1] = 0
+    return nn.Sequential(chain, nn.Linear(64, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [(settled(TwoAxes()), image(2, 6, 6)), (zero_behind_another(), image(2, 4, 4, 4))],
+    ids=["two axes", "a gamma of zero"],
+)
+def test_what_folds_only_once_another_has_folded(model: nn.Module, x: Tensor) -> None:
+    folded = bnfx.fold_bn(model, (x,), border_maps=True)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+    assert verdicts(folded) == ["folded", "folded"]
