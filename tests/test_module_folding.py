@@ -516,3 +516,39 @@ def test_weights_that_cannot_become_what_is_needed_stay(
     assert left(folded) == ["1"]
     assert re.search(remove, told(folded).batch_norms[0].reason)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+class Same(nn.Conv2d):
+    """As in TensorFlow: its forward pads, as much as the size asks for."""
+
+    def forward(self, x: Tensor) -> Any:
+        over = -x.shape[-1] % self.stride[1]
+        y = F.pad(x, (0, over, 0, 0)) if over > 0 else x
+        return F.conv2d(y, self.weight, self.bias, self.stride, self.padding)
+
+
+class Deaf(nn.Conv2d):
+    """It takes no bias, though its class has one."""
+
+    def forward(self, x: Tensor) -> Any:
+        return F.conv2d(x, self.weight)
+
+
+class Halved(nn.Conv2d):
+    """It does something else with a bias than to add it."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = F.conv2d(x, self.weight)
+        return y if self.bias is None else y + self.bias[:, None, None] / 2
+
+
+@pytest.mark.parametrize("kind", [Same, Deaf, Halved])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_subclass_gets_a_bias_where_its_forward_adds_it(
+    kind: type[nn.Conv2d],
+    given: bool,  # noqa: FBT001
+) -> None:
+    model = nn.Sequential(kind(3, 4, 1, stride=1, bias=False), nn.BatchNorm2d(4), nn.Sigmoid())
+    if given or kind is not Same:
+        folded = fold(model, torch.randn(2, 3, 6, 6), given=given)
+        assert left(folded) == ([] if kind is Same else ["1"])

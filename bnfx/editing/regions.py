@@ -63,7 +63,7 @@ def share_out(
     taken = {region for region, why in found if not why and (region or kept)}
     parts = sorted(taken, key=len)  # code of a part may hold that of parts inside of it
     return [
-        (next(p for p in parts if below(region, p)) if not why and parts else "", why)
+        (next((p for p in parts if below(region, p)), "") if not why else "", why)
         for region, why in found
     ]
 

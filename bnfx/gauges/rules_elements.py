@@ -20,6 +20,11 @@ from bnfx.operators.calls import argument, base_name, call_name
 
 def move(walk: Walk, node: fx.Node) -> Any:
     """The call itself, carried out on the labels."""
+    name = base_name(call_name(node))
+    if name == "copy":
+        return _copied(walk, node)
+    if name in ("index", "_unsafe_index", "index_select") and not _indices_known(walk, node):
+        return _gathered(walk, node)
 
     def value(n: fx.Node) -> Any:
         labels, fake = walk.maps.get(n), walk.shapes.values.get(n)
@@ -43,6 +48,58 @@ def move(walk: Walk, node: fx.Node) -> Any:
     if any(isinstance(m, FakeTensor) for m in pytree.tree_leaves(moved)):
         raise Opaque  # a member of an input's container, which has no labels
     return pytree.tree_map(lambda m: settled(m) if isinstance(m, Tensor) else m, moved)
+
+
+def _copied(walk: Walk, node: fx.Node) -> Tensor:
+    """Of `copy(target, source)`: the source, in the shape of the target."""
+    target, source = node.args[:2]
+    if not isinstance(node.target, torch._ops.OpOverload):
+        raise Opaque
+    if not isinstance(target, fx.Node) or not isinstance(source, fx.Node):
+        raise Opaque
+    labels = walk.labels_of(source)
+    mine, theirs = walk.shapes.values.get(target), walk.shapes.values.get(source)
+    if not is_tensor(mine) or not is_tensor(theirs) or mine.dtype != theirs.dtype:
+        raise Opaque
+    return labels.expand(walk.shape_of(target))
+
+
+def _indices(node: fx.Node) -> list[Any]:
+    """For each axis what it is indexed with; None where it is not."""
+    if base_name(call_name(node)) == "index_select":
+        axis, index = argument(node, 1, "dim"), argument(node, 2, "index")
+        if not isinstance(axis, int) or axis < 0:
+            raise Opaque
+        return [*[None] * axis, index]
+    indices = argument(node, 1, "indices")
+    if not isinstance(indices, tuple | list):
+        raise Opaque
+    return list(indices)
+
+
+def _indices_known(walk: Walk, node: fx.Node) -> bool:
+    return all(walk.values.of(i) is not None for i in _indices(node) if isinstance(i, fx.Node))
+
+
+def _gathered(walk: Walk, node: fx.Node) -> Tensor:
+    """Elements from anywhere along axes that lie side by side: one gauge along these axes.
+
+    Whatever the indices are; core ATen writes reflected padding and upsampling so.
+    """
+    labels, indices = walk.labels_of(argument(node, 0, "input")), _indices(node)
+    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    fakes = [walk.shapes.values.get(indices[axis]) for axis in axes]
+    if axes != list(range(axes[0], axes[-1] + 1)) or not all(
+        is_tensor(fake) and fake.dtype in (torch.int32, torch.int64) for fake in fakes
+    ):
+        raise Opaque
+    kept = [axis for axis in range(labels.dim()) if axis not in axes]
+    small = compact(labels)
+    rows = walk.rows(small, kept, Cause(node, describe(node)))
+    shape = walk.shape_of(node)
+    sizes = [small.shape[axis] for axis in kept]
+    sizes[axes[0] : axes[0]] = [1] * (len(shape) - len(kept))
+    return torch.from_numpy(rows).reshape(sizes).expand(shape)
 
 
 def concatenate(walk: Walk, node: fx.Node) -> Tensor:

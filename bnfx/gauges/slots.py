@@ -33,17 +33,17 @@ from bnfx.gauges.rank import of_same_rank
 from bnfx.gauges.writing import call_of
 from bnfx.gauges.written_out import part_of
 from bnfx.graphs.baked import computes, has_own_hooks, why_not_put
+from bnfx.graphs.biases import takes_bias
 from bnfx.graphs.constants import Values
 from bnfx.graphs.examples import has_hooks, skeleton
 from bnfx.graphs.frames import frames_of
 from bnfx.graphs.in_place import aliases
-from bnfx.graphs.kept import plain_class
 from bnfx.graphs.naming import OWNER, describe, owner_of
 from bnfx.graphs.norms import STATE, holds_norm, is_norm, is_stock_norm
 from bnfx.graphs.parameters import sweep
 from bnfx.graphs.tracing import Tracer, trace
 from bnfx.numbers import Ints
-from bnfx.operators.table import Passage, affine_class, is_batch_norm, passage_of
+from bnfx.operators.table import Passage, is_batch_norm, passage_of
 
 _HOOKED = "it has hooks, which see its input and output; remove them first"
 _SPLIT = "its module is called several times, and at one of the calls it stays"
@@ -214,7 +214,16 @@ class Slots:
         weight = call_of(site).get("weight")
         owner = self.modules.get(owner_of(str(getattr(weight, "target", ""))))
         own = owner is module and str(getattr(weight, "target", "")).endswith("weight")
-        return own and site.kind is Kind.AFFINE and _takes_bias(module)
+        return own and site.kind is Kind.AFFINE and self._takes_bias(module)
+
+    def _takes_bias(self, module: nn.Module) -> bool:
+        if module not in self._biased:
+            self._biased[module] = takes_bias(module)
+        return self._biased[module]
+
+    @functools.cached_property
+    def _biased(self) -> dict[nn.Module, bool]:
+        return {}
 
     def _is_removable(self, site: Site) -> bool:
         return _is_norm(site.node) and not self.why_kept(site.node)
@@ -311,7 +320,7 @@ class Slots:
         if state.get(leaf) is not None or computes(module, leaf):
             return True
         return leaf in (
-            ("weight", "bias") if _is_stock(module) else ("bias",) * _takes_bias(module)
+            ("weight", "bias") if _is_stock(module) else ("bias",) * self._takes_bias(module)
         )
 
     def not_put(self, new: Mapping[str, Tensor]) -> dict[str, str]:
@@ -391,11 +400,6 @@ def _is_stock(module: nn.Module) -> bool:
     if isinstance(module, _InstanceNorm):
         return type(module).forward is _InstanceNorm.forward and "forward" not in vars(module)
     return is_stock_norm(module)
-
-
-def _takes_bias(module: nn.Module) -> bool:
-    """Whether it is a layer of torch.nn, perhaps with a BatchNorm that insertion put behind it."""
-    return affine_class(plain_class(module)) is not None
 
 
 def _is_block(module: nn.Module) -> bool:

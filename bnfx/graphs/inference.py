@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
@@ -43,6 +44,8 @@ _RANKS: tuple[tuple[type[nn.Module], frozenset[int]], ...] = (
     (nn.BatchNorm3d, frozenset({5})),
 )
 
+
+_CIRCULAR = (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)
 
 #: node.meta key of a module that is kept whole: why torch.export could not help.
 NOT_EXPORTED = "bnfx_not_exported"
@@ -87,6 +90,10 @@ class _FunctionalTracer(Tracer):
     ) -> Any:
         """A BatchNorm in eval mode becomes `F.batch_norm`; its check of the rank is remembered."""
         path = self.path_of_module(m)
+        stock = type(m) in _CIRCULAR and not has_hooks(m)
+        if stock and isinstance(m, _CIRCULAR):  # its own check of the rank cannot be traced
+            x = args[0] if args else kwargs["input"]
+            return F.pad(x, m.padding, mode="circular")
         if not is_stock_norm(m) or self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         x = args[0] if args else kwargs["input"]
@@ -162,9 +169,9 @@ def _captured(model: nn.Module, given: Example | None, *, exporting: bool) -> Ca
         return export(root, given, "the traced graph and the model disagree on the example")
     if given is None:
         return Captured(traced, None)
-    if _hides_norms(traced):
+    if _hides_layers(traced):
         try:
-            return export(root, given, "a part of the model that holds BatchNorms stays whole")
+            return export(root, given, "a part of the model that holds layers stays whole")
         except CaptureError as error:  # then they stay, inside the modules that could not be traced
             for node in traced.graph.nodes:
                 if node.op == "call_module":
@@ -193,12 +200,17 @@ def _restore_ranks(root: nn.Module, graph: fx.Graph) -> None:
             node.meta[RANKS] = next(iter(ranks))
 
 
-def _hides_norms(traced: fx.GraphModule) -> bool:
-    """Whether a module that is called as a whole evaluates a BatchNorm that might be folded."""
+def _hides_layers(traced: fx.GraphModule) -> bool:
+    """Whether a module that is called as a whole evaluates a BatchNorm that might be folded.
+
+    Or a layer that others might be folded into.
+    """
+    others = any(is_batch_norm(node) for node in traced.graph.nodes)
     for node in traced.graph.nodes:
         if node.op != "call_module":
             continue
-        inside = list(traced.get_submodule(str(node.target)).modules())
+        whole = traced.get_submodule(str(node.target))
+        inside = list(whole.modules())
         if any(has_hooks(module) for module in inside):
             continue
         if any(
@@ -207,6 +219,9 @@ def _hides_norms(traced: fx.GraphModule) -> bool:
             else holds_norm(m)
             for m in inside
         ):
+            return True
+        own = not type(whole).__module__.startswith("torch.nn.")
+        if others and own and any(isinstance(m, _ConvNd | nn.Linear) for m in inside):
             return True
     return False
 

@@ -12,6 +12,9 @@ from torch import fx
 from bnfx.operators.calls import arguments, function_name, signature_of
 from bnfx.operators.table import is_batch_norm, is_instance_norm
 
+#: What changes a tensor in place, its elements aside: programs hold the first for each literal.
+_WRITING_NO_ELEMENTS = frozenset({"detach_", "requires_grad_"})
+
 
 def name_inplace_flag(node: fx.Node) -> None:
     """Turn a positional `inplace` into a keyword, where `writes` looks for it."""
@@ -31,6 +34,8 @@ def writes(node: fx.Node) -> bool:
     if _updates_statistics(node):
         return True
     if is_batch_norm(node):
+        return False
+    if function_name(node.target) in _WRITING_NO_ELEMENTS:
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable

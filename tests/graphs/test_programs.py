@@ -326,3 +326,49 @@ def test_programs_with_effects_branches_and_parameters_returned(
     law(program, (image(),), (-image(),), left=norms(folded))
     whole = "autocast" in line and form == "plain"  # core ATen has no such parts
     assert norms(folded) == whole + ("self.other(" in result)
+
+
+class Between(nn.Module):
+    """Convolution, something that moves elements, BatchNorm."""
+
+    def __init__(self, moves: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.moves, self.norm = nn.Conv2d(2, 4, 1), moves, nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.moves(self.conv(x)))
+        return y
+
+
+@pytest.mark.parametrize("form", ["plain", "core", "core saved"])
+@pytest.mark.parametrize(
+    "moves",
+    [
+        nn.CircularPad2d((1, 2, 0, 3)),
+        nn.ReflectionPad2d((1, 2, 0, 3)),
+        nn.ReplicationPad2d((1, 2, 0, 3)),
+        nn.Upsample(scale_factor=2),
+        lambda y: y.roll((1, 2), (2, 3)),
+        lambda y: y[:, :, torch.tensor([0, 2, 2])],
+        lambda y: y[:, torch.tensor([3, 0, 1, 2])],
+        lambda y: y[:, :, torch.tensor([[0, 2]]), torch.tensor([[1], [0]])],
+        lambda y: y.index_select(2, torch.tensor([1, 1])),
+    ],
+)
+def test_moved_elements_keep_their_gauges(form: str, moves: Callable[[Tensor], Tensor]) -> None:
+    model = randomise(Between(moves)).double()
+    open_sizes = {0: BATCH} if form == "plain" else {0: BATCH, 3: SIZE}
+    try:
+        program = torch.export.export(model, (image(),), dynamic_shapes=(open_sizes,))
+    except (ValueError, RuntimeError):  # a reflection asks for the size
+        program = torch.export.export(model, (image(),), dynamic_shapes=({0: BATCH},))
+    law(form_of(program, form), (image(),), (image(5),))
+
+
+def test_what_is_chosen_by_the_data_keeps_one_gauge() -> None:
+    """Whatever the indices are; along the channels there would have to be one for all."""
+    line = "y[:, :, (x[0, 0, 0] > 0).long()]"
+    parts: dict[str, Any] = {"conv": nn.Conv2d(2, 4, 1), "norm": nn.BatchNorm2d(4)}
+    for left, text in ((0, line), (1, line.replace("[:, :, ", "[:, "))):
+        made = randomise(net(f"self.norm({text}[:, :4])", "y = self.conv(x)", **parts)).double()
+        law(torch.export.export(made, (image(),)), (image(),), left=left)

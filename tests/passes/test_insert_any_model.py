@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -449,3 +449,23 @@ def test_parts_inside_a_part_that_is_kept_whole() -> None:
     done.load_state_dict(model.state_dict(), strict=True)
     x = torch.randn(5, 4)
     torch.testing.assert_close(done.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("form", ["graph", "module"])
+def test_layers_outside_and_inside_of_parts_that_stay_whole(
+    form: Literal["graph", "module"],
+) -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            return x if x.sum() > 1e9 else self.b(self.a(x).relu()).relu()
+
+    stem, head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+    model = nn.Sequential(stem, nn.ReLU(), Asks(), Asks(), head)
+    inserted = bnfx.insert_bn(model, torch.randn(2, 3, 6, 6), form=form)
+    report = bnfx.report(inserted)
+    assert isinstance(report, InsertReport)
+    assert [site.action for site in report.sites] == ["inserted"] * 5 + ["skipped"]
