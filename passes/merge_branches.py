@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from bnfx.editing.declarations import Preserved
 from bnfx.editing.inference_draft import InferenceDraft
-from bnfx.editing.sums import alone, is_inner, is_sum, operands_of, repoint
+from bnfx.editing.sums import alone, does_nothing, is_inner, is_sum, operands_of, repoint
 from bnfx.graphs.naming import norm_path, owner_of
 from bnfx.graphs.norms import affine_map_of, is_norm
 from bnfx.graphs.parameters import sweep
@@ -147,7 +147,7 @@ class _Look:
             found = self._layer(value, shape)
         elif is_norm(value):
             found = self._normed(value, shape)
-        elif passage_of(value) is Passage.IDENTITY:
+        elif passage_of(value) is Passage.IDENTITY and does_nothing(value):
             inner = value.args[0]
             if isinstance(inner, fx.Node) and self._same(inner, value):
                 found = replace(self._branch(inner, shape), value=value)

@@ -177,8 +177,7 @@ class _Costs:
     """What calls cost, at the sizes of the example; without one, in sizes that are certain."""
 
     def __init__(self, draft: InferenceDraft, chains: Chains, block: int) -> None:
-        self.chains, self.block = chains, block
-        self.runs, self.values = draft.runs, draft.values
+        self.chains, self.block, self.draft = chains, block, draft
         self.certain = draft.inputs is not None
 
     def site(self, root: fx.Node, chain: Chain, rest: tuple[object, ...] = ()) -> Iterator[Site]:
@@ -187,7 +186,7 @@ class _Costs:
             return
         first = chain.source.op == "placeholder"
         totals = []
-        for run in self.runs:
+        for run in self.draft.runs:  # only now: they take time
             places = self._places(run, root, root)
             before = sum(self._cost(run, node, root) for node in chain.nodes)
             after = chain.geometry.cost(places, self.block, first=first)
@@ -210,7 +209,7 @@ class _Costs:
         if not one or (g.shifted and not sums) or not chains.of(step.input):
             return
         totals = []
-        for run in self.runs:
+        for run in self.draft.runs:
             wide, narrow = (self._places(run, node, root) for node in (layer, root))
             inputs = Geometry.window(g.inputs, g.kernel).cost(wide, self.block, first=False)
             outputs = Geometry.window(g.outputs, g.kernel).cost(wide, self.block, first=False)
@@ -246,7 +245,7 @@ class _Costs:
 
     def _one_dtype(self, root: fx.Node, chain: Chain) -> bool:
         nodes = (root, chain.source, *chain.nodes)
-        values = [self.runs[0].values.get(node) for node in nodes]
+        values = [self.draft.shapes.values.get(node) for node in nodes]
         return len({(value.dtype, value.device) for value in values if is_tensor(value)}) == 1
 
 
@@ -324,9 +323,11 @@ def _survives(draft: InferenceDraft, site: Site) -> bool:
     """Whether the weights can be stored as the layer's are: products of small ones may vanish."""
     dtype = draft.shapes.values[site.root].dtype
     assert site.branch is not None
-    rows = torch.cat([site.branch.weight.flatten(1), site.branch.bias[:, None]], 1)
-    error = (rows.to(dtype).double() - rows).norm(dim=1)
-    return bool((error <= torch.finfo(dtype).eps * rows.norm(dim=1)).all())
+    for rows in (site.branch.weight.flatten(1), site.branch.bias[:, None]):
+        error = (rows.to(dtype).double() - rows).norm(dim=1)
+        if not bool((error <= torch.finfo(dtype).eps * rows.norm(dim=1)).all()):
+            return False
+    return True
 
 
 def _merge(draft: InferenceDraft, site: Site, by: str) -> Iterator[Change]:
@@ -354,7 +355,9 @@ def _merge(draft: InferenceDraft, site: Site, by: str) -> Iterator[Change]:
             user.replace_input_with(node, chain.source)
     for norm in filter(is_norm, chain.nodes):
         yield Change(by, norm_path(norm), "batch_norm", "changed", "", into=(into,), at=norm.name)
-    layers = tuple(dict.fromkeys(owner_of(name) for name in sources))
+    parts_of = {change.into[0]: change.values for change in draft.merges if change.values}
+    owners = map(owner_of, sources)
+    layers = tuple(dict.fromkeys(n for name in owners for n in parts_of.get(name, (name,))))
     why = _share(site)
     yield Change(by, into, MERGE, "changed", why, values=layers, into=(into,), at=root.name)
     root.replace_all_uses_with(total)
@@ -396,6 +399,8 @@ def _call(graph: fx.Graph, layer: fx.Node, chain: Chain, parts: dict[str, fx.Nod
         "dilation": list(geometry.dilation),
         "groups": geometry.groups,
     }
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket.default  # another one takes padding as a word
     named = given_arguments(layer) | {"bias": None} | parts | sizes
     named.pop("input")
     return graph.call_function(target, (source,), named)  # type: ignore[arg-type]  # a function

@@ -15,6 +15,7 @@ BENCHMARKS = (
     "fold_zoo",
     "file_zoo",
     "fold_latency",
+    "linear_latency",
     "fold_cost",
     "insert_cost",
     "verify_cost",
@@ -33,5 +34,12 @@ def test_benchmark(name: str, tmp_path: Path) -> None:
     assert found["environment"]["torch"] in text
     assert found["rows"]
     assert len((tmp_path / f"{name}.csv").read_text().splitlines()) == len(found["rows"]) + 1
-    if name not in ("random_graphs", "file_zoo", "verify_cost", "insert_cost", "gpu"):
+    if name not in (
+        "random_graphs",
+        "file_zoo",
+        "verify_cost",
+        "insert_cost",
+        "gpu",
+        "linear_latency",
+    ):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from bnfx.editing.inference_draft import InferenceDraft
-from bnfx.editing.sums import alone, is_sum, operands_of, sums_in
+from bnfx.editing.sums import alone, does_nothing, is_sum, operands_of, sums_in
 from bnfx.graphs.norms import affine_map_of, is_norm
 from bnfx.graphs.shapes import is_tensor
 from bnfx.onnx_files.node_call import ORIGIN, PART, VALUE
@@ -28,7 +28,6 @@ from bnfx.operators.table import (
     Passage,
     affine_of,
     layer_call,
-    operator_of,
     passage_of,
     product_of,
 )
@@ -237,7 +236,7 @@ class Chains:
         """A product with a matrix, which is a linear layer."""
         for product in products(value) if not self.spatial else ():
             weight, bias = self.values.of(product.weight), self.values.of(product.bias)
-            if weight is None or weight.is_meta or weight.dim() != 2:
+            if weight is None or weight.is_meta or weight.dim() != 2 or not weight.numel():
                 continue
             if product.x_axes != (-1,) or product.y_axes != (-1,):
                 continue
@@ -393,14 +392,6 @@ def zeros_added(node: fx.Node) -> list[tuple[int, int]] | None:
     if not all(isinstance(n, int) and n >= 0 for n in widths):
         return None
     return list(zip(widths[::2], widths[1::2], strict=True))
-
-
-def does_nothing(node: fx.Node) -> bool:
-    """Whether a call that may drop elements gives those that it reads."""
-    row = operator_of(node)
-    if row is None or row.pure:
-        return True
-    return argument(node, 2, "training", node.kwargs.get("train", True)) is False
 
 
 def _kind(node: fx.Node) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from bnfx.operators.calls import argument
-from bnfx.operators.table import Passage, passage_of
+from bnfx.operators.table import Passage, operator_of, passage_of
 
 
 def asks_rank(user: fx.Node) -> bool:
@@ -20,6 +20,14 @@ def asks_rank(user: fx.Node) -> bool:
 def alone(value: fx.Node) -> bool:
     """Whether one call reads the elements of `value`, and none its sizes."""
     return sum(not asks_rank(user) for user in value.users) == 1
+
+
+def does_nothing(node: fx.Node) -> bool:
+    """Whether a call that may drop elements gives those that it reads."""
+    row = operator_of(node)
+    if row is None or row.pure:
+        return True
+    return argument(node, 2, "training", node.kwargs.get("train", True)) is False
 
 
 def is_sum(node: fx.Node) -> bool:

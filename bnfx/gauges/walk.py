@@ -107,9 +107,9 @@ class Walk:
         """One label for each place along `axes`; the others of a place are made equal to it."""
         if any(not 0 <= axis < labels.dim() for axis in axes):  # of assumed ranks
             raise Opaque
-        rows, sizes = rows_along(labels, axes)
-        if not rows.shape[1]:  # of an empty batch
+        if 0 in labels.shape:  # of an empty batch, or of no channels
             raise Opaque
+        rows, sizes = rows_along(labels, axes)
         first = rows[:, 0]
         if rows.shape[1] > 1:
             differ = rows != first[:, None]

@@ -40,10 +40,10 @@ class Geometry:
     ) -> Geometry | None:
         """That of a convolution or linear layer; None where its padding is uneven.
 
-        A linear layer takes a vector as its weight too, which is no layer's.
+        Nor is there one of no channels, or where a linear layer takes a vector as its weight.
         """
         spatial, groups = row.spatial or 0, int(call["groups"])
-        if weight.dim() != spatial + 2:
+        if weight.dim() != spatial + 2 or not weight.numel():
             return None
         kernel = tuple(weight.shape[2:])
         dilation = numbers(call["dilation"], spatial)

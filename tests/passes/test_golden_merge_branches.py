@@ -60,5 +60,9 @@ def test_a_branch_that_others_read_stays(golden: Golden) -> None:
     golden.fold(net("y + self.b(x), y", "y = self.a(x)", a=conv(2, 2), b=conv(2, 2)), X)
 
 
+def test_a_branch_that_drops_stays(golden: Golden) -> None:
+    golden.fold(net("self.a(x) + F.dropout(self.b(x), 0.5)", a=conv(2, 2), b=conv(2, 2)))
+
+
 def test_not_asked_for(golden: Golden) -> None:
     golden.fold(net("self.a(x) + self.b(x)", a=conv(2, 2), b=conv(2, 2)), X, merge_branches=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import bnfx
 from bnfx.reports.report import FoldReport
 from tests.support.laws import assert_close, check_fold, randomise
+from tests.support.networks import net
 
 #: A width to which all others round: layers cost by their kernels and places alone.
 WIDE = 4096
@@ -110,21 +112,100 @@ def test_random_branches_are_exact() -> None:
     assert merged > 5
 
 
-@pytest.mark.parametrize("kept", ["conv", "linear"])
-def test_a_value_that_is_read_twice_stays(kept: str) -> None:
-    first, second = (nn.Conv2d(4, 4, 1) if kept == "conv" else nn.Linear(4, 4) for _ in range(2))
+#: What is returned, of x (2, 4, 6, 6), the layers, and how many merges there are.
+WAYS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "a value that is read twice": ("self.b(y := self.a(x)) * y.sum()", {}, 0),
+    "a size that is read": ("self.b(y := self.a(x)) * y.shape[2]", {}, 0),
+    "in-place maps between": ("self.b(self.a(x).add_(1).mul_(2))", {}, 1),
+    "an element that is assigned": ("[y := self.a(x), y[:, 0].zero_(), self.b(y)][-1]", {}, 0),
+    "one twice in a sum": ("self.b((y := self.a(x)) + y)", {}, 1),
+    "subtracted from a number": ("self.b(1 - self.a(x))", {}, 1),
+    "rsub": ("self.b(torch.rsub(self.a(x), 2.0))", {}, 1),
+    "divided": ("self.b(self.a(x) / 3)", {}, 1),
+    "a multiple in a sum": ("self.b(torch.add(self.a(x), x, alpha=2))", {}, 0),
+    "dropout that is on": ("self.b(F.dropout(self.a(x), 1e-9))", {}, 0),
+    "dropout that is off": ("self.b(F.dropout(self.a(x), 0.5, False))", {}, 1),
+    "a cast to less": ("self.b(self.a(x).float().double())", {}, 0),
+    "cropped": ("self.b(F.pad(self.a(x), (-1, -1)))", {}, 0),
+    "padded with ones": ("self.b(F.pad(self.a(x), (1, 1, 1, 1), value=1.0))", {}, 0),
+    "padding in words": ("self.b(self.a(x))", {"a": {"bias": False}, "b": {"padding": "same"}}, 1),
+    "uneven padding": ("self.b(self.a(x))", {"b": {"padding": "same", "kernel_size": 2}}, 0),
+    "padding behind a bias": ("self.b(self.a(x))", {"b": {"padding": 1}}, 0),
+    "an average that is cut off": ("F.avg_pool2d(self.a(x), 4, ceil_mode=True)", {}, 1),
+    "an average with zeros": ("F.avg_pool2d(self.a(x), 3, 2, 1)", {}, 0),
+    "such without a bias": ("F.avg_pool2d(self.a(x), 3, 2, 1)", {"a": {"bias": False}}, 1),
+    "an average without zeros": (
+        "F.avg_pool2d(self.a(x), 3, 2, 1, count_include_pad=False)",
+        {},
+        1,
+    ),
+    "an adaptive average": ("F.adaptive_avg_pool2d(self.a(x), 4)", {}, 1),
+    "an average over channels": ("self.a(x).mean((1, 2), keepdim=True)", {}, 0),
+}
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = first, second
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.first(x)
-            z: Tensor = self.second(y) * y.sum()
-            return z
+@pytest.mark.parametrize("given", [False, True], ids=["traced", "with inputs"])
+@pytest.mark.parametrize("name", WAYS)
+def test_ways_to_write_what_is_between(name: str, given: bool) -> None:  # noqa: FBT001  # drawn
+    result, options, count = WAYS[name]
+    sizes = {"a": {"kernel_size": 1}, "b": {"kernel_size": 3}}
+    parts: dict[str, Any] = {
+        key: nn.Conv2d(4, 4, **sizes[key] | options.get(key, {})) for key in sizes
+    }
+    model, x = net(result, **parts), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    folded = bnfx.fold_bn(model, x.clone() if given else None)
+    assert_close(model, folded, [x])
+    told = bnfx.report(folded)
+    assert isinstance(told, FoldReport)
+    assert len(told.merges) == count
 
-    assert not merges(Net(), torch.randn(2, 4, 4, 4))
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_products_are_linear_layers(dims: int) -> None:
+    x, w = torch.randn(*[3] * (dims - 1), 4).double(), torch.randn(5, 6).double()
+    model = net("torch.matmul(self.a(x) + self.c, self.w)", a=nn.Linear(4, 5), w=w, c=w[:, 0])
+    assert merges(model, x) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_are_rounded_once(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(dtype).eval()
+    folded = bnfx.fold_bn(model)
+    one, two = (layer.weight.detach().double() for layer in model)  # type: ignore[operator]
+    assert torch.equal(folded.get_parameter("1.merged.weight"), (two @ one).to(dtype))
+
+
+def test_what_a_weight_cannot_hold_is_not_merged() -> None:
+    for factor in (1e-30, 1e30, torch.inf, torch.nan):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+        with torch.no_grad():
+            for layer in model:
+                layer.weight.mul_(factor)  # type: ignore[operator]
+        assert not bnfx.plan_fold(model).merges
+
+
+def test_layers_of_no_channels_stay() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about nothing to draw
+        model = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 4))
+    assert not merges(model, torch.randn(2, 4))
+
+
+def test_open_sizes_of_programs_stay_open() -> None:
+    model = randomise(
+        nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3), nn.AvgPool2d(2))
+    ).double()
+    auto = torch.export.Dim.AUTO
+    x = torch.randn(2, 4, 12, 12, dtype=torch.float64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    folded = bnfx.fold_bn(program)
+    assert (
+        len(folded.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)) == 1
+    )
+    for size in (12, 17):
+        x = torch.randn(3, 4, size, size + 1, dtype=torch.float64)
+        torch.testing.assert_close(folded.module()(x), model(x), rtol=1e-10, atol=1e-10)
 
 
 def test_shared_weights_stay_for_their_other_readers() -> None:
@@ -144,17 +225,3 @@ def test_a_merge_survives_folding_again() -> None:
 def test_padding_with_other_values_parts(mode: Any) -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 3, padding=1, padding_mode=mode))
     assert not merges(model, torch.randn(2, 4, 8, 8))
-
-
-def test_dropout_that_drops_parts() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.b(nn.functional.dropout(self.a(x), 0.5))  # whatever the mode is
-            return y
-
-    told = bnfx.plan_fold(Net().eval(), torch.randn(2, 4))
-    assert not told.merges
