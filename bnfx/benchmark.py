@@ -220,7 +220,7 @@ def benchmark_onnx(
             if isolate and (on or fusions == "off"):
                 _try_apart(path, tensors, plain, precision)
         arithmetic = _arithmetic(plain, precision)
-        how = SessionSettings(num_threads=num_threads, tf32=precision != "fp32")
+        how = SessionSettings(num_threads=num_threads, tf32=precision != "fp32", spin=True)
         arms = [
             _Arm(path, tensors, where, replace(how, without="" if on else BN_FUSIONS))
             for _, path, on in plan

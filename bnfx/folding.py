@@ -341,7 +341,7 @@ def _folded(
             run(draft, repeat(linear))
         if options.drop_dead:
             run(draft, drop)
-        before = None if draft.exact else draft.copy()
+        before = draft.copy() if fold.concerns(draft) and not draft.exact else None
         run(draft, fold)
         beside = options.merge_branches and MergeBranches().match(draft)
         in_turn = options.merge_linear and linear.sites(draft)

@@ -77,6 +77,9 @@ class FoldBatchNorm:
 
     def match(self, draft: InferenceDraft) -> list[Folding | Change]:
         """What can be folded, as one site, and what keeps the rest."""
+        if not self.concerns(draft):
+            kept = self._kept_inside(draft)
+            return [Folding((), (), {}, {}, len(kept), ()), *kept] if kept else []
         values, solution = draft.values, self._solved(draft)
         found, gauges, vanished = solution.found, solution.gauges, solution.vanished
         if self.slots is not None:
@@ -103,9 +106,14 @@ class FoldBatchNorm:
             *kept,
         ]
 
+    def concerns(self, draft: InferenceDraft) -> bool:
+        """Whether the graph evaluates a BatchNorm by calls of its own."""
+        return any(is_norm(node) or written_out.part_of(node) for node in draft.graph.nodes)
+
     def finds_any(self, draft: InferenceDraft) -> bool:
         """Whether a BatchNorm would vanish."""
-        return any(is_norm(node) for node in self._solved(draft).vanished)
+        solved = self._solved(draft) if self.concerns(draft) else None
+        return solved is not None and any(map(is_norm, solved.vanished))
 
     def _solved(self, draft: InferenceDraft) -> Solution:
         barred = draft.barred
@@ -141,12 +149,8 @@ class FoldBatchNorm:
         self, draft: InferenceDraft, solution: Solution, explanation: Explanation
     ) -> Iterator[Change]:
         """One record for each evaluation of a BatchNorm that is a call of its own."""
-        modules = dict(draft.module.named_modules(remove_duplicate=False))
+        yield from self._kept_inside(draft)
         for node in draft.graph.nodes:
-            if node.op == "call_module":
-                yield from self._kept_whole(node, modules[str(node.target)])
-            if node.op == "get_attr" and node.target in modules:
-                yield from self._kept_in_part(node, modules[str(node.target)])
             if not is_norm(node):
                 continue
             site = solution.found.sites.get(node)
@@ -163,6 +167,17 @@ class FoldBatchNorm:
             else:
                 why = "the shape of its input is unknown without example_inputs; pass them"
             yield self._kept(norm_path(node), why, node.name)
+
+    def _kept_inside(self, draft: InferenceDraft) -> list[Change]:
+        """Records of the BatchNorms in what the graph runs as a whole."""
+        modules = dict(draft.module.named_modules(remove_duplicate=False))
+        found: list[Change] = []
+        for node in draft.graph.nodes:
+            if node.op == "call_module":
+                found += self._kept_whole(node, modules[str(node.target)])
+            if node.op == "get_attr" and node.target in modules:
+                found += self._kept_in_part(node, modules[str(node.target)])
+        return found
 
     def _kept_whole(self, node: fx.Node, module: nn.Module) -> Iterator[Change]:
         """Records of the BatchNorms inside a module that the graph calls as a whole."""
