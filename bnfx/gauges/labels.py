@@ -6,6 +6,7 @@ have stride 0: it costs one number for each channel, and most views of it cost n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,8 +63,9 @@ def rows_along(labels: Tensor, axes: Sequence[int]) -> tuple[Ints, tuple[int, ..
     kept = [axis % labels.dim() for axis in axes]
     others = [axis for axis in range(labels.dim()) if axis not in kept]
     sizes = tuple(small.shape[axis] for axis in kept)
-    count = int(np.prod(sizes, dtype=np.int64))
-    return np.asarray(small.permute(*kept, *others).reshape(count, -1).numpy()), sizes
+    columns = [small.shape[axis] for axis in others]
+    rows = small.permute(*kept, *others).reshape(math.prod(sizes), math.prod(columns))
+    return np.asarray(rows.numpy()), sizes
 
 
 def concatenated(maps: Sequence[Tensor], axis: int) -> Tensor:

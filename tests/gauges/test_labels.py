@@ -97,3 +97,9 @@ def test_one_number_for_each_channel_is_stored() -> None:
 
 def test_a_map_without_elements() -> None:
     assert settled(torch.zeros(2, 0, 3, dtype=torch.int64)).shape == (2, 0, 3)
+
+
+def test_a_tensor_without_elements_has_no_rows() -> None:
+    rows, sizes = rows_along(torch.zeros(0, 3, dtype=torch.int64), [0])
+    assert rows.shape[0] == 0
+    assert sizes == (0,)
