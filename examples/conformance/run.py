@@ -58,7 +58,8 @@ than a thousandth of the largest one without a word, or the network that was giv
 SOBER = """\
 What this does not say: the cases were chosen by the authors of bnfx, from faults that they met in
 foldings, their own among them. Most are rare in practice, the other tools do other things well, and
-a newer version may do better; a name that begins with an underscore is internal to its package. The
+a newer version may do better; a name that begins with an underscore is internal to its package, and
+of MCT, which has no folding to call, what it makes of a network before it quantises was taken. The
 random networks are those of bnfx's own tests.
 """
 
