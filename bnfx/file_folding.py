@@ -411,6 +411,13 @@ class _Norm:
     index: int | None
     name: str
     where: str
+    parameters: tuple[str, ...]
+
+
+_OVERRIDDEN = (
+    "{0!r} is an input of the file, so that a caller may give another; where the file has a value "
+    "for it, take it off the list of inputs"
+)
 
 
 def _norms(model: onnx.ModelProto) -> Iterator[_Norm]:
@@ -419,7 +426,9 @@ def _norms(model: onnx.ModelProto) -> Iterator[_Norm]:
         index += found.where == "graph"
         if found.node.op_type == "BatchNormalization":
             inside = None if found.where != "graph" else index
-            yield _Norm(inside, found.node.name or found.node.output[0], found.where)
+            node = found.node
+            name, parameters = node.name or node.output[0], tuple(node.input[1:])
+            yield _Norm(inside, name, found.where, parameters)
 
 
 def _records(
@@ -427,6 +436,7 @@ def _records(
 ) -> Iterator[FoldRecord]:
     """What became of every BatchNormalization."""
     known = {unescaped(record.path): record for record in told.batch_norms}
+    given = {value.name for value in read.inputs}
     inputs = {f"input {n.name!r}": f"input {n.meta[VALUE]!r}"
               for n in read.module.graph.find_nodes(op="placeholder")}  # fmt: skip
     for norm in names:
@@ -439,6 +449,8 @@ def _records(
             yield FoldRecord(title, "folded", (), "nothing reads its output")
         elif norm.index in read.refused:
             yield FoldRecord(title, "kept", (), read.refused[norm.index])
+        elif title in known and known[title].verdict != "folded" and given & {*norm.parameters}:
+            yield FoldRecord(title, "kept", (), _OVERRIDDEN.format(*given & {*norm.parameters}))
         elif title in known:
             yield _in_words_of_the_file(known[title], title, inputs)
         else:

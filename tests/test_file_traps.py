@@ -219,6 +219,7 @@ def test_what_may_be_overridden_stays(tmp_path: Path) -> None:
     source, out = saved(model, tmp_path), tmp_path / "out.onnx"
     done = bnfx.fold_onnx(source, out, verify=False)
     assert [record.verdict for record in done.batch_norms] == ["kept"]
+    assert "'s' is an input of the file" in done.batch_norms[0].reason
     feed = feed_of(model) | {"s": np.arange(4, dtype=np.float32)}
     assert distance(run(out, feed)["y"], run(source, feed)["y"]) < 1e-6
 
