@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, _functorch, fx, nn
+from torch.utils import _pytree as pytree
 
 from bnfx.operators.calls import base_name, call_name
 from bnfx.operators.table import Passage, operator_of, operator_of_module
@@ -67,6 +69,50 @@ def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand",
               "ior", "ixor", "ilshift", "irshift"):  # fmt: skip
     setattr(TensorProxy, f"__{_name}__", _augmented(getattr(operator, _name)))
+
+
+#: What torch carries out in C without a look at `__torch_function__`: it would take a proxy, which
+#: says that it is a tensor, for the memory of one. The last is what `Function.apply` calls first,
+#: under whatever name a model has it.
+_IN_C: Mapping[str, tuple[Any, str]] = {
+    **{
+        f"torch.{name}": (torch, name)
+        for name in ("tensor", "as_tensor", "asarray", "full", "full_like", "arange")
+    },
+    "Tensor.new_tensor": (Tensor, "new_tensor"),
+    "an autograd.Function": (_functorch.utils, "unwrap_dead_wrappers"),
+}
+
+
+@contextmanager
+def proxies_refused() -> Iterator[None]:
+    """Inside, what cannot be given a proxy says so, instead of ending the process."""
+    with ExitStack() as undone:
+        for said, (owner, name) in _IN_C.items():
+            before = vars(owner).get(name)
+            setattr(owner, name, _guarded(said, before or getattr(owner, name)))
+            undone.callback(_put_back, owner, name, before)
+        yield
+
+
+def _put_back(owner: Any, name: str, before: Any) -> None:
+    if before is None:  # it was inherited
+        delattr(owner, name)
+    else:
+        setattr(owner, name, before)
+
+
+def _guarded(said: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
+        if not any(issubclass(type(leaf), fx.Proxy) for leaf in leaves):
+            return function(*args, **kwargs)
+        if said == "torch.as_tensor" and len(leaves) == 1 and isinstance(leaves[0], Tensor):
+            return leaves[0]
+        raise fx.proxy.TraceError(f"{said} is given a value of the network, which no graph records")
+
+    return guarded
 
 
 def _is_tensor(node: fx.Node, root: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 
 import bnfx
 from bnfx.graphs.tracing import Tracer, trace
+from bnfx.reports.report import FoldReport
 from tests.support.laws import count_batch_norms, randomise
 
 
@@ -201,3 +203,51 @@ def test_values_say_what_they_are() -> None:
         bnfx.insert_bn(model, init="identity"),
     ):
         torch.testing.assert_close(made.eval()(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+class Square(torch.autograd.Function):
+    """As the memory-efficient activations of libraries."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        [x] = ctx.saved_tensors
+        return torch.mul(x, grads[0]) * 2
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")
+@pytest.mark.parametrize(
+    "act",
+    [
+        Square.apply,
+        lambda y: y + torch.as_tensor(y),
+        lambda y: y + torch.asarray(y),
+        lambda y: y + torch.full((1,), y.shape[1], dtype=y.dtype),
+        lambda y: y + torch.full_like(y, 2).new_tensor(y),
+        lambda y: y + torch.tensor([y.shape[1]], dtype=y.dtype),
+    ],
+)
+def test_functions_that_would_take_a_proxy_for_a_tensor(act: Callable[[Tensor], Tensor]) -> None:
+    """They end the process where nobody stops them."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Any:
+            return act(self.norm(self.conv(x)))
+
+    model, x = randomise(Net()).double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    before = torch.as_tensor, torch.Tensor.new_tensor
+    for form in ("graph", "module"):
+        folded: nn.Module = bnfx.fold_bn(model, (x,), form=form)
+        report = bnfx.report(folded)
+        assert isinstance(report, FoldReport)
+        assert not report.left
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+    assert before == (torch.as_tensor, torch.Tensor.new_tensor)
