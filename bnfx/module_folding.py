@@ -33,12 +33,12 @@ from bnfx.graphs.boxes import boxes
 from bnfx.graphs.examples import Example, clone, in_float64, obstacle
 from bnfx.graphs.inference import inference_graph
 from bnfx.graphs.naming import owner_of
-from bnfx.graphs.norms import holds_norm
+from bnfx.graphs.norms import holds_norm, is_norm
 from bnfx.graphs.observed import tensors_in
 from bnfx.graphs.parameters import attribute
 from bnfx.graphs.parts import Part, Parts, join
 from bnfx.numbers import relative_error
-from bnfx.passes import FoldBatchNorm, MergeBranches
+from bnfx.passes import FoldBatchNorm, MergeBranches, PadFirst
 from bnfx.reports.report import FoldRecord, FoldReport, remember, report
 
 #: How often a part is solved again without a layer that turned out not to take its new weights.
@@ -230,7 +230,9 @@ def _give_way(done: _Done, path: str, rest: nn.Module, into: tuple[str, ...]) ->
 def _merged(draft: InferenceDraft) -> set[str]:
     """Names of the norms that the graph form takes into a convolution beside them."""
     leaves = (leaf for site in MergeBranches().match(draft) for leaf in site.merged)
-    return {norm.name for leaf in leaves for norm in leaf.norms}
+    framed = (node for frame in PadFirst().match(draft) for node in frame.chain.nodes)
+    norms = {norm.name for leaf in leaves for norm in leaf.norms}
+    return norms | {node.name for node in framed if is_norm(node)}
 
 
 def _tell(done: _Done, part: Part, draft: InferenceDraft, merged: set[str]) -> None:

@@ -162,7 +162,7 @@ def _folding(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--block",
-        type=values.positive,
+        type=values.width,
         default=16,
         metavar="N",
         help="numbers of channels count in multiples of it; 16 by default, as x86 computes",

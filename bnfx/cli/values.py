@@ -18,6 +18,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def width(text: str) -> int:
+    """A number of channels."""
+    if not count(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no width; give 1 or more")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """A number of things, 1 or more."""
     if not count(text):
