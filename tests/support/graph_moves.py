@@ -209,6 +209,21 @@ def branches(w: Writer, v: str) -> str:
     return w.add(w.pick((" + ".join(found), f"F.relu({' + '.join(found)})", " + 0 + ".join(found))))
 
 
+def sequence(w: Writer, v: str) -> str:
+    """Linear maps behind each other, beside the identity at times, as re-parameterised blocks."""
+    spatial = w.values[v].dim() - 2
+    if not 1 <= spatial <= 3:
+        return layers.linear(w, layers.linear(w, v))
+    channels, (size, pad) = w.values[v].shape[1], w.pick(((1, 0), (3, 1), (3, 0)))
+    wide = 2 * channels if channels < 5 else channels
+    u = w.call(w.layer(f"nn.Conv{spatial}d({channels}, {wide}, 1, bias={w.chance(30)})"), v)
+    if w.chance(30):
+        u = w.add(f"F.avg_pool{spatial}d({u}, 3, 1, 1)")
+    u = layers.batch_norm(w, u) if w.chance(30) else u
+    u = w.call(w.layer(f"nn.Conv{spatial}d({wide}, {channels}, {size}, padding={pad})"), u)
+    return w.add(f"{u} + {v}") if size == 2 * pad + 1 and w.chance(50) else u
+
+
 def dense(w: Writer, v: str) -> str:
     """A DenseNet's layer: what was computed is kept beside what is new."""
     u = w.add(f"F.relu({layers.batch_norm(w, v)})") if w.chance(70) else layers.batch_norm(w, v)
@@ -250,6 +265,7 @@ MOVES: tuple[tuple[int, Callable[[Writer, str], object]], ...] = (
     (4, movement),
     (4, merge),
     (2, branches),
+    (2, sequence),
     (2, dense),
     (1, gate),
     (2, layers.conv),
