@@ -228,6 +228,9 @@ def _verified(
     try:
         return verify_onnx(source, written, example.drawn(), rewritten=changed, **given)
     except VerificationError as error:
+        alone = example.alone()
+        if alone != example:  # a state of one row may stand beside an open batch
+            return _verified(source, written, alone, changed, {"batch_sizes": (), **given})
         if not changed:
             return None
         raise VerificationError(
@@ -301,6 +304,13 @@ class _Example:
     def failures(self, read: Imported) -> int:
         """How many calls don't run at these sizes."""
         return len(shapes_of(read.module, self.shapes(self.sizes), ())[0].failures)
+
+    def alone(self) -> _Example:
+        """With a batch of one, where the batch is open and not given."""
+        if self.given is not None:
+            return self
+        batches = {name: 1 for name, batch in self.names.items() if batch}
+        return replace(self, sizes={**self.sizes, **batches})
 
     @property
     def is_open(self) -> bool:

@@ -244,6 +244,18 @@ def test_a_norm_that_goes_with_what_nothing_reads_is_told(tmp_path: Path) -> Non
     assert count(tmp_path / "out.onnx") == 0
 
 
+def test_a_state_of_one_row_beside_an_open_batch(tmp_path: Path) -> None:
+    """As files that read a stream have it: other batches do not run."""
+    nodes = f"h = Conv(x, w)\ng = {NODE}\np = GlobalAveragePool(g)\nq = Squeeze(p, ends)\n" \
+        "r = Unsqueeze(q, front)\ny, z = GRU<hidden_size=2>(r, v, u, , , state)"  # fmt: skip
+    weights: Weights = {"w": W, "v": (1, 6, 4), "u": (1, 6, 2), "ends": ints(2, 3), **NORM}
+    model = graph(nodes, weights | {"front": ints(0)}, x=("N", 3, 8, 8))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("state", 1, (1, 1, 2)))
+    done = bnfx.fold_onnx(saved(model, tmp_path), tmp_path / "out.onnx")
+    assert done
+    assert done.folded == 1
+
+
 def test_reasons_name_inputs_as_the_file_does(tmp_path: Path) -> None:
     done = bnfx.fold_onnx(saved(graph(f"y = {BEFORE}", FIRST), tmp_path), tmp_path / "out.onnx")
     assert "input 'x'" in done.batch_norms[0].reason

@@ -136,6 +136,12 @@ OLDER: Sequence[Any] = (
      {"hidden_size": [3], "clip": [None, 0.2], "direction": [None, "reverse"],
       "activations": [None, ["Relu"], ["Affine"], ["LeakyRelu"], ["ScaledTanh"], ["Softplus"]]}, 2),
     ("RNN", _recurrent(1, 2, 1, 2), {"hidden_size": [3], "direction": ["bidirectional"]}, 2),
+    ("RNN", _recurrent(1, 2, 1),
+     {"hidden_size": [3], "clip": [None, 0.4], "activation_alpha": [[0.7]],
+      "activation_beta": [[0.3]], "activations": [["Affine"], ["ScaledTanh"], ["HardSigmoid"]]}, 2),
+    ("LSTM", _recurrent(4, 8, 2)[:4],
+     {"hidden_size": [3], "activation_alpha": [[0.1, 1.5, 0.7]], "activation_beta": [[0.4, 0.6]],
+      "activations": [["HardSigmoid", "ScaledTanh", "LeakyRelu"]]}, 3),
     *(("QuantizeLinear", [((2, 3, 4), "f"), np.array(scale, np.float32), np.array(zero, kind)],
        {"axis": [None, 1, 2]}, 1)
       for scale, zero in ((0.02, 3), ([0.02] * 3, [3] * 3)) for kind in (np.uint8, np.int8)),
@@ -156,6 +162,10 @@ OLDER: Sequence[Any] = (
      {"axis": [None, 1], "keepdims": [None, 0], "select_last_index": [None, 1]}, 1),
     ("Cast", [_X2], {"to": [TensorProto.DOUBLE, TensorProto.INT32, TensorProto.FLOAT16]}, 1),
     ("EyeLike", [_X2], {"k": [None, 1], "dtype": [None, TensorProto.DOUBLE]}, 1),
+    *(("Resize", [_X4, None, None, np.array([2, 3, 5, 11], np.int64)],
+       {"mode": [mode], "coordinate_transformation_mode": [
+           "align_corners", "asymmetric", "pytorch_half_pixel", "half_pixel_symmetric"],
+        "antialias": [None, 1], "exclude_outside": [None, 1]}, 1) for mode in ("linear", "cubic")),
     ("RoiAlign", [_X4, np.array([[0, 0, 5, 5], [1, 2, 7, 6]], np.float32),
                   np.array([0, 1], np.int64)],
      {"mode": [None, "max"], "output_height": [2], "output_width": [3],
