@@ -117,6 +117,7 @@ def fold_onnx(
     verify: bool = True,
     verify_options: Mapping[str, Any] | None = None,
     max_batch_norms_left: int | None = None,
+    fix_defaults: bool = False,
 ) -> FoldOnnxReport:
     """Fold every BatchNormalization of a file that an exact rewrite can remove.
 
@@ -142,6 +143,9 @@ def fold_onnx(
         block: As in `fold_bn`.
         verify: Whether to compare the result with `f` before it is moved into place.
         verify_options: Options of `verify_onnx`, such as `{"provider": "cuda"}`.
+        fix_defaults: Whether values that the file has for its inputs, which a caller may override
+            since IR version 4, become constants, and these inputs go. PyTorch 1.2 listed all of
+            its weights as such inputs.
         max_batch_norms_left: How many BatchNormalizations may stay; where more do, nothing is
             written.
 
@@ -160,6 +164,10 @@ def fold_onnx(
             f"{source} has operator set {opset_of(model)}, in which sums do not broadcast; convert "
             f"it first: onnx.version_converter.convert_version(model, {_OLDEST})"
         )
+    if fix_defaults:
+        stored = {tensor.name for tensor in model.graph.initializer}
+        for value in [v for v in model.graph.input if v.name in stored and model.ir_version > 3]:
+            model.graph.input.remove(value)
     names = list(_norms(model))
     read = imported(model, source.parent.resolve())
     example = _Example.of(source, model, read, args)
@@ -425,8 +433,8 @@ class _Norm:
 
 
 _OVERRIDDEN = (
-    "{0!r} is an input of the file, so that a caller may give another; where the file has a value "
-    "for it, take it off the list of inputs"
+    "{0!r} is an input of the file, so that a caller may give another; pass fix_defaults=True if "
+    "the file has a value for it that is always meant"
 )
 
 

@@ -224,6 +224,19 @@ def test_what_may_be_overridden_stays(tmp_path: Path) -> None:
     assert distance(run(out, feed)["y"], run(source, feed)["y"]) < 1e-6
 
 
+def test_defaults_may_be_fixed(tmp_path: Path) -> None:
+    """PyTorch 1.2 lists all weights as inputs, with IR version 4."""
+    model = graph(f"h = Conv(x, w)\ny = {NODE}", {"w": W, **NORM}, ir_version=4, opset=9)
+    for name, shape in {"w": W, **NORM}.items():
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, 1, shape))
+    source, out = saved(model, tmp_path), tmp_path / "out.onnx"
+    assert bnfx.fold_onnx(source, out).folded == 0
+    done = bnfx.fold_onnx(source, out, fix_defaults=True)
+    assert done
+    assert done.folded == 1
+    assert [value.name for value in onnx.load(str(out)).graph.input] == ["x"]
+
+
 def test_a_default_that_nothing_reads_any_more_stays(tmp_path: Path) -> None:
     """Without it, the file would want a value that it did not want before."""
     model = graph(f"h = Conv(x, w)\ny = {NODE}\nz = Mul(h, k)", {"w": W, "k": (), **NORM})
