@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 import bnfx
 from bnfx.reports.report import FoldReport
 from tests.passes.test_fold_bn import LAYERS
+from tests.support import zoo
 from tests.support.laws import assert_close, assert_same_state, randomise
 
 
@@ -552,3 +553,26 @@ def test_a_subclass_gets_a_bias_where_its_forward_adds_it(
     if given or kind is not Same:
         folded = fold(model, torch.randn(2, 3, 6, 6), given=given)
         assert left(folded) == ([] if kind is Same else ["1"])
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize(
+    "name", ["test_byobnet", "resnet18", "resnetv2_18", "mobilenetv3_small_050", "visformer_tiny"]
+)
+def test_methods_of_networks_of_timm_give_what_they_gave(name: str) -> None:
+    model = zoo.timm().create_model(name, pretrained=False).eval()
+    assert isinstance(model, nn.Module)
+    wide: Any = randomise(model).double()
+    side = 224 if name == "visformer_tiny" else 64
+    x = torch.randn(1, 3, side, side, dtype=torch.float64)
+    folded: Any = bnfx.fold_bn(wide, (x,), form="module")
+    features = wide.forward_features(x)
+    pairs = [
+        (folded.forward_features(x), features),
+        (folded.forward_head(features), wide.forward_head(features)),
+    ]
+    if not told(folded).moved:
+        each = (net.forward_intermediates(x)[1] for net in (folded, wide))
+        pairs += zip(*each, strict=True)
+    for ours, theirs in pairs:
+        assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
