@@ -343,11 +343,12 @@ def _folded(
             run(draft, drop)
         before = draft.copy() if fold.concerns(draft) and not draft.exact else None
         run(draft, fold)
-        beside = options.merge_branches and MergeBranches().match(draft)
-        in_turn = options.merge_linear and linear.sites(draft)
+        beside = options.merge_branches and bool(MergeBranches().match(draft))
+        in_turn = options.merge_linear and bool(linear.sites(draft))  # sites would hold weights
         if not (beside or in_turn or _folds_more(draft, fold)):
             break
         if before is not None:
+            draft.let_go(before.module)
             draft, before.exact = before, True
             run(draft, fold)
     draft.settle([*written_out.gone_whole(marked, draft.changes, draft.written.provenance)])
@@ -373,6 +374,9 @@ def _folded(
     )
     merges = tuple(MergeRecord(c.values, c.into[0], c.reason) for c in draft.merges)
     graph, written = draft.finish(), draft.written
+    for done in (draft, before):
+        if done is not None:
+            done.let_go(graph)
     pictures = (draft.drawn, boxes(graph))
     told = FoldReport(
         records,

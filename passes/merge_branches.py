@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from bnfx.editing.declarations import Preserved
 from bnfx.editing.inference_draft import InferenceDraft
 from bnfx.editing.sums import alone, does_nothing, is_inner, is_sum, operands_of, repoint
+from bnfx.graphs.mapped import outside_heap
 from bnfx.graphs.naming import norm_path, owner_of
 from bnfx.graphs.norms import affine_map_of, is_norm
 from bnfx.graphs.parameters import sweep
@@ -124,6 +125,7 @@ class _Look:
             if sum(leaf.branch is not None for leaf in merged) > 1:
                 rest = tuple(leaf.value for leaf in leaves if leaf not in merged)
                 done = tuple(replace(leaf, branch=None) for leaf in merged)  # none is held on to
+                branch = replace(branch, weight=outside_heap(branch.weight))
                 return Site(root, rest, done, layer, branch)
         return None
 

@@ -218,6 +218,15 @@ class InferenceDraft:
         self.fresh = restore(self.graph, self._in_place)
         return assemble(self.module, self.graph)
 
+    def let_go(self, kept: nn.Module) -> None:
+        """Hold no tensors any more, but what `kept` has: a cycle of nodes would, for a while."""
+        theirs = {id(module) for module in kept.modules()}
+        self._forget()
+        for module in self.module.modules():
+            if id(module) not in theirs:
+                module._parameters.clear()
+                module._buffers.clear()
+
     def in_order(self) -> list[Change]:
         """The records, in the order in which the model evaluates."""
         last = len(self._order)  # of calls that passes made

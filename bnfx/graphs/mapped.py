@@ -48,6 +48,18 @@ def unfilled(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(room.maps[-1], dtype=dtype).view(shape)
 
 
+def outside_heap(tensor: Tensor) -> Tensor:
+    """The same values where what was freed around them leaves no gaps, on the CPU."""
+    size = tensor.numel() * tensor.element_size()
+    if size < _LARGE or tensor.device.type != "cpu":
+        return tensor
+    if _ROOM.get() is not None:
+        return unfilled(tensor.shape, tensor.dtype).copy_(tensor)
+    return (
+        torch.frombuffer(mmap.mmap(-1, size), dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+    )
+
+
 def unload() -> None:
     """Let the system keep what is mapped in its files; it comes back where it is read."""
     room = _ROOM.get()
