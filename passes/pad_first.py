@@ -65,7 +65,8 @@ class PadFirst:
         """Frames that are the map of zeros; of other assignments there is nothing to say."""
         pads = [node for node in draft.graph.nodes if _is_overwritten(node)]
         order = {node: at for at, node in enumerate(draft.graph.nodes)} if pads else {}
-        found = (_frame(draft, node, order) for node in pads)
+        chains: dict[int, Chains] = {}
+        found = (_frame(draft, node, order, chains) for node in pads)
         return [frame for frame in found if frame is not None]
 
     def rewrite(self, draft: InferenceDraft, found: Sequence[Frame]) -> tuple[Change, ...]:
@@ -118,14 +119,19 @@ def _index(slices: Sequence[fx.Node]) -> tuple[Any, ...]:
     return tuple(axes.get(axis, _WHOLE) for axis in range(max(known, default=-1) + 1))
 
 
-def _frame(draft: InferenceDraft, pad: fx.Node, order: dict[fx.Node, int]) -> Frame | None:
+def _frame(
+    draft: InferenceDraft, pad: fx.Node, order: dict[fx.Node, int], known: dict[int, Chains]
+) -> Frame | None:
     widths, source = zeros_added(pad), argument(pad, 0, "input")
     written = sorted(_writers(pad), key=lambda entry: order[entry.call])
     if widths is None or not isinstance(source, fx.Node) or not alone(source):
         return None
     if not _is_read_behind(pad, written, order):
         return None
-    chain = _map_before(draft, source, len(widths))
+    spatial = len(widths)
+    if spatial not in known:
+        known[spatial] = Chains(draft, spatial, sums=False, barred=frozenset())
+    chain = _map_before(draft, known[spatial], source)
     if chain is None:
         return None
     shift = chain.build().bias
@@ -155,16 +161,15 @@ def _is_read_behind(
     return all(order[r] > last and pad in r.all_input_nodes and not writes(r) for r in readers)
 
 
-def _map_before(draft: InferenceDraft, value: fx.Node, spatial: int) -> Chain | None:
+def _map_before(draft: InferenceDraft, chains: Chains, value: fx.Node) -> Chain | None:
     """The longest map of each place that gives `value`.
 
     Nothing else reads what is inside it, so nothing writes it either, and what it reads must not
     be written.
     """
-    chains = Chains(draft, spatial, sums=False, barred=frozenset())
-    found = None
+    found, ones = None, (1,) * chains.spatial
     for chain in chains.of(value):
-        g, ones = chain.geometry, (1,) * spatial
+        g = chain.geometry
         if (g.kernel, g.stride) == (ones, ones) and not any(g.padding) and chain.nodes:
             found = chain
     return None if found is None or found.source in draft.barred else found

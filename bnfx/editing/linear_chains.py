@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, fx
 
 from bnfx.editing.inference_draft import InferenceDraft
-from bnfx.editing.sums import alone, does_nothing, is_sum, operands_of, sums_in
+from bnfx.editing.sums import alone, does_nothing, is_inner, is_sum, operands_of, sums_in
 from bnfx.graphs.norms import affine_map_of, is_norm
 from bnfx.graphs.shapes import is_tensor
 from bnfx.onnx_files.node_call import ORIGIN, PART, VALUE
 from bnfx.operators.calls import argument, base_name, call_name
 from bnfx.operators.convolution import Branch, followed, laid
 from bnfx.operators.geometry import Geometry, numbers
-from bnfx.operators.products import products
+from bnfx.operators.products import Product, products
 from bnfx.operators.table import (
     Passage,
     affine_of,
@@ -113,21 +113,28 @@ class Chains:
         """`sums`: whether chains beside each other are one; `barred`: other nodes that stay."""
         self.shapes, self.values = draft.shapes, draft.values
         self.barred = draft.barred if barred is None else barred
-        self.spatial, self.sums = spatial, sums
+        self.graph, self.spatial, self.sums = draft.graph, spatial, sums
         self._known: dict[fx.Node, list[Chain]] = {}
+        self._steps: dict[fx.Node, Step | None] = {}
 
     def of(self, value: fx.Node) -> list[Chain]:
         """All chains to `value`, the shortest first: that of no step is the identity."""
-        if value not in self._known:
-            found = [chain] if (chain := self._identity(value)) is not None else []
-            if found and value not in self.barred and not self.values.is_constant(value):
-                found += self._longer(value)
-            self._known[value] = found
+        if not self._known:  # one after the other: recursion would go as deep as the network
+            for node in self.graph.nodes:
+                self._known[node] = list(self._found(node))
         return self._known[value]
+
+    def _found(self, value: fx.Node) -> Iterator[Chain]:
+        identity = self._identity(value)
+        if identity is None:
+            return
+        yield identity
+        if value not in self.barred and not self.values.is_constant(value):
+            yield from self._longer(value)
 
     def before(self, value: fx.Node) -> list[Chain]:
         """Chains to what a step reads: if another one reads it too, that of no step alone."""
-        found = self.of(value)
+        found = self._known[value]
         return found if alone(value) else found[:1]
 
     def is_value(self, node: fx.Node) -> bool:
@@ -153,7 +160,7 @@ class Chains:
         return known.reshape(-1).expand(shape[axis]) if sizes[axis] in (1, shape[axis]) else None
 
     def _longer(self, value: fx.Node) -> Iterator[Chain]:
-        if is_sum(value) and self.sums:
+        if is_sum(value) and self.sums and not is_inner(value):
             yield from self._sum(value)
         step = self.step(value)
         if step is None:
@@ -175,6 +182,8 @@ class Chains:
         operands, shape = list(operands_of(value)), self.shape(value)
         if any(self.shape(node) != shape or self.values.is_constant(node) for node in operands):  # type: ignore[arg-type]
             return
+        if not self.barred.isdisjoint(sums_in(value)):
+            return
         found = [{c.source: c for c in self.before(node)} for node in operands]  # type: ignore[arg-type]
         for source, first in found[0].items():
             whole: Chain | None = first
@@ -193,6 +202,11 @@ class Chains:
 
     def step(self, value: fx.Node) -> Step | None:
         """The map of one call; None where it is none, or not of these axes."""
+        if value not in self._steps:
+            self._steps[value] = self._step(value)
+        return self._steps[value]
+
+    def _step(self, value: fx.Node) -> Step | None:
         if affine_of(value) is not None:
             return self._layer(value)
         if product_of(value) is not None:
@@ -240,14 +254,14 @@ class Chains:
                 continue
             if product.x_axes != (-1,) or product.y_axes != (-1,):
                 continue
-            rows = product.rows(weight.detach().cpu().double())[0] * product.alpha
-            if product.bias is not None:
-                if bias is None or bias.shape != rows.shape[:1]:
-                    continue
-                bias = bias.detach().cpu().double() * product.beta
-            geometry = Geometry.rows(*rows.shape, shifted=bias is not None and bool(bias.any()))
+            outputs, inputs = product.rows(weight)[0].shape
+            if product.bias is not None and (bias is None or bias.shape != (outputs,)):
+                continue
+            shifted = bias is not None and bool(bias.any())
+            geometry = Geometry.rows(outputs, inputs, shifted=shifted)
             names = self.values.sources(product.weight) + self.values.sources(product.bias)
-            return Step(product.input, geometry, partial(Branch.of, geometry, rows, bias), names)
+            build = partial(_rows, geometry, product, weight, bias)
+            return Step(product.input, geometry, build, names)
         return None
 
     def _norm(self, value: fx.Node) -> Step | None:
@@ -401,6 +415,13 @@ def _kind(node: fx.Node) -> str:
 def _flat(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
         yield from value if isinstance(value, tuple | list) else (value,)
+
+
+def _rows(geometry: Geometry, product: Product, weight: Tensor, bias: Tensor | None) -> Branch:
+    """A product as a linear layer."""
+    rows = product.rows(weight.detach().cpu().double())[0] * product.alpha
+    wide = None if bias is None else bias.detach().cpu().double() * product.beta
+    return Branch.of(geometry, rows, wide)
 
 
 def _windows(geometry: Geometry, weight: Tensor | float, shift: Tensor | float = 0.0) -> Branch:

@@ -185,6 +185,22 @@ def test_what_a_weight_cannot_hold_is_not_merged() -> None:
         assert not bnfx.plan_fold(model).merges
 
 
+def test_long_networks_take_no_deep_recursion() -> None:
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(100))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + torch.relu(layer(x)) if layer.in_features == 4 else x
+            for _ in range(400):
+                x = x * 1.0
+            return x
+
+    assert not merges(Stream(), torch.randn(2, 4))
+
+
 def test_layers_of_no_channels_stay() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about nothing to draw
