@@ -158,7 +158,9 @@ def twins(model: nn.Module, copied: nn.Module) -> WeakTensorKeyDictionary:
 
 
 def _like(a: Tensor, b: Tensor) -> bool:
-    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    """Whether one may stand for the other: alike, and not in the same memory."""
+    apart = a.is_meta or a.data_ptr() != b.data_ptr()
+    return apart and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def _held(value: object) -> Iterator[Tensor]:

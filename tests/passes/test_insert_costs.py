@@ -88,6 +88,21 @@ def test_a_forward_that_writes_its_weights_leaves_no_trace(
     assert torch.equal(made.get_parameter("second.weight"), before)
 
 
+class _Alone(nn.Linear):
+    """A layer that is never copied, so that every copy of the model holds the same one."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Alone:
+        return self
+
+
+def test_a_layer_that_is_not_copied_is_as_it_was() -> None:
+    model, x = _Net(_in_place).eval(), torch.randn(4, 3, 8, 8)
+    model.second = _Alone(41, 37)
+    before = model.second.weight.detach().clone()
+    bnfx.insert_bn(model, x, exclude="second")
+    assert torch.equal(model.second.weight, before)
+
+
 @dataclass(frozen=True)
 class _Halve:
     """A pass that halves a weight."""
