@@ -1,4 +1,4 @@
-"""Networks of the examples, written without BatchNorm: bnfx inserts it."""
+"""Networks of the examples, most of them written without BatchNorm: bnfx inserts it."""
 
 from __future__ import annotations
 
@@ -78,3 +78,29 @@ class ConvNet(nn.Module):
         x = F.relu(self.up(x))
         logits: Tensor = self.head(torch.flatten(F.max_pool2d(x, 2), 1))
         return logits
+
+
+class SlimNet(nn.Module):
+    """A small residual network with more channels than it needs; gammas start at a half."""
+
+    def __init__(self, width: int = 32, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = _normed(1, width, 2)
+        self.first, self.second = _normed(width, width, 1), _normed(width, width, 1)
+        self.down, self.last = _normed(width, 2 * width, 2), _normed(2 * width, 2 * width, 1)
+        self.head = nn.Linear(2 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 1, H, W) -> (N, classes)."""
+        x = self.stem(x).relu()
+        x = (x + self.second(self.first(x).relu())).relu()
+        x = self.last(self.down(x).relu()).relu()
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+def _normed(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    layer = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    norm = nn.BatchNorm2d(outputs)
+    nn.init.constant_(norm.weight, 0.5)
+    return nn.Sequential(layer, norm)

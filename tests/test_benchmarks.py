@@ -16,6 +16,7 @@ BENCHMARKS = (
     "file_zoo",
     "fold_latency",
     "linear_latency",
+    "dead_latency",
     "fold_cost",
     "insert_cost",
     "verify_cost",
@@ -36,6 +37,7 @@ def test_benchmark(name: str, tmp_path: Path) -> None:
     assert len((tmp_path / f"{name}.csv").read_text().splitlines()) == len(found["rows"]) + 1
     if name not in (
         "random_graphs",
+        "dead_latency",
         "file_zoo",
         "verify_cost",
         "insert_cost",

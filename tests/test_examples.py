@@ -73,6 +73,17 @@ def test_digits(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_slim(tmp_path: Path) -> None:
+    run_script(ROOT / "examples" / "slim.py", "--quick", "--out", tmp_path, cwd=tmp_path)
+    found = json.loads((tmp_path / "slim.json").read_text())
+    assert found["verify"] == "passed"
+    assert found["test_images_read_differently"] == 0
+    assert found["slim"]["weights"] < found["folded"]["weights"]
+    assert len(set(found["test_accuracy"])) == 1
+    assert found["test_accuracy"][0] > 0.8
+
+
+@pytest.mark.slow
 def test_retrofit(tmp_path: Path) -> None:
     text = run_script(ROOT / "examples" / "retrofit.py", "--quick", "--out", tmp_path, cwd=tmp_path)
     assert "calibrated" in text
