@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfx.errors import CaptureError
@@ -403,8 +404,9 @@ def _is_stock(module: nn.Module) -> bool:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether it is more than one layer."""
-    return not holds_norm(module) and any(True for _ in module.children())
+    """Whether it is more than one layer, which may have a padding of its own."""
+    layer = holds_norm(module) or isinstance(module, _ConvNd | nn.Linear)
+    return not layer and any(True for _ in module.children())
 
 
 def _has_own_forward(module: nn.Module) -> bool:
