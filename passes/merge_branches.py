@@ -112,7 +112,7 @@ class _Look:
         layers = [
             (leaf, leaf.layer, leaf.branch)
             for leaf in leaves
-            if leaf.layer is not None and leaf.branch is not None
+            if leaf.layer is not None and leaf.branch is not None and leaf.source not in self.kept
         ]
         layers.sort(key=lambda found: (found[2].groups, -found[2].taps))
         for target, layer, branch in layers:

@@ -155,8 +155,8 @@ def _parts(chains: Chains, costs: _Costs, root: fx.Node) -> Iterator[Site]:
     """Sites in which some operands of a sum become one, and the others stay."""
     operands, shape = list(operands_of(root)), chains.shape(root)
     data = [o for o in operands if isinstance(o, fx.Node) and chains.shape(o) == shape]
-    data = [o for o in data if o not in chains.barred]
-    if not chains.barred.isdisjoint(sums_in(root)):
+    read = [o for o in operands if isinstance(o, fx.Node)]
+    if not chains.barred.isdisjoint((*sums_in(root), *read)):
         return
     if shape is None or len(operands) != len(set(operands)) or len(data) < 2:
         return

@@ -126,10 +126,10 @@ class Chains:
 
     def _found(self, value: fx.Node) -> Iterator[Chain]:
         identity = self._identity(value)
-        if identity is None:
+        if identity is None or value in self.barred:  # it may be another one where it is read later
             return
         yield identity
-        if value not in self.barred and not self.values.is_constant(value):
+        if not self.values.is_constant(value):
             yield from self._longer(value)
 
     def before(self, value: fx.Node) -> list[Chain]:
@@ -172,7 +172,8 @@ class Chains:
 
     def _unseen(self, step: Step) -> list[Chain]:
         """No step at all, from an input of which only the layer that reads it tells anything."""
-        if step.input.op != "placeholder" or is_tensor(self.shapes.values.get(step.input)):
+        seen = is_tensor(self.shapes.values.get(step.input)) or step.input in self.barred
+        if seen or step.input.op != "placeholder":
             return []
         geometry = Geometry.window(step.geometry.inputs, (1,) * self.spatial)
         return [Chain(step.input, geometry, (), partial(_windows, geometry, 1.0))]

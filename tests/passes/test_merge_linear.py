@@ -117,6 +117,16 @@ WAYS: dict[str, tuple[str, dict[str, Any], int]] = {
     "a value that is read twice": ("self.b(y := self.a(x)) * y.sum()", {}, 0),
     "a size that is read": ("self.b(y := self.a(x)) * y.shape[2]", {}, 0),
     "in-place maps between": ("self.b(self.a(x).add_(1).mul_(2))", {}, 1),
+    "an input that is written later": (
+        "[y := self.a(x), x.add_(1), self.b(y) + x[..., 1:-1, 1:-1]][-1]",
+        {},
+        0,
+    ),
+    "an input that is written between branches": (
+        "[y := self.a(x), x.add_(1), y + self.b(x)][-1]",
+        {"b": {"padding": 1}},
+        0,
+    ),
     "an element that is assigned": ("[y := self.a(x), y[:, 0].zero_(), self.b(y)][-1]", {}, 0),
     "one twice in a sum": ("self.b((y := self.a(x)) + y)", {}, 1),
     "subtracted from a number": ("self.b(1 - self.a(x))", {}, 1),
