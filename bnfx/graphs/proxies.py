@@ -105,9 +105,10 @@ def _put_back(owner: Any, name: str, before: Any) -> None:
 def _guarded(said: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs))
-        if not any(issubclass(type(leaf), fx.Proxy) for leaf in leaves):
-            return function(*args, **kwargs)
+        first = 1 if said == "torch.full_like" else 0  # which may be one
+        leaves = pytree.tree_leaves((args[first:], kwargs))
+        if not any(issubclass(type(v), fx.Proxy) and isinstance(v, Tensor) for v in leaves):
+            return function(*args, **kwargs)  # sizes may be recorded
         if said == "torch.as_tensor" and len(leaves) == 1 and isinstance(leaves[0], Tensor):
             return leaves[0]
         raise fx.proxy.TraceError(f"{said} is given a value of the network, which no graph records")

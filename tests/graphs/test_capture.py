@@ -251,3 +251,14 @@ def test_functions_that_would_take_a_proxy_for_a_tensor(act: Callable[[Tensor], 
         assert not report.left
         torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
     assert before == (torch.as_tensor, torch.Tensor.new_tensor)
+
+
+def test_functions_of_sizes_are_recorded() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = torch.arange(x.shape[0]) + torch.full((x.shape[0],), 2)
+            return torch.full_like(x, 3.0) + x * rows[:, None]
+
+    graph, _ = trace(Tracer, Net(), frozenset(), None)
+    called = [getattr(node.target, "__name__", "") for node in graph.nodes]
+    assert {"arange", "full", "full_like"} <= {*called}
