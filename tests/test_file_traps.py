@@ -306,6 +306,16 @@ def test_files_that_no_runtime_takes_are_refused_in_words(tmp_path: Path) -> Non
     bnfx.fold_onnx(saved(other, tmp_path), out, verify=False)
 
 
+@pytest.mark.parametrize("kind", ["Unsqueeze", "Reshape", "AveragePool", "Conv", "Gemm", "Clip"])
+def test_nodes_that_nobody_can_run_stay(kind: str, tmp_path: Path) -> None:
+    """They lack what their operator needs; what lies before them folds."""
+    model = graph(f"h = Conv(x, w)\ng = {NODE}\ny = Relu(g)", {"w": W, **NORM})
+    model.graph.node[-1].op_type = kind
+    done = bnfx.fold_onnx(saved(model, tmp_path), tmp_path / "out.onnx", verify=False)
+    assert len(done.batch_norms) == 1
+    assert onnx.load(str(tmp_path / "out.onnx")).graph.node[-1].op_type == kind
+
+
 def test_subgraphs_keep_what_they_read(tmp_path: Path) -> None:
     model = graph(f"h = Conv(x, w)\ny = {NODE}\nz = Relu(h)", {"w": W, **NORM}, outputs="y z")
     del model.graph.node[2:]

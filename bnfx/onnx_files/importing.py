@@ -233,6 +233,11 @@ def _moved(scope: Scope, node: onnx.NodeProto) -> Tensor | None:
 # -- calls -----------------------------------------------------------------------------------------
 
 
+#: A node is what no rule knows, or it lacks what its operator needs, or sizes do not fit, which
+#: nobody can run: it stays as it is.
+_NOT_MADE = (NoFunction, IndexError, RuntimeError, TypeError, ValueError)
+
+
 def _call(scope: Scope, index: int) -> int | None:
     """Import a node; the place of another one that went into the same call."""
     node, call = scope.nodes[index], Call(scope, index)
@@ -244,7 +249,7 @@ def _call(scope: Scope, index: int) -> int | None:
     else:
         try:
             made = FUNCTIONS[node.op_type](call)
-        except NoFunction:
+        except _NOT_MADE:
             _forget(scope, index)
             call = Call(scope, index)
             made = _foreign(call)

@@ -220,10 +220,13 @@ def _no_inference(call: Call) -> str:
         return "its statistics are outputs too"
     if call.opset < 9 and not call.attribute("spatial", 1):
         return "it has spatial=0: a scale for each place, not for each channel"
-    known = (call.scope.constants.get(call.name_of(at)) for at in range(1, 5))
-    shapes = {tuple(value.shape) for value in known if value is not None}
+    found = [call.scope.constants.get(call.name_of(at)) for at in range(1, 5)]
+    known = [value for value in found if value is not None]
+    shapes = {tuple(value.shape) for value in known}
     if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         return f"its parameters have shapes that do not belong together: {sorted(shapes)}"
+    if not all(value.is_floating_point() for value in known):
+        return "its parameters are no floats"
     return ""
 
 
