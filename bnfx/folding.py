@@ -343,6 +343,8 @@ def _folded(
             run(draft, drop)
         before = draft.copy() if fold.concerns(draft) and not draft.exact else None
         run(draft, fold)
+        if options.drop_dead:  # a row whose BatchNorm scales it by zero reads nothing now
+            run(draft, drop)
         beside = options.merge_branches and bool(MergeBranches().match(draft))
         in_turn = options.merge_linear and bool(linear.sites(draft))  # sites would hold weights
         if not (beside or in_turn or _folds_more(draft, fold)):

@@ -92,6 +92,9 @@ class DropDead:
     ) -> tuple[Change, ...]:
         """Carry out what `match` found."""
         done: list[Change] = []
+        for at, change in list(draft.changes.items()):
+            if (change.by, change.action) == (self.name, "kept"):
+                del draft.changes[at]  # what stays was looked for anew
         for entry in found:
             if isinstance(entry, Change):
                 done.append(entry)

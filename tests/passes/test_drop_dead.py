@@ -23,7 +23,12 @@ def test_random_networks(seed: int) -> None:
     net, x = sparse_network(seed)
     others = [[torch.randn(5, 3, 8, 8, dtype=torch.float64)]]
     check(net, [x], given=bool(seed % 2), others=others, drop_dead=True, block=1 + seed % 3)
-    assert _size(bnfx.fold_bn(net, x, drop_dead=True, block=1)) < _size(bnfx.fold_bn(net, x))
+    slim = bnfx.fold_bn(net, x, drop_dead=True, block=1)
+    assert _size(slim) < _size(bnfx.fold_bn(net, x))
+    assert not any(
+        drop.verdict == "dropped"
+        for drop in bnfx.plan_fold(slim, x, drop_dead=True, block=1).dropped
+    )
 
 
 @pytest.mark.parametrize("form", ["graph", "module"])
