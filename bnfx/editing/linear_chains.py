@@ -196,6 +196,8 @@ class Chains:
 
     def _identity(self, value: fx.Node) -> Chain | None:
         shape = self.shape(value) if self.is_value(value) else None
+        if any(user.op == "call_module" for user in value.users):  # what is kept whole may write
+            return None
         if shape is None or len(shape) < 2 or (self.spatial and len(shape) != self.spatial + 2):
             return None
         geometry = Geometry.window(shape[1 if self.spatial else -1], (1,) * self.spatial)

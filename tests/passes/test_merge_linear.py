@@ -195,6 +195,22 @@ def test_what_a_weight_cannot_hold_is_not_merged() -> None:
         assert not bnfx.plan_fold(model).merges
 
 
+def test_what_a_module_that_is_kept_whole_may_write_is_no_source() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.relu = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU(inplace=True)
+            self.relu.register_forward_hook(lambda *_: None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(x)
+            y, z = self.a(x), self.relu(x)
+            w: Tensor = self.b(y) + z
+            return w
+
+    assert not merges(Net(), torch.randn(2, 4))
+
+
 def test_long_networks_take_no_deep_recursion() -> None:
     class Stream(nn.Module):
         def __init__(self) -> None:
