@@ -114,6 +114,7 @@ _DYNAMIC: dict[str, Any] = {
 }
 
 _SMALL: dict[str, Any] = {"depths": [1, 1], "hidden_sizes": [8, 16]}
+_SCALES: dict[str, Any] = {"width_coefficient": 1.0, "depth_coefficient": 1.0}
 _ONE = (2, 1, 32, 32)
 _FEW = (2, 3, 224, 224)
 
@@ -169,7 +170,7 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "transformers:RegNet": (partial(transformer, "RegNet", **_SMALL, groups_width=8), _IMAGE),
     "transformers:MobileNetV2": (partial(transformer, "MobileNetV2"), _IMAGE),
     "transformers:EfficientNet": (
-        partial(transformer, "EfficientNet", width_coefficient=0.5),
+        partial(transformer, "EfficientNet", hidden_dim=1280, **_SCALES),
         _IMAGE,
     ),
     "transformers:Levit": (partial(transformer, "Levit"), _FEW),
