@@ -39,6 +39,7 @@ from bnfx.graphs.inference import NOT_EXPORTED
 from bnfx.graphs.naming import describe, norm_path
 from bnfx.graphs.norms import affine_map_of, holds_norm, is_norm
 from bnfx.operators.calls import call_name
+from bnfx.operators.table import Passage, passage_of
 from bnfx.reports.report import Change
 
 
@@ -107,8 +108,14 @@ class FoldBatchNorm:
         ]
 
     def concerns(self, draft: InferenceDraft) -> bool:
-        """Whether the graph evaluates a BatchNorm by calls of its own."""
-        return any(is_norm(node) or written_out.part_of(node) for node in draft.graph.nodes)
+        """Whether the graph evaluates a BatchNorm by calls of its own, or scales as one does.
+
+        Files have BatchNorms that are written as a product and a sum with constants.
+        """
+        return any(
+            is_norm(node) or written_out.part_of(node) or _scales(node)
+            for node in draft.graph.nodes
+        )
 
     def finds_any(self, draft: InferenceDraft) -> bool:
         """Whether a BatchNorm would vanish."""
@@ -227,3 +234,10 @@ def _why_whole(norm: nn.Module, node: fx.Node, *, outer: nn.Module | None) -> st
     if has_hooks(norm):
         return "it has hooks, which see its input and output; remove them first"
     return f"{type(norm).__name__} has a forward of its own that cannot be traced"
+
+
+def _scales(node: fx.Node) -> bool:
+    """Whether a call is a product or quotient with something stored."""
+    if passage_of(node) not in (Passage.MULTIPLY, Passage.DIVIDE):
+        return False
+    return any(isinstance(value, fx.Node) and value.op == "get_attr" for value in node.args)
