@@ -6,15 +6,15 @@ the other branch without a word.
 
 from __future__ import annotations
 
+import builtins
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, _functorch, fx, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx, nn
 
 from bnfx.operators.calls import base_name, call_name
 from bnfx.operators.table import Passage, operator_of, operator_of_module
@@ -26,7 +26,7 @@ _TENSORS = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
 
 
 class TensorProxy(fx.Proxy):
-    """A proxy that is an instance of Tensor where the value is one.
+    """A proxy that is an instance of Tensor where the value is one (see `tensors_recognised`).
 
     It records augmented assignment as what it is; torch.fx takes `y += 1` for `y = y + 1`. It takes
     assignment to elements, too, which torch.fx refuses.
@@ -49,14 +49,10 @@ class TensorProxy(fx.Proxy):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
 
-    @property
-    def __class__(self) -> type:
+    def is_tensor(self) -> bool:
+        """Whether the value certainly is one, and not a size, a tuple or something unknown."""
         assert isinstance(self.tracer, fx.Tracer)
-        return Tensor if _is_tensor(self.node, self.tracer.root) else type(self)
-
-    @__class__.setter
-    def __class__(self, kind: type) -> None:
-        raise TypeError(f"a value under tracing cannot become a {kind.__name__}")
+        return _is_tensor(self.node, self.tracer.root)
 
 
 def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,49 +67,25 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(TensorProxy, f"__{_name}__", _augmented(getattr(operator, _name)))
 
 
-#: What torch carries out in C without a look at `__torch_function__`: it would take a proxy, which
-#: says that it is a tensor, for the memory of one. The last is what `Function.apply` calls first,
-#: under whatever name a model has it.
-_IN_C: Mapping[str, tuple[Any, str]] = {
-    **{
-        f"torch.{name}": (torch, name)
-        for name in ("tensor", "as_tensor", "asarray", "full", "full_like", "arange")
-    },
-    "Tensor.new_tensor": (Tensor, "new_tensor"),
-    "an autograd.Function": (_functorch.utils, "unwrap_dead_wrappers"),
-}
-
-
 @contextmanager
-def proxies_refused() -> Iterator[None]:
-    """Inside, what cannot be given a proxy says so, instead of ending the process."""
-    with ExitStack() as undone:
-        for said, (owner, name) in _IN_C.items():
-            before = vars(owner).get(name)
-            setattr(owner, name, _guarded(said, before or getattr(owner, name)))
-            undone.callback(_put_back, owner, name, before)
+def tensors_recognised() -> Iterator[None]:
+    """Inside, Python's `isinstance` takes a proxy of a tensor for a tensor.
+
+    Were `__class__` to say so, torch's code in C would believe it, too, and take the proxy for the
+    memory of a tensor.
+    """
+    before = builtins.isinstance
+
+    def answer(value: Any, kinds: Any, /) -> bool:
+        if before(value, kinds):
+            return True
+        return type(value) is TensorProxy and value.is_tensor() and issubclass(Tensor, kinds)
+
+    builtins.isinstance = answer
+    try:
         yield
-
-
-def _put_back(owner: Any, name: str, before: Any) -> None:
-    if before is None:  # it was inherited
-        delattr(owner, name)
-    else:
-        setattr(owner, name, before)
-
-
-def _guarded(said: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        first = 1 if said == "torch.full_like" else 0  # which may be one
-        leaves = pytree.tree_leaves((args[first:], kwargs))
-        if not any(issubclass(type(v), fx.Proxy) and isinstance(v, Tensor) for v in leaves):
-            return function(*args, **kwargs)  # sizes may be recorded
-        if said == "torch.as_tensor" and len(leaves) == 1 and isinstance(leaves[0], Tensor):
-            return leaves[0]
-        raise fx.proxy.TraceError(f"{said} is given a value of the network, which no graph records")
-
-    return guarded
+    finally:
+        builtins.isinstance = before
 
 
 def _is_tensor(node: fx.Node, root: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from bnfx.errors import CaptureError
 from bnfx.graphs.durable import DurableGraph
 from bnfx.graphs.examples import Example, has_hooks, take_hooks
 from bnfx.graphs.frames import note_frames
-from bnfx.graphs.proxies import IS_TENSOR, TensorProxy, proxies_refused
+from bnfx.graphs.proxies import IS_TENSOR, TensorProxy, tensors_recognised
 
 #: node.meta key: the ranks that the BatchNorm module behind a functional call accepts.
 RANKS = "bnfx_ranks"
@@ -222,7 +222,7 @@ def _stateless(tracer: Tracer, model: nn.Module) -> fx.Graph:
     """
     if "forward" in vars(model):
         raise fx.proxy.TraceError("it is an attribute of the object, not of its class")
-    with nothing_drawn(), proxies_refused(), attributes_kept(model) as before:
+    with nothing_drawn(), tensors_recognised(), attributes_kept(model) as before:
         graph = tracer.trace(model)
         kept = _read_again(tracer, model, graph, _assigned(model, before))
     if kept is not None:
