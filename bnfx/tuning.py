@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bnfx.benchmark import BenchReport, Latency, benchmark_onnx
+import onnx
+
+from bnfx.benchmark import BenchReport, Latency
 from bnfx.errors import BnfxError
 from bnfx.gauges.walk import FoldOptions
 
@@ -122,26 +124,14 @@ class _Entries:
 
 
 def _digest(folder: Path) -> bytes:
-    """Of the file and what lies beside it."""
+    """Of the file, but for what it says of itself, and of the weights that lie beside it."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
+        if path.suffix == ".onnx":
+            proto = onnx.load(str(path), load_external_data=False)
+            del proto.metadata_props[:]
+            digest.update(proto.SerializeToString(deterministic=True))
+            continue
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.digest()
-
-
-def measured_in_turns(
-    files: Mapping[str, Path], args: Any, kwargs: Mapping[str, Any] | None, place: Options
-) -> BenchReport:
-    """The latencies of these files, in their order."""
-    (_, first), *others = files.items()
-    return benchmark_onnx(
-        first,
-        args,
-        others=dict(others),
-        kwargs=kwargs,
-        num_runs=_RUNS,
-        bn_fusions="on",
-        floor=False,
-        **place,
-    )

@@ -34,6 +34,7 @@ from bnfx.gauges.slots import Slots
 from bnfx.gauges.solution import Problem, Solution, solve
 from bnfx.gauges.walk import FoldOptions
 from bnfx.gauges.writing import write
+from bnfx.graphs.constants import Values
 from bnfx.graphs.examples import has_hooks
 from bnfx.graphs.inference import NOT_EXPORTED
 from bnfx.graphs.naming import describe, norm_path
@@ -41,6 +42,8 @@ from bnfx.graphs.norms import affine_map_of, holds_norm, is_norm
 from bnfx.operators.calls import call_name
 from bnfx.operators.table import Passage, passage_of
 from bnfx.reports.report import Change
+
+_ARITHMETIC = (Passage.ADD, Passage.SUBTRACT, Passage.MULTIPLY, Passage.DIVIDE)
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,13 @@ class FoldBatchNorm:
         ]
 
     def concerns(self, draft: InferenceDraft) -> bool:
-        """Whether the graph evaluates a BatchNorm by calls of its own, or scales as one does.
+        """Whether the graph calls a BatchNorm by itself, or maps channels as one does.
 
-        Files have BatchNorms that are written as a product and a sum with constants.
+        Files have BatchNorms that are written as a product and a sum with constants, and a forward
+        may normalise its input.
         """
         return any(
-            is_norm(node) or written_out.part_of(node) or _scales(node)
+            is_norm(node) or written_out.part_of(node) or _is_map(node, draft.values)
             for node in draft.graph.nodes
         )
 
@@ -236,8 +240,14 @@ def _why_whole(norm: nn.Module, node: fx.Node, *, outer: nn.Module | None) -> st
     return f"{type(norm).__name__} has a forward of its own that cannot be traced"
 
 
-def _scales(node: fx.Node) -> bool:
-    """Whether a call is a product or quotient with something stored."""
-    if passage_of(node) not in (Passage.MULTIPLY, Passage.DIVIDE):
+def _is_map(node: fx.Node, values: Values) -> bool:
+    """Whether a call scales or shifts by a number, or by one for each channel.
+
+    A constant of more axes, such as an embedding of positions, is no map of channels.
+    """
+    if passage_of(node) not in _ARITHMETIC or values.is_constant(node):
         return False
-    return any(isinstance(value, fx.Node) and value.op == "get_attr" for value in node.args)
+    known = (values.operand(value) for value in node.args)
+    return any(
+        value is not None and max(value.shape, default=1) == value.numel() for value in known
+    )

@@ -57,7 +57,9 @@ def in_doubles(module: fx.GraphModule) -> fx.GraphModule:
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             module.graph.erase_node(node)
             continue
-        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _wide)
+        # A region of autocast casts float32 alone, and its dtype is one that the device has for it.
+        if node.target is not torch.ops.higher_order.wrap_with_autocast:
+            node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _wide)
     module.recompile()
     return module.double()
 
