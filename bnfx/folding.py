@@ -319,18 +319,43 @@ def exact_graph(*args: Any, **kwargs: Any) -> fx.GraphModule:
 def _folded(
     captured: Captured, options: FoldOptions, *, exact: bool = False
 ) -> tuple[fx.GraphModule, Written]:
-    """The graph, folded, with its report, and what of it is to be rounded.
+    """The graph, folded, with its report, and what of it is to be rounded."""
+    draft = InferenceDraft(captured, exact=exact or options.drop_dead)
+    marked = written_out.mark(draft.module)
+    draft, before = _edited(draft, options)
+    draft.settle([*written_out.gone_whole(marked, draft.changes, draft.written.provenance)])
+    folds, drops = _folds(draft), _drops(draft)
+    merges = tuple(MergeRecord(c.values, c.into[0], c.reason) for c in draft.merges)
+    graph, written = draft.finish(), draft.written
+    for done in (draft, before):
+        if done is not None:
+            done.let_go(graph)
+    pictures = (draft.drawn, boxes(graph))
+    told = FoldReport(
+        folds,
+        written.provenance,
+        draft.unavoidable,
+        graphs=pictures,
+        merges=merges,
+        dropped=drops,
+        options=asdict(options),
+    )
+    return remember(graph, told), written
+
+
+def _edited(
+    draft: InferenceDraft, options: FoldOptions
+) -> tuple[InferenceDraft, InferenceDraft | None]:
+    """The draft with every pass run over it, and an earlier one that still holds weights.
 
     A BatchNorm that vanished may have parted branches that can be merged now, or may have been all
     that kept another: a tensor carries one axis at a time, and what is constant behind a gamma of
     zero is known only then. Where that is found, the folding before is done again with its weights
     kept in float64: nothing is rounded twice.
     """
-    draft = InferenceDraft(captured, exact=exact or options.drop_dead)
     fold = FoldBatchNorm(options)
     linear = MergeLinear(options.block, branches=options.merge_branches)
     drop = DropDead(options.block, _proved_ranks(draft) if options.drop_dead else frozenset())
-    marked = written_out.mark(draft.module)
     run(draft, EraseUnread())
     if options.merge_linear:
         run(draft, PadFirst())
@@ -353,16 +378,24 @@ def _folded(
             draft.let_go(before.module)
             draft, before.exact = before, True
             run(draft, fold)
-    draft.settle([*written_out.gone_whole(marked, draft.changes, draft.written.provenance)])
+    return draft, before
+
+
+def _folds(draft: InferenceDraft) -> tuple[FoldRecord, ...]:
+    """What became of BatchNorms."""
     carriers = _carriers(draft)
-    records = tuple(
+    return tuple(
         FoldRecord(
             c.path, "folded" if c.action == "changed" else "kept", carriers(c.into), c.reason
         )
         for c in draft.in_order()
         if c.kind != CHANNELS
     )
-    dropped = tuple(
+
+
+def _drops(draft: InferenceDraft) -> tuple[DropRecord, ...]:
+    """What became of dead channels."""
+    return tuple(
         DropRecord(
             path=c.path,
             verdict="dropped" if c.action == "changed" else "kept",
@@ -374,22 +407,6 @@ def _folded(
         for c in draft.in_order()
         if c.kind == CHANNELS
     )
-    merges = tuple(MergeRecord(c.values, c.into[0], c.reason) for c in draft.merges)
-    graph, written = draft.finish(), draft.written
-    for done in (draft, before):
-        if done is not None:
-            done.let_go(graph)
-    pictures = (draft.drawn, boxes(graph))
-    told = FoldReport(
-        records,
-        written.provenance,
-        draft.unavoidable,
-        graphs=pictures,
-        merges=merges,
-        dropped=dropped,
-        options=asdict(options),
-    )
-    return remember(graph, told), written
 
 
 def _folds_more(draft: InferenceDraft, fold: FoldBatchNorm) -> bool:
