@@ -411,10 +411,13 @@ def reduce(seen: Look, node: fx.Node) -> tuple[Any, Any]:
 def pad(seen: Look, node: fx.Node) -> tuple[Any, Any]:
     """Zeros beside zeros are no change."""
     source, shape = argument(node, 0, "input"), seen.shape_of(node)
-    axis = next((i for i, n in enumerate(_inner(seen, source)) if n > 1), 0)
-    before = seen.units.labels_of(source).shape
-    if any(n > 1 and before[i] != shape[i] for i, n in enumerate(_inner(seen, source))):
+    inner = _inner(seen, source)
+    moved = rules_axes.padded_axes(node, len(inner))
+    as_before = [axis for axis in range(len(inner)) if axis not in moved]
+    varying = [axis for axis, size in enumerate(inner) if size > 1]
+    if not as_before or not {*varying} <= {*as_before}:
         raise Opaque
+    axis = (varying or as_before)[0]
     units = rules_axes.pad(seen.units, node)
     c = seen.numbers(source, axis)
     return units, _spread(np.where(c == 0, c, np.nan), axis, shape)

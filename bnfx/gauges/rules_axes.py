@@ -83,9 +83,7 @@ def pad(walk: Walk, node: fx.Node) -> Tensor:
     if isinstance(node.target, torch._ops.OpOverload):
         mode, fill = ("constant", mode) if call_name(node) != "pad" else (mode, fill)
         fill = None if fill == "constant" else fill
-    if not isinstance(widths, tuple | list) or not all(isinstance(w, int) for w in widths):
-        raise Opaque
-    axes = [labels.dim() - 1 - i // 2 for i, w in enumerate(widths) if w]
+    axes = padded_axes(node, labels.dim())
     filled = mode == "constant" and any(w > 0 for w in widths)
     if filled and fill not in (None, 0):
         raise Opaque
@@ -97,6 +95,18 @@ def pad(walk: Walk, node: fx.Node) -> Tensor:
     if filled:
         walk.unshifted(array(small), Cause(node, f"the zeros of {describe(node)}"))
     return small.expand([shape[i] if n == 1 else n for i, n in enumerate(small.shape)])
+
+
+def padded_axes(node: fx.Node, dim: int) -> list[int]:
+    """The axes of a tensor that padding or cropping moves along.
+
+    Raises:
+        Opaque: They are known only when it runs.
+    """
+    widths = argument(node, 1, "pad")
+    if not isinstance(widths, tuple | list) or not all(isinstance(w, int) for w in widths):
+        raise Opaque
+    return [dim - 1 - i // 2 for i, w in enumerate(widths) if w]
 
 
 def _pad_channels(walk: Walk, node: fx.Node, labels: Tensor, widths: list[int]) -> Tensor:

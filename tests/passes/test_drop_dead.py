@@ -51,3 +51,23 @@ def test_options_that_make_no_sense() -> None:
     for block in odd:
         with pytest.raises(bnfx.FoldError, match="is no width"):
             bnfx.fold_bn(model, drop_dead=True, block=block)
+
+
+@pytest.mark.parametrize("pads", [(0, 0, 0, -1), (0, -1), (1, -1, 0, 0, 0, 0), (0, 0, 0, 0, -1, 0)])
+@pytest.mark.parametrize("rows", [(), (8, 4)])
+def test_padding_and_cropping_along_any_axis(pads: tuple[int, ...], rows: tuple[int, ...]) -> None:
+    """Of the batch, too, which no channel lies along."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(6, 8, dtype=torch.float64), norm([2, 3], [0, 1])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x.reshape(*rows, 6) if rows else x)
+            return nn.functional.pad(torch.relu(y), pads[: 2 * y.dim()]) * 2
+
+    net, x = Net().double().eval(), torch.randn(4 if not rows else 32, 6, dtype=torch.float64)
+    with torch.no_grad():
+        net.first.weight[::2], net.first.bias[::2] = 0, 1
+    check(net, [x], given=True, drop_dead=True, block=1)
