@@ -68,6 +68,22 @@ bnfx.benchmark_onnx(
 # [results](../results/folding.md) say where each paid.
 
 # %% [markdown]
+# Training with an L1 penalty on the gammas leaves many of them at zero. What they scale is dead: `drop_dead=True`
+# takes such channels out of every layer that carries them, and the function stays the same. Widths are rounded up
+# to `block`, 16 by default, as most targets compute whole blocks. `examples/slim.py` does this on MNIST.
+
+# %%
+slim = nn.Sequential(
+    nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 8, 3, padding=1)
+).eval()
+with torch.no_grad():
+    slim[1].weight[:40] = 0  # stands for the training
+narrow = bnfx.fold_bn(slim, drop_dead=True)
+for name, weight in narrow.named_parameters():
+    print(name, tuple(weight.shape))
+torch.testing.assert_close(narrow(images), slim(images))
+
+# %% [markdown]
 # Or let `deploy` measure them: `tune=True` folds in each way that is left open, runs the files in turns on the
 # provider, and keeps the fastest that passes (`bnfx deploy ... --tune`).
 
