@@ -242,8 +242,9 @@ class TorchReference:
         """
         given, made = widened(sample), False
         self.failures = []
-        likeliest, *others = (partial(self._folded, *way, given) for way in self._ways(sample))
-        for way in (likeliest, partial(self._as_it_is, "as it is", sample, given), *others):
+        ways = (partial(self._folded, *way, given) for way in self._ways(sample))
+        as_it_is = partial(self._as_it_is, "as it is", sample, given)
+        for way in itertools.chain([next(ways), as_it_is], ways):
             try:
                 for form in way():
                     made = True
@@ -284,8 +285,8 @@ class TorchReference:
                 yield ", looked into", inside
         yield "", self._traced(graph, given, changed)
 
-    def _ways(self, sample: Example) -> list[tuple[str, Callable[[], fx.GraphModule]]]:
-        """Names and calls of folding.
+    def _ways(self, sample: Example) -> Iterator[tuple[str, Callable[[], fx.GraphModule]]]:
+        """Names and calls of folding, each made when those before have been carried out.
 
         The file was most likely folded by the rules of the dtype that the weights are stored in.
         """
@@ -306,15 +307,24 @@ class TorchReference:
                 lambda leaf: cast(leaf, torch.float64), (found.inputs, found.others)
             )
             wide = Captured(in_doubles(found.module), inputs, others)
-            return exactly(wide, FoldOptions(**options))
+            graph = exactly(wide, FoldOptions(**options))
+            if not options:
+                done = report(graph)
+                assert isinstance(done, FoldReport)
+                usually.append(done)
+            return graph
 
-        return [
-            ("folded by the rules of its own dtype", own),
-            *([("folded by default", usual)] if self._options else []),
-            ("folded in float64", exact),
-            ("folded without example inputs", partial(exact_graph, self._own)),
-            *((f"folded with {options}", partial(exact, **options)) for options in _options()),
-        ]
+        usually: list[FoldReport] = []
+        yield "folded by the rules of its own dtype", own
+        if self._options:
+            yield "folded by default", usual
+        yield "folded in float64", exact
+        yield "folded without example inputs", partial(exact_graph, self._own)
+        # Where nothing is merged, not to merge gives the same once more.
+        unmerged = usually and not any(".merged" in name for name in usually[0].provenance)
+        for options in _options():
+            if not (unmerged and any(name.startswith("merge") for name in options)):
+                yield f"folded with {options}", partial(exact, **options)
 
     def _capture(self, sample: Example) -> Captured:
         """The graph of the model, a copy to edit: it is captured once."""
