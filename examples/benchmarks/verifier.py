@@ -116,11 +116,15 @@ def inject_all(networks: tuple[Network, ...], folder: Path, console: Console) ->
 def exchange_weights(network: Network, seed: int, f: Path, right: Path) -> Source | None:
     """Write `f` as the graph of `right` with the folded weights of another seed.
 
-    None where the graph holds a weight in another layout, so that it must be exported anew.
+    None where the graph holds a weight in another layout, or lacks one because the exporter folded
+    it into another, so that it must be exported anew.
     """
     model, example = network.made(seed)
     folded = dict(bnfx.fold_bn(model, example).state_dict())
     proto = onnx.load(str(right))
+    held = {tensor.name for tensor in proto.graph.initializer}
+    if any(value.is_floating_point() and name not in held for name, value in folded.items()):
+        return None
     for tensor in proto.graph.initializer:
         if tensor.data_type != onnx.TensorProto.FLOAT:
             continue
